@@ -1,0 +1,48 @@
+"""What every test shares: one CPU device set-up, and a spoken reason for each test that is skipped.
+
+`slow` and `parity` tests are skipped here and not deselected, so that the closing summary of
+pytest (-ra) names each with its reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+# Before anything imports jax: the suite's numbers are those of a CPU, whatever else the machine has.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# No test may reach the network; a hub look-up then fails at once and by name.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+PARITY_DIR = Path(__file__).parent / "parity"
+MISSING = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+PARITY_REASON = f"parity: {' and '.join(MISSING)} not installed (BUILD.md, 'Live parity', says how)"
+SLOW_REASON = "slow: run with --slow"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption(
+        "--require_parity",
+        action="store_true",
+        help="fail, and do not skip, where torch or transformers is missing",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--require_parity") and MISSING:
+        raise pytest.UsageError(f"--require_parity: {' and '.join(MISSING)} not installed")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if PARITY_DIR in item.path.parents:
+            item.add_marker(pytest.mark.parity)
+        if MISSING and item.get_closest_marker("parity"):
+            item.add_marker(pytest.mark.skip(reason=PARITY_REASON))
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason=SLOW_REASON))
