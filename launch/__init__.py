@@ -1,0 +1,1 @@
+"""Commands: flags become frozen configs, and one library call does the work."""

@@ -1,0 +1,29 @@
+"""Families as data: presets, the mapping of a Hugging Face config, the Hugging Face name table."""
+
+from __future__ import annotations
+
+from moejax.core.errors import InputError
+from moejax.models.families.family import Family, Weight
+from moejax.models.families.llama import LLAMA
+
+FAMILIES: tuple[Family, ...] = (LLAMA,)
+
+__all__ = ["FAMILIES", "Family", "Weight", "by_architecture", "by_name"]
+
+
+def by_architecture(name: str) -> Family:
+    """The family whose Hugging Face class has this name, as in config.json's `architectures`."""
+    for family in FAMILIES:
+        if family.architecture == name:
+            return family
+    known = ", ".join(family.architecture for family in FAMILIES)
+    raise InputError(f"architecture {name!r} is not one that moejax reads: it reads {known}")
+
+
+def by_name(name: str) -> Family:
+    """The family called so in `ModelConfig.family`."""
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    known = ", ".join(family.name for family in FAMILIES)
+    raise InputError(f"model family {name!r} is unknown: moejax knows {known}")

@@ -1,0 +1,29 @@
+"""Softmax attention with grouped keys and values."""
+
+import jax
+import jax.numpy as jnp
+
+
+def attention(
+    q_BTHC: jax.Array, k_BSGC: jax.Array, v_BSGC: jax.Array, mask_BTS: jax.Array
+) -> jax.Array:
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), grouped-query (Ainslie et al. 2023).
+
+    Args:
+      q_BTHC: queries; H is a multiple of G and head h reads group h // (H / G).
+      k_BSGC, v_BSGC: keys and values.
+      mask_BTS: bool, True where a query may look. A row that may look nowhere gives a mean of
+        the values, never NaN: such rows are padding and nothing reads them.
+
+    Returns:
+      [B, T, H, C] in q's dtype; scores and softmax are float32.
+    """
+    num_batch, num_queries, num_heads, head_size = q_BTHC.shape
+    num_groups = k_BSGC.shape[2]
+    q = q_BTHC.reshape(num_batch, num_queries, num_groups, num_heads // num_groups, head_size)
+    scores = jnp.einsum("btgjc,bsgc->bgjts", q, k_BSGC, preferred_element_type=jnp.float32)
+    scores = scores * (head_size**-0.5)
+    scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGC.dtype)
+    out = jnp.einsum("bgjts,bsgc->btgjc", weights, v_BSGC)
+    return out.reshape(q_BTHC.shape)
