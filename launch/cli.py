@@ -1,0 +1,129 @@
+"""What every command shares: one-line errors, exit codes, the compile cache, the console."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from moejax.core.errors import InputError
+
+EXIT_BAD_INPUT = 2
+EXIT_NO_SPACE = 28
+EXIT_INTERRUPTED = 130
+
+COMPILE_CACHE = flags.DEFINE_string(
+    "compile_cache",
+    "~/.cache/moejax/xla",
+    "Folder where compiled programs are kept between runs; empty keeps none.",
+)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print shapes, memory and FLOPs, then stop.")
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Runs an absl main so that whatever the user can mend is one line and an exit code.
+
+    0 done; 2 bad input or flags; 28 no space left on the device; 130 interrupted. Anything else
+    is a bug of ours and keeps its traceback.
+    """
+    _show_help_of(main)
+    argv = list(sys.argv)
+
+    def guarded(args: Sequence[str]) -> int:
+        if len(args) > 1:
+            return _fail(f"unexpected argument {args[1]!r}: flags are written --name=value", 2)
+        try:
+            enable_compile_cache()
+            return main(args) or 0
+        except InputError as error:
+            return _fail(str(error), EXIT_BAD_INPUT)
+        except KeyboardInterrupt:
+            return _fail("interrupted; nothing half-written was left behind", EXIT_INTERRUPTED)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                where = f" while writing {error.filename}" if error.filename else ""
+                return _fail(f"no space left on the device{where}: free some", EXIT_NO_SPACE)
+            if isinstance(error, (FileNotFoundError, PermissionError)) and error.filename:
+                return _fail(f"{error.filename}: {error.strerror}", EXIT_BAD_INPUT)
+            raise
+
+    signal.signal(signal.SIGTERM, _terminate)
+    logging.set_verbosity(logging.WARNING)
+    app.run(guarded, argv=argv, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Parses flags; a wrong one, or a wrong key of a config, is one line that names the right ones."""
+    try:
+        return flags.FLAGS(list(argv))
+    except flags.Error as error:
+        sys.exit(_fail(f"{_one_line(error)} (--help lists the flags)", EXIT_BAD_INPUT))
+    except (AttributeError, KeyError, TypeError) as error:
+        # config_flags raises these for `--config.some.typo=...`.
+        sys.exit(_fail(f"--config: {_one_line(error)}{_config_keys(argv)}", EXIT_BAD_INPUT))
+    except FileNotFoundError as error:
+        sys.exit(_fail(f"{error.filename}: no such file", EXIT_BAD_INPUT))
+
+
+def _config_keys(argv: Sequence[str]) -> str:
+    """The valid keys of the config file on the command line, for the message about a wrong one."""
+    from ml_collections import config_flags  # kept here: commands without a config never load it
+
+    for i, arg in enumerate(argv):
+        name, _, value = arg.lstrip("-").partition("=")
+        if name == "config":
+            path = value or (argv[i + 1] if i + 1 < len(argv) else "")
+            loaded = config_flags.config_flags._ConfigFileParser("config").parse(path)
+            return f"; valid keys: {', '.join(sorted(leaf_keys(loaded)))}"
+    return ""
+
+
+def leaf_keys(config, prefix: str = "") -> list[str]:
+    """Dotted names of every leaf of a ConfigDict."""
+    keys: list[str] = []
+    for name, value in config.items():
+        dotted = f"{prefix}{name}"
+        keys += leaf_keys(value, dotted + ".") if hasattr(value, "items") else [dotted]
+    return keys
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error.args[0] if error.args else error).split())
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _terminate(signum, frame):
+    raise KeyboardInterrupt
+
+
+def _show_help_of(main) -> None:
+    """Makes --help print the command's own docstring above its flags."""
+    doc = sys.modules[main.__module__].__doc__
+    if doc:
+        sys.modules["__main__"].__doc__ = doc
+
+
+def enable_compile_cache() -> None:
+    """Keeps compiled programs on disk, so that the second run of a command starts at once."""
+    folder = COMPILE_CACHE.value
+    if not folder:
+        return
+    import jax  # a command that prints --help should not pay for it
+
+    path = pathlib.Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(path, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(path))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
