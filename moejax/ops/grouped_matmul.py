@@ -1,0 +1,86 @@
+"""Grouped matmul: rows sorted by group, each group times its own matrix. One name, many kernels."""
+
+import functools
+import logging
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from moejax.core.errors import InputError
+from moejax.ops.grouped_matmul_cpu import grouped_matmul_cpu
+from moejax.ops.grouped_matmul_ref import grouped_matmul_ref
+
+Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+_log = logging.getLogger(__name__)
+
+
+def _ragged_dot(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    return jax.lax.ragged_dot(
+        lhs, rhs, group_sizes, preferred_element_type=jnp.float32
+    ).astype(lhs.dtype)
+
+
+_KERNELS: dict[str, Kernel] = {
+    "ref": grouped_matmul_ref,
+    "ragged_dot": _ragged_dot,
+    "cpu": grouped_matmul_cpu,
+}
+IMPLEMENTATIONS = tuple(_KERNELS)
+
+
+def grouped_matmul(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Multiplies consecutive groups of rows each by its own matrix, as `jax.lax.ragged_dot` does.
+
+    out[r] = lhs[r] @ rhs[e] where row r lies in group e; rows past sum(group_sizes) give zeros
+    and pass no gradient. Sums are float32, the result has the operands' dtype.
+
+    lhs [R, K], rhs [E, K, N], group_sizes [E] integers >= 0 -> [R, N]. Differentiable in lhs and
+    rhs. implementation: a name in IMPLEMENTATIONS, never replaced by another; None takes the one
+    for the default backend and logs it once. Raises ValueError for shapes that do not fit.
+    """
+    _check(lhs, rhs, group_sizes)
+    if implementation is None:
+        implementation = _choose(jax.default_backend())
+    if implementation not in _KERNELS:
+        raise InputError(
+            f"grouped_matmul has no implementation {implementation!r}: "
+            f"choose one of {', '.join(IMPLEMENTATIONS)}."
+        )
+    dtype = jnp.result_type(lhs, rhs)
+    return _KERNELS[implementation](
+        lhs.astype(dtype), rhs.astype(dtype), group_sizes.astype(jnp.int32)
+    )
+
+
+@functools.lru_cache
+def _choose(backend: str) -> str:
+    name = "cpu" if backend == "cpu" else "ragged_dot"
+    _log.info("grouped_matmul: %r on the %s backend", name, backend)
+    return name
+
+
+def _check(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> None:
+    if lhs.ndim != 2 or rhs.ndim != 3 or group_sizes.ndim != 1:
+        raise InputError(
+            "grouped_matmul takes lhs [R, K], rhs [E, K, N] and group_sizes [E], not shapes "
+            f"{lhs.shape}, {rhs.shape} and {group_sizes.shape}."
+        )
+    if lhs.shape[1] != rhs.shape[1]:
+        raise InputError(
+            f"grouped_matmul: lhs has K={lhs.shape[1]} columns and rhs K={rhs.shape[1]} rows; "
+            "they must be equal."
+        )
+    if group_sizes.shape[0] != rhs.shape[0]:
+        raise InputError(
+            f"grouped_matmul: {group_sizes.shape[0]} group sizes for {rhs.shape[0]} matrices; "
+            "give one size per matrix."
+        )
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise InputError(f"grouped_matmul: group_sizes are {group_sizes.dtype}; give integers.")
