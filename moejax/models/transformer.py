@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from moejax.core import tree
 from moejax.models.cache import KVCache
 from moejax.models.config import LayerRun, ModelConfig
-from moejax.models.layers import gated_mlp, mlp_shapes
+from moejax.models.layers import ACTIVATION, gated_mlp, mlp_shapes
 from moejax.models.mha import AttentionInputs, attention_shapes, mha
 from moejax.moe.layer import MoEStats, abstract_router, moe_layer
 from moejax.ops.norm import rms_norm
@@ -243,7 +243,7 @@ def _block(layer, x_BTD, rng, extend, context: _Context):
         cast["moe"],
         normed,
         config.moe,
-        activation=config.activation,
+        activation=ACTIVATION[config.activation],
         mask_BT=context.mask_BT,
         rng=rng,
         implementation=options.moe_implementation,
