@@ -1,0 +1,377 @@
+"""The training loop: resumes by default, evaluates, keeps the best, stops cleanly.
+
+A run lives in a work directory: config.json (what it is), env.json, metrics.jsonl, tb/, ckpt/ and,
+if asked for, best/. Batches and randomness are functions of the step, so a run that was killed and
+started again equals, bit for bit, one that never was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from moejax.io.checkpoint import Checkpoints
+
+from moejax.core import tree
+from moejax.core.errors import InputError
+from moejax.io.atomic import read_json, write_json
+from moejax.train.log import (
+    Record,
+    RunLog,
+    load_imbalance,
+    read_metrics,
+    truncate_metrics,
+    write_env,
+)
+from moejax.train.optim import OptimConfig, make_optimizer, make_schedule
+from moejax.train.peak import Peak
+from moejax.train.state import TrainState, init_state
+from moejax.train.step import LossFn, make_train_step
+
+Batches = Callable[[int], Mapping[str, np.ndarray]]
+EvalFn = Callable[[tree.Tree, tree.Tree], Mapping[str, float]]
+# Settings of TrainConfig that may change between two starts of one run: its steps stay the same.
+FREE = ("log_every", "save_every", "eval_every", "keep_last")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A run.
+
+    Attributes:
+      steps: updates in all. optim: the optimizer. seed: of all randomness.
+      accumulation: microbatches per update; divides the rows of a batch.
+      log_every: steps between console lines (every step is in metrics.jsonl); losses are fetched,
+        and checked to be finite, as often.
+      save_every: steps between checkpoints; 0 saves at the end and on ctrl-C only.
+      keep_last: checkpoints kept.
+      eval_every: steps between evaluations; 0 evaluates at the end only (if there is an eval_fn).
+      best_metric: name of the evaluation result whose smallest value is kept in best/; "" keeps
+        none.
+    """
+
+    steps: int
+    optim: OptimConfig = OptimConfig()
+    accumulation: int = 1
+    seed: int = 0
+    log_every: int = 1
+    save_every: int = 0
+    keep_last: int = 1
+    eval_every: int = 0
+    best_metric: str = ""
+
+    def __post_init__(self):
+        for name in ("steps", "accumulation", "log_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("save_every", "eval_every"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInfo:
+    """What is known of a run beside its settings.
+
+    Attributes:
+      title: shown before console lines. quiet: no console.
+      identity: what else makes this run this run (model, data), JSON; kept in config.json.
+      flops_per_step: of one update, for GFLOP/s; peak: what they are held against, for MFU.
+      donate: the caller hands `trainable` over (its arrays are gone afterwards) and saves a copy.
+    """
+
+    title: str = ""
+    identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    flops_per_step: float = 0.0
+    peak: Peak | None = None
+    quiet: bool = False
+    donate: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """params: after the last step; best_step, best_value: None unless best_metric is set; records:
+    all of metrics.jsonl."""
+
+    params: tree.Tree
+    step: int
+    best_step: int | None
+    best_value: float | None
+    records: list[Record]
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of training steps, over all starts of the run, without evaluation and saving."""
+        return sum(r.get("step_s", 0.0) for r in self.records)
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens trained on, padding excluded."""
+        return round(sum(r.get("token_count", 0.0) for r in self.records))
+
+
+def fit(
+    config: TrainConfig,
+    loss_fn: LossFn,
+    trainable: tree.Tree,
+    frozen: tree.Tree,
+    batches: Batches,
+    workdir: str | os.PathLike[str],
+    eval_fn: EvalFn | None = None,
+    info: RunInfo = RunInfo(),
+) -> FitResult:
+    """Trains `trainable` from where `workdir` stands to `config.steps`.
+
+    Args:
+      config: the run's settings.
+      loss_fn: see `moejax.train.step.LossFn`.
+      trainable: start values; untouched unless `info.donate`.
+      frozen: parameters that loss_fn only reads.
+      batches: step (0-based) -> batch of arrays with equal leading dims.
+      workdir: made if missing.
+      eval_fn: (trainable, frozen) -> {name: float}.
+      info: what to say of the run.
+
+    Errors: InputError for a work directory of another config, rows that `accumulation` does not
+    divide, a loss that is not finite. KeyboardInterrupt after ctrl-C, once the state is saved.
+    """
+    workdir = Path(workdir)
+    claim_workdir(workdir, config, info.identity)
+    run = _Run(config, loss_fn, eval_fn, workdir, info)
+    state = run.start(trainable)
+    del trainable
+    if run.step < config.steps:
+        _check_rows(batches(run.step), config.accumulation)
+        with RunLog(workdir, info.title, config.steps, run.step, info.quiet) as log:
+            if run.step:
+                log.say(f"resuming at step {run.step} of {config.steps} from {workdir}")
+            state = run.train(state, frozen, batches, log)
+    best = run.best()
+    return FitResult(
+        state.params, run.step, best.get("step"), best.get("value"), read_metrics(workdir)
+    )
+
+
+def claim_workdir(workdir: Path, config: TrainConfig, identity: Mapping[str, Any]) -> None:
+    """Makes the directory this run's, or raises InputError naming the keys of another's config."""
+    wanted = json.loads(json.dumps({"train": dataclasses.asdict(config), **identity}))
+    path = workdir / "config.json"
+    if path.exists():
+        ours, theirs = _leaves(wanted), _leaves(read_json(path))
+        free = {f"train.{name}" for name in FREE}
+        missing = object()
+        differing = [
+            f"{key} ({theirs.get(key, 'unset')!r} there, {ours.get(key, 'unset')!r} here)"
+            for key in sorted(ours.keys() | theirs.keys())
+            if key not in free and ours.get(key, missing) != theirs.get(key, missing)
+        ]
+        if differing:
+            raise InputError(
+                f"{workdir} holds a run of another config: {', '.join(differing)}; "
+                "give that config, or another directory"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, wanted)
+
+
+def load_best(workdir: str | os.PathLike[str], like: tree.Tree) -> tree.Tree:
+    """The parameters that evaluated best in a run; `like` gives shapes and dtypes."""
+    return _load(Checkpoints(Path(workdir) / "best", keep_last=1), None, tree.abstract(like))
+
+
+class _Run:
+    """One start of a run: its checkpoints, its compiled step, how far it is."""
+
+    def __init__(self, config: TrainConfig, loss_fn, eval_fn, workdir: Path, info: RunInfo):
+        self._config, self._eval_fn, self._workdir, self._info = config, eval_fn, workdir, info
+        self._optimizer = make_optimizer(config.optim, config.steps)
+        self._schedule = make_schedule(config.optim, config.steps)
+        self._update = make_train_step(loss_fn, self._optimizer, config.accumulation)
+        self._checkpoints = Checkpoints(workdir / "ckpt", keep_last=config.keep_last)
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self.step = 0
+
+    def start(self, trainable: tree.Tree) -> TrainState:
+        """The latest checkpoint's state, or a fresh one."""
+        write_env(self._workdir)
+        latest = self._checkpoints.latest_step()
+        if latest is not None:
+            like = jax.eval_shape(lambda p: init_state(p, self._optimizer), trainable)
+            state = _load(self._checkpoints, latest, like)
+            self.step = latest
+        else:
+            # The step donates its state; the caller's arrays are the caller's.
+            params = trainable if self._info.donate else jax.tree.map(_copy, trainable)
+            state = init_state(params, self._optimizer)
+        truncate_metrics(self._workdir, self.step)
+        return state
+
+    def train(self, state, frozen, batches: Batches, log: RunLog) -> TrainState:
+        """Steps to the end; saves there, every save_every steps, and before an interrupt."""
+        config, key = self._config, jax.random.key(self._config.seed)
+        saved = self.step
+        self._since = time.perf_counter()
+        with _stop_on_sigint(log) as stop:
+            while self.step < config.steps and not stop.is_set():
+                state, metrics = self._update(state, frozen, batches(self.step), key)
+                self.step += 1
+                self._pending.append((self.step, metrics))
+                last = self.step == config.steps
+                evaluate = self._eval_fn and (last or _due(self.step, config.eval_every))
+                save = last or _due(self.step, config.save_every)
+                if evaluate or save or stop.is_set() or _due(self.step, config.log_every):
+                    self._flush(log)
+                if evaluate:
+                    self._evaluate(state, frozen, log)
+                if save:
+                    saved = self._save(state)
+                if evaluate or save:
+                    self._since = time.perf_counter()
+            if stop.is_set() and self.step < config.steps:
+                if saved != self.step:
+                    self._save(state)
+                raise KeyboardInterrupt(
+                    f"interrupted: step {self.step} of {config.steps} is saved in "
+                    f"{self._workdir}; the same command goes on from there"
+                )
+        return state
+
+    def best(self) -> dict[str, Any]:
+        """{"step", "value"} of the best evaluation so far, or nothing."""
+        path = self._workdir / "best.json"
+        return read_json(path) if self._config.best_metric and path.exists() else {}
+
+    def _flush(self, log: RunLog) -> None:
+        """Waits for the pending steps, checks their losses, records them."""
+        fetched = jax.device_get(self._pending)
+        now = time.perf_counter()
+        step_s = (now - self._since) / max(1, len(fetched))
+        self._since, self._pending = now, []
+        for step, metrics in fetched:
+            record = self._record(step, step_s, metrics)
+            if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+                raise InputError(self._not_finite(step, record))
+            log.train(record, show=step == fetched[-1][0])
+
+    def _record(self, step: int, step_s: float, metrics: dict[str, np.ndarray]) -> Record:
+        lr = float(self._schedule(step - 1))
+        record: Record = {"step": step, "step_s": step_s, "lr": lr}
+        record |= {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
+        if "token_count" in record:
+            record["tokens_per_s"] = record["token_count"] / step_s
+        if "expert_count" in metrics:
+            record["load_max"] = load_imbalance(metrics["expert_count"])
+        if self._info.flops_per_step:
+            record["gflops"] = self._info.flops_per_step / step_s / 1e9
+            if self._info.peak:
+                record["mfu"] = record["gflops"] / self._info.peak.gflops
+        return record
+
+    def _not_finite(self, step: int, record: Record) -> str:
+        latest = self._checkpoints.latest_step()
+        where = f"the last checkpoint is step {latest}" if latest else "nothing was saved"
+        return (
+            f"the loss is {record['loss']} and the gradient norm {record['grad_norm']} at step "
+            f"{step} with lr {record['lr']:.2e}: lower the learning rate, lengthen the warm-up or "
+            f"clip gradients ({where} in {self._workdir})"
+        )
+
+    def _evaluate(self, state: TrainState, frozen, log: RunLog) -> None:
+        assert self._eval_fn is not None
+        results = {k: float(v) for k, v in self._eval_fn(state.params, frozen).items()}
+        log.evaluation({"step": self.step} | {f"eval/{k}": v for k, v in results.items()})
+        name = self._config.best_metric
+        if not name:
+            return
+        if name not in results:
+            raise InputError(f"best_metric {name!r} is not evaluated: use {', '.join(results)}")
+        if results[name] < self.best().get("value", math.inf):
+            # best.json follows the weights: killed in between, the weights are written again.
+            best = Checkpoints(self._workdir / "best", keep_last=1)
+            best.save(self.step, _named(state.params), {name: results[name]})
+            write_json(self._workdir / "best.json", {"step": self.step, "value": results[name]})
+
+    def _save(self, state: TrainState) -> int:
+        self._checkpoints.save(self.step, _named(state), {})
+        return self.step
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _copy(leaf) -> jax.Array:
+    return jax.numpy.array(leaf, copy=True)
+
+
+def _check_rows(batch: Mapping[str, np.ndarray], accumulation: int) -> None:
+    for name, value in batch.items():
+        if len(value) % accumulation:
+            raise InputError(
+                f"a batch of {len(value)} rows ({name}) cannot be cut into accumulation="
+                f"{accumulation} equal parts: choose a divisor"
+            )
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a.b": leaf} of nested JSON objects."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {
+        path: leaf
+        for key, item in value.items()
+        for path, leaf in _leaves(item, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def _named(state: Any) -> tree.Tree:
+    """Any pytree as nested dicts: a checkpoint then reads the same whatever optax calls a node."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return tree.unflatten({_name(path): leaf for path, leaf in leaves})
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _load(checkpoints: Checkpoints, step: int | None, like: Any) -> Any:
+    """Inverse of saving `_named`: the pytree of `like` with the checkpoint's arrays."""
+    restored = tree.flatten(checkpoints.restore(step, _named(like)))
+    paths, treedef = jax.tree_util.tree_flatten_with_path(like)
+    return jax.tree.unflatten(treedef, [restored[_name(path)] for path, _ in paths])
+
+
+@contextlib.contextmanager
+def _stop_on_sigint(log: RunLog) -> Iterator[threading.Event]:
+    """Turns the first ctrl-C (or SIGTERM) into a request to stop; a second one acts as always."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def handle(number, frame):
+        stop.set()
+        for each in signals:
+            signal.signal(each, before[each])
+        log.say("stopping after this step (once more stops at once, unsaved)")
+
+    for number in signals:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number in signals:
+            signal.signal(number, before[number])
