@@ -1,0 +1,241 @@
+"""Hugging Face folders, in and out, by a family's name table: no code per family."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.core import tree
+from moejax.core.errors import InputError
+from moejax.io import atomic, card, lineage
+from moejax.io.loaded import Loaded, main_dtype
+from moejax.io.safetensors import (
+    Entry,
+    Info,
+    SafetensorsFolder,
+    TensorSource,
+    dtype_named,
+    write_folder,
+)
+from moejax.io.tokenizer import Tokenizer
+from moejax.models.config import ModelConfig
+from moejax.models.families import Weight, by_architecture, by_name
+
+MAX_SHARD_BYTES = 5 * 10**9
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+# Buffers that old checkpoints store and every reader computes.
+_COMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+def import_folder(folder: str | os.PathLike[str], dtype: str = "keep") -> Loaded:
+    """Reads a Hugging Face folder; parameters are numpy arrays, tensor by tensor, near one copy.
+
+    Args:
+      folder: has config.json and model.safetensors, or shards with their index.
+      dtype: of the parameters; "keep" leaves each as it is stored.
+
+    Errors: InputError, one line, for whatever is missing, broken or does not fit.
+    """
+    folder = Path(folder)
+    fields = read_fields(folder)
+    config = read_config(fields, folder)
+    _refuse_pickles(folder)
+    params = import_params(SafetensorsFolder(folder), config, dtype, str(folder))
+    has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
+    tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None
+    if tokenizer is not None:
+        tokenizer.check_fits(config.vocab_size)
+    return Loaded(
+        params,
+        config,
+        tokenizer,
+        _generation(folder, fields),
+        lineage.read(folder),
+        str(folder),
+        card.read_license(folder),
+    )
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """The fields of config.json."""
+    fields = atomic.read_json(folder / "config.json")
+    if not isinstance(fields, dict):
+        raise InputError(f"{folder / 'config.json'} is not a JSON object: fetch the file again")
+    return fields
+
+
+def read_config(fields: dict[str, Any], place: str | os.PathLike[str]) -> ModelConfig:
+    """The model that config.json's fields describe; InputError for an unknown architecture."""
+    names = fields.get("architectures") or ()
+    if not isinstance(names, (list, tuple)) or len(names) != 1:
+        raise InputError(f"{place}: config.json must name one architecture, it names {names!r}")
+    family = by_architecture(names[0])
+    try:
+        return family.config_from_hf(fields)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise InputError(f"{place}: a field of config.json has a wrong type ({error})") from error
+
+
+def import_params(source: TensorSource, config: ModelConfig, dtype: str, place: str) -> tree.Tree:
+    """Reads every tensor of a model into our tree, each straight into its stacked leaf."""
+    table = by_name(config.family).name_table(config)
+    _check_tensors(source, table, config, place)
+    wanted = None if dtype == "keep" else dtype_named(dtype)
+    leaves: dict[str, np.ndarray] = {}
+    for weight in table:
+        value = source.read(weight.hf_name)
+        if weight.layer is None:
+            kept = value.dtype if wanted is None else wanted
+            leaf = np.ascontiguousarray(weight.from_hf(value).astype(kept, copy=False))
+            leaves[weight.path] = part = leaf
+        else:
+            if weight.path not in leaves:
+                leaves[weight.path] = _empty_stack(source, table, weight, wanted)
+            part = leaves[weight.path][weight.layer]
+            with np.errstate(over="ignore"):
+                part[...] = weight.from_hf(value)
+        _check_finite(value, part, f"{place}: tensor {weight.hf_name}")
+    return tree.unflatten(leaves)
+
+
+def _empty_stack(source, table: list[Weight], weight: Weight, wanted) -> np.ndarray:
+    stacked = [w for w in table if w.path == weight.path]
+    if wanted is None:
+        stored = {source.infos[w.hf_name].dtype for w in stacked}
+        wanted = stored.pop() if len(stored) == 1 else np.dtype(jnp.promote_types(*stored))
+    return np.empty((len(stacked), *weight.shape), wanted)
+
+
+def _check_tensors(source, table: list[Weight], config: ModelConfig, place: str) -> None:
+    infos = source.infos
+    for weight in table:
+        if weight.hf_name not in infos:
+            raise InputError(f"{place}: tensor {weight.hf_name} is missing")
+        shape = infos[weight.hf_name].shape
+        if shape != weight.hf_shape:
+            raise InputError(
+                f"{place}: tensor {weight.hf_name} has shape {list(shape)}, "
+                f"config.json asks for {list(weight.hf_shape)}"
+            )
+    extra = sorted(infos.keys() - {weight.hf_name for weight in table})
+    extra = [name for name in extra if not _COMPUTED.fullmatch(name)]
+    if extra == ["lm_head.weight"] and config.tie_embeddings:
+        if not _is_same(source, "lm_head.weight", "model.embed_tokens.weight"):
+            raise InputError(
+                f"{place}: lm_head.weight differs from the embedding, but config.json ties them: "
+                "set tie_word_embeddings to false"
+            )
+        return
+    if extra:
+        raise InputError(
+            f"{place}: tensor {extra[0]} has no place in the model of config.json"
+            + (f" (nor have {len(extra) - 1} more)" if extra[1:] else "")
+        )
+
+
+def _is_same(source: TensorSource, first: str, second: str) -> bool:
+    return source.infos[first] == source.infos[second] and np.array_equal(
+        source.read(first), source.read(second)
+    )
+
+
+def _check_finite(stored: np.ndarray, ours: np.ndarray, what: str) -> None:
+    if np.isfinite(ours).all():
+        return
+    bad = int(stored.size - np.isfinite(stored).sum())
+    if bad:
+        raise InputError(f"{what} has {bad} values that are NaN or infinite")
+    raise InputError(f"{what} does not fit {ours.dtype}: use --dtype=bfloat16 or float32")
+
+
+def _refuse_pickles(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").exists():
+        return
+    pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pth"))
+    if pickles:
+        raise InputError(
+            f"{folder} has only pickled weights ({pickles[0].name}), which can run code: "
+            "save it as safetensors first"
+        )
+
+
+def _generation(folder: Path, fields: dict[str, Any]) -> dict[str, Any]:
+    generation = {name: fields[name] for name in SPECIAL_TOKENS if fields.get(name) is not None}
+    path = folder / "generation_config.json"
+    if path.exists():
+        generation |= atomic.read_json(path)
+    return generation
+
+
+def export_folder(
+    target: str | os.PathLike[str],
+    loaded: Loaded,
+    dtype: str = "keep",
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Writes a folder that transformers and vLLM load: all of it, or nothing on a failure.
+
+    Args:
+      target: the folder to make.
+      loaded: a dense model; an MoE has no class there and is an InputError.
+      dtype: of the tensors; "keep" leaves each as it is.
+      max_shard_bytes: above it the weights are sharded, with an index.
+      overwrite: replace a model folder that is there.
+    """
+    config = loaded.config
+    if config.moe is not None:
+        raise InputError(
+            "a mixture of experts of this kind has no class in transformers: use --format=orbax"
+        )
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.check_fits(config.vocab_size)
+    entries = list(export_entries(loaded.params, config, dtype))
+    atomic.check_target(target, overwrite)
+    atomic.require_disk(target, sum(entry.num_bytes for entry in entries) + (16 << 20))
+    with atomic.atomic_dir(target, overwrite) as folder:
+        write_folder(folder, entries, max_shard_bytes)
+        stored = main_dtype(loaded.params) if dtype == "keep" else dtype_named(dtype)
+        special = {n: loaded.generation[n] for n in SPECIAL_TOKENS if n in loaded.generation}
+        fields = by_name(config.family).config_to_hf(config)
+        atomic.write_json(folder / "config.json", fields | special | {"torch_dtype": stored.name})
+        if loaded.generation:
+            atomic.write_json(folder / "generation_config.json", loaded.generation)
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save(folder)
+        lineage.write(folder, loaded.lineage)
+        card.write_license(folder, loaded.license)
+        name = Path(target).name
+        atomic.write_text(folder / "README.md", card.model_card(loaded, name, stored.name))
+
+
+def export_entries(params: tree.Tree, config: ModelConfig, dtype: str) -> Iterator[Entry]:
+    """Every Hugging Face tensor of our tree, made when it is written."""
+    flat = tree.flatten(params)
+    wanted = None if dtype == "keep" else dtype_named(dtype)
+    for weight in by_name(config.family).name_table(config):
+        leaf = flat[weight.path]
+        kept = np.dtype(leaf.dtype) if wanted is None else wanted
+        yield Entry(weight.hf_name, Info(weight.hf_shape, kept), _maker(leaf, weight, kept))
+
+
+def _maker(leaf, weight: Weight, dtype: np.dtype):
+    def make() -> np.ndarray:
+        value = np.asarray(leaf)  # no copy of a numpy array, nor of a jax one on the CPU
+        value = value if weight.layer is None else value[weight.layer]
+        with np.errstate(over="ignore"):
+            cast = weight.to_hf(value).astype(dtype, copy=False)
+        _check_finite(value, cast, f"tensor {weight.hf_name}")
+        return cast
+
+    return make

@@ -1,0 +1,113 @@
+"""What was done to what: `lineage.json`, the list of operations that made a model folder.
+
+Each operation is ``{op, inputs: [{path, sha256}], args, results, time, moejax}``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moejax.core import tree
+from moejax.core.errors import InputError
+from moejax.io import atomic
+
+FILE = "lineage.json"
+_FIELDS = {"op", "inputs", "args", "results", "time", "moejax"}
+
+Lineage = tuple[dict[str, Any], ...]
+
+
+def append(
+    lineage: Iterable[dict[str, Any]],
+    op: str,
+    inputs: Iterable[Mapping[str, str]] = (),
+    args: Mapping[str, Any] | None = None,
+    results: Mapping[str, Any] | None = None,
+) -> Lineage:
+    """Returns the lineage with one more operation; the given one is left as it is.
+
+    Args:
+      lineage: the operations before.
+      op: its name ("import", "upcycle", "train", "merge", "export").
+      inputs: what it read, each `{path, sha256}` as `input_of` makes it.
+      args: what it was asked, as JSON.
+      results: what came of it, as JSON.
+    """
+    entry = {
+        "op": op,
+        "inputs": [dict(item) for item in inputs],
+        "args": dict(args or {}),
+        "results": dict(results or {}),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "moejax": _version(),
+    }
+    return (*lineage, entry)
+
+
+def input_of(path: str | os.PathLike[str]) -> dict[str, str]:
+    """An entry for `inputs`: the path as given, and the hash of the weights there."""
+    return {"path": str(path), "sha256": hash_path(path)}
+
+
+def write(folder: str | os.PathLike[str], lineage: Iterable[dict[str, Any]]) -> None:
+    """Writes `lineage.json` into a folder."""
+    atomic.write_json(Path(folder) / FILE, list(lineage))
+
+
+def read(folder: str | os.PathLike[str]) -> Lineage:
+    """Reads a folder's `lineage.json`; empty when it has none."""
+    path = Path(folder) / FILE
+    if not path.exists():
+        return ()
+    entries = atomic.read_json(path)
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and entry.keys() >= _FIELDS for entry in entries
+    ):
+        raise InputError(f"{path} is not a list of operations with {', '.join(sorted(_FIELDS))}")
+    return tuple(entries)
+
+
+def hash_path(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, or of the weight files of a model folder (names and contents, sorted)."""
+    path = Path(path)
+    if path.is_file():
+        return _hash_file(path)
+    total = hashlib.sha256()
+    files = sorted(path.glob("*.safetensors")) or sorted(
+        file for file in (path / "params").rglob("*") if file.is_file()
+    )
+    if not files:
+        raise InputError(f"{path} has no weight files to hash")
+    for file in files:
+        total.update(f"{file.relative_to(path)}\0{_hash_file(file)}\n".encode())
+    return total.hexdigest()
+
+
+def hash_params(params: tree.Tree) -> str:
+    """SHA-256 of a tree: every path, dtype, shape and byte, in the order of the paths."""
+    total = hashlib.sha256()
+    for path, leaf in sorted(tree.flatten(params).items()):
+        value = np.ascontiguousarray(leaf)
+        total.update(f"{path}\0{value.dtype}{list(value.shape)}\n".encode())
+        total.update(value.reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("moejax")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"  # run from a checkout that was never installed

@@ -1,0 +1,109 @@
+"""One call for whatever a model may come as: folder, hub id, GGUF file, our own format."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+from moejax.core.errors import InputError
+from moejax.io import card, hf, lineage, native
+from moejax.io.loaded import License, Loaded, main_dtype
+from moejax.io.tokenizer import Tokenizer
+
+FORMATS = ("hf", "orbax")
+__all__ = ["FORMATS", "License", "Loaded", "load_any", "main_dtype", "save_any"]
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "README.md"]
+
+
+def load_any(source: str | os.PathLike[str], dtype: str = "keep") -> Loaded:
+    """Loads a model; its parameters are numpy arrays on the host.
+
+    Args:
+      source: a Hugging Face folder, our own folder, a GGUF file (or a folder with one), or a hub
+        id ("org/name").
+      dtype: "keep" leaves parameters as they are stored (quantised ones become float32), or
+        "float32", "bfloat16", "float16", "float64".
+
+    Errors: InputError, one line, that names what is missing, broken or does not fit.
+    """
+    path = Path(source)
+    if not path.exists() and _HUB_ID.fullmatch(str(source)):
+        path = _download(str(source))
+    if not path.exists():
+        raise InputError(f"{source} is missing: name a model folder, a .gguf file or a hub id")
+    loaded = _load_gguf(path, dtype) if path.is_file() else _load_folder(path, dtype)
+    operations = loaded.lineage
+    if not operations:
+        read = {"path": str(source), "sha256": lineage.hash_path(loaded.source)}
+        operations = lineage.append((), "import", [read], {"dtype": dtype})
+    return dataclasses.replace(loaded, lineage=operations, source=str(source))
+
+
+def save_any(
+    loaded: Loaded,
+    target: str | os.PathLike[str],
+    format: str = "hf",
+    dtype: str = "keep",
+    overwrite: bool = False,
+) -> None:
+    """Saves a model as a Hugging Face folder ("hf", dense only) or in our own format ("orbax")."""
+    if format not in FORMATS:
+        raise InputError(f"format {format!r} is unknown: use one of {', '.join(FORMATS)}")
+    operations = lineage.append(loaded.lineage, "export", (), {"format": format, "dtype": dtype})
+    loaded = dataclasses.replace(loaded, lineage=operations)
+    writer = hf.export_folder if format == "hf" else native.export_folder
+    writer(target, loaded, dtype, overwrite=overwrite)
+
+
+def _load_folder(path: Path, dtype: str) -> Loaded:
+    if (path / native.FILE).exists():
+        return native.import_folder(path, dtype)
+    if (path / "config.json").exists():
+        return hf.import_folder(path, dtype)
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return _load_gguf(files[0], dtype)
+    if files:
+        raise InputError(f"{path} holds {len(files)} GGUF files: name one, as {files[0]}")
+    raise InputError(
+        f"{path} has no config.json, {native.FILE} or .gguf file: it is no model folder"
+    )
+
+
+def _load_gguf(path: Path, dtype: str) -> Loaded:
+    from moejax.io.gguf import GgufFile  # the gguf package takes a while to import
+
+    file = GgufFile(path)
+    config = hf.read_config(file.config, path)
+    tokenizer = None
+    if "tokenizer.ggml.model" in file.metadata:
+        tokenizer = Tokenizer.from_gguf_metadata(file.metadata)
+        tokenizer.check_fits(config.vocab_size)
+    params = hf.import_params(file, config, dtype, str(path))
+    generation = {name: file.config[name] for name in hf.SPECIAL_TOKENS if name in file.config}
+    if tokenizer is not None and len(tokenizer.eos_ids) > 1:
+        generation["eos_token_id"] = list(tokenizer.eos_ids)
+    license = card.named_license(file.metadata.get("general.license"))
+    return Loaded(params, config, tokenizer, generation, (), str(path), license)
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError:
+        raise InputError(
+            f"{hub_id} is no folder here, and huggingface_hub, which would fetch it from the hub, "
+            "is not installed: pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise InputError(
+            f"{hub_id} is no folder here and could not be fetched from the hub "
+            f"({type(error).__name__}): check the name and the network, or name a folder"
+        ) from error

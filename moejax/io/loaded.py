@@ -1,0 +1,51 @@
+"""A model in hand, with all that a folder on disk says about it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moejax.core import tree
+from moejax.io.tokenizer import Tokenizer
+from moejax.models.config import ModelConfig
+
+
+class License(NamedTuple):
+    """Licence of the weights: its SPDX-like name ("apache-2.0") and its text, where known."""
+
+    name: str | None = None
+    text: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model and what came with it.
+
+    Attributes:
+      params: nested dict of arrays, as `moejax.models.transformer.abstract_params` lays it out.
+      config: the model.
+      tokenizer: None where the source had none.
+      generation: the fields of generation_config.json (special token ids, sampling defaults).
+      lineage: the operations that made it, first to last.
+      source: where it was read from.
+      license: carried into every folder that is written from it.
+    """
+
+    params: Any
+    config: ModelConfig
+    tokenizer: Tokenizer | None = None
+    generation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lineage: tuple[dict[str, Any], ...] = ()
+    source: str = ""
+    license: License = License()
+
+
+def main_dtype(params: Any) -> np.dtype:
+    """The dtype that most parameters have."""
+    sizes: Counter[np.dtype] = Counter()
+    for leaf in tree.flatten(params).values():
+        sizes[np.dtype(leaf.dtype)] += int(np.prod(leaf.shape))
+    return sizes.most_common(1)[0][0]

@@ -1,0 +1,199 @@
+"""Tensors by name: the protocol every weight file is read through, and safetensors both ways."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from moejax.core.errors import InputError
+from moejax.io import atomic
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# Names in the file format of the types a model may have; every other type is refused by name.
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def dtype_named(name: str) -> np.dtype:
+    """The dtype called "float32", "bfloat16", ...; InputError lists the names that are known."""
+    for dtype in _CODES:
+        if dtype.name == name:
+            return dtype
+    known = ", ".join(dtype.name for dtype in _CODES)
+    raise InputError(f"dtype {name!r} is unknown: use keep or one of {known}")
+
+
+class Info(NamedTuple):
+    """Shape and dtype of a tensor that is not in memory."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class TensorSource(Protocol):
+    """Named tensors on disk: what they are at once, what they hold one at a time."""
+
+    infos: Mapping[str, Info]
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one tensor, in memory of its own."""
+        ...
+
+
+class SafetensorsFolder:
+    """The safetensors files of a model folder, sharded (by its index) or single.
+
+    Errors: InputError for a missing or truncated shard, an index that does not fit, an integer
+    or quantised dtype.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        folder = Path(folder)
+        self.infos: dict[str, Info] = {}
+        self._files: dict[str, safetensors.safe_open] = {}
+        for path in _shards(folder):
+            file = _open(path)
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                if name in self.infos:
+                    raise InputError(f"tensor {name} is in two shards of {folder}")
+                self.infos[name] = _info(file, name, path)
+                self._files[name] = file
+        _check_index(folder, self.infos)
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one tensor, in memory of its own."""
+        return self._files[name].get_tensor(name)
+
+
+def _shards(folder: Path) -> list[Path]:
+    if not (folder / INDEX).exists():
+        if not (folder / SINGLE).exists():
+            raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}")
+        return [folder / SINGLE]
+    names = sorted(set(_weight_map(folder).values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / INDEX} names {name}, which is missing: fetch that shard")
+    return [folder / name for name in names]
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    index = atomic.read_json(folder / INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{folder / INDEX} has no weight_map: fetch the file again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InputError(f"{folder / INDEX} names {name!r}, which is not a file of its folder")
+    return weight_map
+
+
+def _check_index(folder: Path, infos: Mapping[str, Info]) -> None:
+    if not (folder / INDEX).exists():
+        return
+    absent = sorted(_weight_map(folder).keys() - infos.keys())
+    if absent:
+        raise InputError(f"{folder / INDEX} names tensor {absent[0]}, which no shard holds")
+
+
+def _open(path: Path) -> safetensors.safe_open:
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except safetensors.SafetensorError as error:
+        raise InputError(
+            f"{path} is broken or truncated at {path.stat().st_size} bytes ({error}): "
+            "fetch it again"
+        ) from None
+
+
+def _info(file: safetensors.safe_open, name: str, path: Path) -> Info:
+    piece = file.get_slice(name)
+    code = piece.get_dtype()
+    if code not in DTYPES:
+        raise InputError(
+            f"{path}: tensor {name} is {code}, not one of {', '.join(DTYPES)}: "
+            "quantised checkpoints are not read, use the unquantised one"
+        )
+    return Info(tuple(piece.get_shape()), DTYPES[code])
+
+
+class Entry(NamedTuple):
+    """A tensor to write: its bytes are asked for only when their turn comes."""
+
+    name: str
+    info: Info
+    make: Callable[[], np.ndarray]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.info.shape) * self.info.dtype.itemsize
+
+
+def write_file(path: str | os.PathLike[str], entries: Iterable[Entry]) -> None:
+    """Writes one safetensors file, tensor by tensor, holding one of them in memory at a time.
+
+    Layout (https://github.com/huggingface/safetensors): u64 length of the header, little endian;
+    the header as JSON, padded with spaces to 8 bytes; the tensors' bytes, row major.
+    """
+    entries = list(entries)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        end = offset + entry.num_bytes
+        header[entry.name] = {
+            "dtype": _CODES[entry.info.dtype],
+            "shape": list(entry.info.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic.space_errors(path), open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for entry in entries:
+            value = np.ascontiguousarray(entry.make())
+            assert value.shape == entry.info.shape, (entry.name, value.shape, entry.info.shape)
+            assert value.dtype == entry.info.dtype, (entry.name, value.dtype, entry.info.dtype)
+            file.write(value.reshape(-1).view(np.uint8).data)
+
+
+def write_folder(
+    folder: str | os.PathLike[str], entries: Iterable[Entry], max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Writes `model.safetensors`, or shards with an index when it would pass `max_shard_bytes`."""
+    folder = Path(folder)
+    shards: list[list[Entry]] = [[]]
+    size = total = 0
+    for entry in entries:
+        if shards[-1] and size + entry.num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.num_bytes
+        total += entry.num_bytes
+    if len(shards) == 1:
+        write_file(folder / SINGLE, shards[0])
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / name, shard)
+        weight_map.update({entry.name: name for entry in shard})
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    atomic.write_json(folder / INDEX, index)
