@@ -1,0 +1,1 @@
+"""What a model can do: held-out loss, tasks whose answers are run, and honest intervals."""
