@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,22 @@ class Tokenizer:
             spans.append((len(before), len(after)))
         return spans
 
+    def _stopping_at_turn_end(self) -> Tokenizer:
+        """With the token that ends the template's answers among `eos_ids`.
+
+        Some models name only the end of text in their config; generation would then run on into a
+        next turn of its own making.
+        """
+        if self.chat_template is None:
+            return self
+        turn = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+        try:
+            ids, mask = self.encode_chat(turn)
+        except InputError:  # said again, with its reason, to whoever encodes a conversation
+            return self
+        last = ids[int(np.flatnonzero(mask)[-1])]
+        return replace(self, eos_ids=tuple(dict.fromkeys((*self.eos_ids, last))))
+
     def _turn_end_ids(self) -> np.ndarray:
         special = [
             i for i, token in self.backend.get_added_tokens_decoder().items() if token.special
@@ -206,7 +222,7 @@ class Tokenizer:
         if template is not None:
             ChatTemplate.compile(template)
         max_length = config.get("model_max_length")
-        return cls(
+        tokenizer = cls(
             backend=backend,
             special=special,
             eos_ids=_folder_eos_ids(folder, backend, special),
@@ -216,6 +232,7 @@ class Tokenizer:
             model_max_length=int(max_length) if max_length and max_length < 1e9 else None,
             files=files,
         )
+        return tokenizer._stopping_at_turn_end()
 
     @classmethod
     def from_gguf_metadata(cls, fields: Mapping[str, Any]) -> Tokenizer:
@@ -229,7 +246,7 @@ class Tokenizer:
             ChatTemplate.compile(template)
         architecture = fields.get("general.architecture", "")
         max_length = fields.get(f"{architecture}.context_length")
-        return cls(
+        tokenizer = cls(
             backend=backend,
             special=special,
             eos_ids=eos_ids,
@@ -237,6 +254,7 @@ class Tokenizer:
             add_bos=bool(fields.get("tokenizer.ggml.add_bos_token", False)),
             model_max_length=None if max_length is None else int(max_length),
         )
+        return tokenizer._stopping_at_turn_end()
 
     def save(self, folder: str | Path) -> None:
         """Write the files from which `transformers.AutoTokenizer` builds the same tokenizer."""
@@ -262,6 +280,26 @@ class Tokenizer:
             "tokenizer_config.json": _json_bytes(config),
             "special_tokens_map.json": _json_bytes(dict(self.special)),
         }
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer of a model folder or of a GGUF file, without its weights.
+
+    InputError where there is none.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if (path / "tokenizer.json").is_file():
+            return Tokenizer.from_folder(path)
+        files = sorted(path.glob("*.gguf"))
+        if len(files) != 1:
+            return Tokenizer.from_folder(path)
+        path = files[0]
+    if not path.is_file():
+        raise InputError(f"{path} is missing; name a model folder or a .gguf file")
+    from moejax.io.gguf import read_metadata  # the gguf package takes a while to import
+
+    return Tokenizer.from_gguf_metadata(read_metadata(path))
 
 
 def _json_bytes(value: Any) -> bytes:
