@@ -10,7 +10,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-# Before anything imports jax: the suite's numbers are those of a CPU, whatever else the machine has.
+# Before anything imports jax: the suite's numbers are those of a CPU, whatever the machine has.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test may reach the network; a hub look-up then fails at once and by name.
