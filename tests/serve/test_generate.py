@@ -1,0 +1,254 @@
+"""Laws of generation: cached == full forward, padded batch == single rows, a seed decides all."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.core.errors import InputError
+from moejax.models import transformer
+from moejax.models.cache import init_cache
+from moejax.models.config import ModelConfig
+from moejax.moe.config import MoEConfig
+from moejax.ops.rope import RopeConfig
+from moejax.serve import generate as serve
+from moejax.serve.generate import GenerateConfig
+from moejax.serve.sampling import SamplingConfig
+
+TINY = ModelConfig(
+    family="llama",
+    vocab_size=101,
+    num_layers=2,
+    d_model=32,
+    d_ff=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=8,
+    max_position=256,
+    rope=RopeConfig(theta=10000.0),
+)
+CONFIGS = {
+    "plain": TINY,
+    "one_kv_head_tied": dataclasses.replace(TINY, num_kv_heads=1, tie_embeddings=True),
+    "biases": dataclasses.replace(TINY, attention_bias=True, mlp_bias=True),
+    "linear": dataclasses.replace(TINY, rope=RopeConfig(kind="linear", factor=4.0)),
+    "llama3": dataclasses.replace(
+        TINY, rope=RopeConfig(kind="llama3", factor=8.0, original_max_position=32)
+    ),
+    "moe": dataclasses.replace(TINY, moe=MoEConfig(num_experts=4, top_k=3)),
+}
+DYNAMIC = dataclasses.replace(
+    TINY, rope=RopeConfig(kind="dynamic", factor=2.0, original_max_position=16)
+)
+PROMPTS = [[5, 9, 17], [3], list(range(40, 70)), [7, 7, 7, 7, 7, 7], [1, 99, 2, 98]]
+
+
+@functools.cache
+def random_params(config: ModelConfig):
+    """Normal weights everywhere, biases too, so that forgetting one shows."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype),
+        transformer.abstract_params(config),
+    )
+
+
+def greedy_by_full_forward(params, config, prompt, num_new):
+    """The definition: all of the text through the model for every token."""
+    forward = jax.jit(lambda tokens: transformer.logits(params, config, tokens))
+    text = np.zeros((1, len(prompt) + num_new), np.int32)
+    text[0, : len(prompt)] = prompt
+    for at in range(len(prompt), text.shape[1]):
+        # What follows position at - 1 is not seen by it, so one shape serves all lengths.
+        text[0, at] = int(forward(text)[0, at - 1].argmax())
+    return text[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "dynamic"])
+def test_cached_batch_equals_full_forward(name):
+    """Five prompts of 1 to 30 tokens in one padded batch, each as the full forward continues it.
+
+    With dynamic rope the full forward of prompt + max_new_tokens tokens has the frequencies that
+    generation fixes, and the longer prompts are past original_max_position.
+    """
+    config = CONFIGS.get(name, DYNAMIC)
+    params = random_params(config)
+    completions = serve.generate(params, config, PROMPTS, GenerateConfig(max_new_tokens=12))
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        assert completion.ids == greedy_by_full_forward(params, config, prompt, 12)
+        assert not completion.finished
+    assert len({tuple(c.ids) for c in completions}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["plain", "moe", "dynamic"])
+def test_padded_batch_equals_single_rows(name):
+    config = CONFIGS.get(name, DYNAMIC)
+    params = random_params(config)
+    sampling = SamplingConfig(1.0, top_k=40, top_p=0.9)
+    settings = GenerateConfig(max_new_tokens=9, sampling=sampling, seed=3, stop_ids=(11, 40))
+    together = serve.generate(params, config, PROMPTS, settings)
+    in_pairs = serve.generate(params, config, PROMPTS, dataclasses.replace(settings, batch_size=2))
+    assert in_pairs == together
+    # A row's key is its place among the prompts, so the first row can be had alone.
+    assert serve.generate(params, config, PROMPTS[:1], settings) == together[:1]
+
+
+def test_cache_holds_what_a_full_forward_computes():
+    """Not only the argmax: hidden states of prefill and decoding steps, within f32 tolerance."""
+    config = CONFIGS["plain"]
+    params = random_params(config)
+    text = np.random.default_rng(0).integers(0, 101, (1, 20)).astype(np.int32)
+    full = jax.jit(lambda p: transformer.forward(p, config, text))(params).hidden_BTD
+    forward = jax.jit(lambda *args: transformer.forward(args[0], config, args[1], cache=args[2]))
+    for is_split in (False, True):
+        tree = serve.prepare(params) if is_split else params
+        cache = init_cache(config, jnp.array([3]), 32, split=is_split)
+        outs = []
+        for start, stop in ((0, 13), (13, 14), (14, 19), (19, 20)):
+            padded = text[:, start:stop]
+            if start == 0:
+                padded = np.pad(padded, ((0, 0), (3, 0)))
+            out = forward(tree, padded, cache)
+            cache = out.cache
+            outs.append(out.hidden_BTD[:, -(stop - start) :])
+        got = jnp.concatenate(outs, axis=1)
+        assert jnp.abs(got - full).max() < 1e-5 * jnp.abs(full).max()
+
+
+def test_seed_decides_the_answer():
+    config, params = CONFIGS["plain"], random_params(CONFIGS["plain"])
+    settings = GenerateConfig(max_new_tokens=10, sampling=SamplingConfig(1.5), seed=1)
+    same_prompt = [[5, 6]] * 4
+    first = serve.generate(params, config, same_prompt, settings)
+    assert serve.generate(params, config, same_prompt, settings) == first
+    assert len({tuple(c.ids) for c in first}) == 4, "rows must not share random numbers"
+    other = serve.generate(params, config, same_prompt, dataclasses.replace(settings, seed=2))
+    assert all(a.ids != b.ids for a, b in zip(first, other, strict=True))
+
+
+def test_stop_ids_end_rows_one_by_one():
+    config, params = CONFIGS["plain"], random_params(CONFIGS["plain"])
+    free = serve.generate(params, config, PROMPTS, GenerateConfig(max_new_tokens=12))
+    stop_ids = (free[0].ids[4], free[2].ids[0])
+    stopped = serve.generate(
+        params, config, PROMPTS, GenerateConfig(max_new_tokens=12, stop_ids=stop_ids)
+    )
+    for before, after in zip(free, stopped, strict=True):
+        ends = [at for at, token in enumerate(before.ids) if token in stop_ids]
+        assert after.finished == bool(ends)
+        assert after.ids == (before.ids[: ends[0]] if ends else before.ids)
+    assert stopped[2].ids == []
+
+
+def test_decoding_ends_when_all_rows_have():
+    config, params = CONFIGS["plain"], serve.prepare(random_params(CONFIGS["plain"]))
+    free = serve.generate(params, config, PROMPTS, GenerateConfig(max_new_tokens=8))
+    settings = GenerateConfig(max_new_tokens=200, stop_ids=tuple({c.ids[2] for c in free}))
+    plan, state = serve._start(params, config, PROMPTS, [0, 1, 2, 3, 4], 5, settings)
+    state = serve._decode(plan, params, state, 200)
+    assert int(state.count) <= 3
+
+
+def test_the_context_bounds_each_row():
+    config = dataclasses.replace(TINY, max_position=40)
+    params = random_params(config)
+    settings = GenerateConfig(max_new_tokens=100)
+    short, long = serve.generate(params, config, [[1, 2], list(range(35))], settings)
+    assert (len(short.ids), len(long.ids)) == (38, 5)
+    assert short.ids == greedy_by_full_forward(params, config, [1, 2], 38)
+
+
+@pytest.mark.parametrize("every", [1, 4, 64])
+def test_streamed_ids_are_the_generated_ones(every):
+    config, params = CONFIGS["plain"], random_params(CONFIGS["plain"])
+    settings = GenerateConfig(max_new_tokens=15, sampling=SamplingConfig(1.0), seed=4)
+    whole = serve.generate(params, config, PROMPTS[:1], settings)[0]
+    chunks = list(serve.stream(params, config, PROMPTS[0], settings, every=every))
+    assert all(1 <= len(chunk) <= every for chunk in chunks)
+    assert [token for chunk in chunks for token in chunk] == whole.ids
+    stopping = dataclasses.replace(settings, stop_ids=(whole.ids[6],))
+    at = whole.ids.index(whole.ids[6])
+    chunks = list(serve.stream(params, config, PROMPTS[0], stopping, every=every))
+    assert [token for chunk in chunks for token in chunk] == whole.ids[:at]
+
+
+def test_few_shapes_are_compiled():
+    config, params = CONFIGS["plain"], serve.prepare(random_params(CONFIGS["plain"]))
+    before = serve._prefill._cache_size(), serve._decode._cache_size()
+    for length in range(1, 33):
+        settings = GenerateConfig(max_new_tokens=1 + length % 7, seed=length)
+        serve.generate(params, config, [[1] * length], settings)
+    assert serve._prefill._cache_size() - before[0] == 1
+    assert serve._decode._cache_size() - before[1] == 1
+
+
+def test_the_cache_is_updated_in_place():
+    """The compiled loop copies no cache array: a copy a step costs more than the arithmetic."""
+    config, params = CONFIGS["plain"], serve.prepare(random_params(CONFIGS["plain"]))
+    settings = GenerateConfig(max_new_tokens=20)
+    plan, state = serve._start(params, config, PROMPTS, [0, 1, 2, 3, 4], 5, settings)
+    compiled = serve._decode.lower(plan, params, state, 20).compile()
+    shape = ",".join(map(str, state.cache.k["0"][0].shape))
+    copies = [
+        line
+        for line in compiled.as_text().splitlines()
+        if f"f32[{shape}]" in line.split("(")[0] and " copy(" in line
+    ]
+    assert copies == []
+    old = state.cache.k["0"][0]
+    serve._decode(plan, params, state, 20)
+    assert old.is_deleted(), "the old cache must be donated"
+
+
+def test_buckets_are_few_and_close():
+    assert [serve.bucket(n) for n in (1, 32, 33, 255, 256, 257, 513)] == [
+        32, 32, 64, 256, 256, 320, 640,
+    ]  # fmt: skip
+    for n in range(1, 3000):
+        assert n <= serve.bucket(n) <= max(32, 1.25 * n + 31)
+    assert len({serve.bucket(n) for n in range(1, 4097)}) < 30
+
+
+def test_prepare_changes_nothing_but_the_layout():
+    params = random_params(CONFIGS["moe"])
+    prepared = serve.prepare(params)
+    again = serve.prepare(prepared)
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (prepared, again)), strict=True))
+    layers = prepared["layers"]["0"]
+    np.testing.assert_array_equal(layers[1]["attn"]["w_q"], params["layers"]["0"]["attn"]["w_q"][1])
+    half = serve.prepare(params, "bfloat16")
+    assert half["layers"]["0"][0]["attn"]["w_q"].dtype == jnp.bfloat16
+    assert half["layers"]["0"][0]["moe"]["router"]["w_hidden"].dtype == jnp.float32
+
+
+def test_bfloat16_decodes():
+    config, params = CONFIGS["plain"], random_params(CONFIGS["plain"])
+    options = transformer.ForwardOptions(compute_dtype="bfloat16")
+    completion = serve.generate(
+        params, config, PROMPTS, GenerateConfig(max_new_tokens=5, options=options)
+    )[0]
+    assert len(completion.ids) == 5
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        ([[1], []], "prompt 1 is empty"),
+        ([[1] * 256], "prompt 0 has 256 tokens and the model reads 256"),
+        ([[1], [2, 101]], "prompt 1 has token id 101 and the model knows 0 to 100"),
+        ([[-1, 2]], "prompt 0 has token id -1 and the model knows 0 to 100"),
+    ],
+)
+def test_bad_prompts_are_named(prompts, message):
+    with pytest.raises(InputError, match=message) as error:
+        serve.generate({}, TINY, prompts)
+    assert "\n" not in str(error.value)
+
+
+def test_no_prompts_no_answers():
+    assert serve.generate({}, TINY, []) == []
+    with pytest.raises(InputError, match="max_new_tokens must be 1 or more, got 0"):
+        GenerateConfig(max_new_tokens=0)
