@@ -21,11 +21,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from moejax.io.checkpoint import Checkpoints
 
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.io.atomic import read_json, write_json
+from moejax.io.checkpoint import Checkpoints
 from moejax.train.log import (
     Record,
     RunLog,

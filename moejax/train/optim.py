@@ -101,8 +101,12 @@ def matrix_view(path: str, shape: tuple[int, ...]) -> MatrixView:
     """The matrices (or vectors) that one leaf of our tree is in a Hugging Face model.
 
     Below ``layers/<run>/`` the first dim counts layers, below ``experts/`` the next counts experts.
-    Attention weights keep heads apart ([D, H, C], [H, C, D]): in torch they are one dim.
+    Attention weights keep heads apart ([D, H, C], [H, C, D]): in torch they are one dim. Merge
+    coefficients are one vector (`alpha`) or number (`lam_logit`) per layer, or layer and matrix.
     """
+    if path.endswith(("/alpha", "/lam_logit")):
+        num_row_dims = int(path.endswith("/alpha"))
+        return MatrixView(len(shape) - num_row_dims, num_row_dims, 0)
     num_stacked = int(path.startswith("layers/")) + int("/experts/" in f"/{path}")
     num_stacked = min(num_stacked, len(shape))
     name, rest = path.rsplit("/", 1)[-1], len(shape) - num_stacked

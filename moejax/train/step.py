@@ -41,7 +41,7 @@ def make_train_step(
             grads, metrics = _grads(loss_fn, state.params, frozen, batch, key)
         else:
             grads, metrics = _accumulate(loss_fn, state.params, frozen, batch, key, accumulation)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics

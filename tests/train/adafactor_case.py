@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import optax
 
@@ -30,6 +31,8 @@ SHAPES = {
     "layers/0/moe/experts/w_up": (2, 3, 4, 8),
     "layers/0/moe/experts/b_up": (2, 3, 8),
     "layers/0/moe/router/w_out": (2, 2, 2),
+    "0/alpha": (2, 2),
+    "0/lam_logit": (2,),
 }
 
 
@@ -45,7 +48,7 @@ def gradients(step: int) -> tree.Tree:
     for i, (path, shape) in enumerate(SHAPES.items()):
         scale = 10.0 ** (i - 4 - step)
         grad = scale * rng.normal(size=shape)
-        if path.startswith("layers/"):
+        if shape[0] == 2:
             grad[1] *= 50.0
         flat[path] = grad.astype(np.float32)
     return tree.unflatten(flat)
@@ -56,15 +59,20 @@ def run_ours() -> tree.Tree:
     optimizer = make_optimizer(config, STEPS)
     params = parameters()
     state = optimizer.init(params)
+
+    @jax.jit
+    def update(grads, state, params):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
     for step in range(STEPS):
-        updates, state = optimizer.update(gradients(step), state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = update(gradients(step), state, params)
     return params
 
 
 def pieces(path: str, value: np.ndarray) -> np.ndarray:
     """[number of torch tensors, *torch's shape] of one leaf."""
-    stacked = 2 if "experts" in path else int(path.startswith("layers"))
+    stacked = 2 if "experts" in path else int(path.startswith(("layers/", "0/")))
     flat = value.reshape(-1, *value.shape[stacked:])
     name = path.rsplit("/", 1)[-1]
     if name == "w_q":

@@ -1,0 +1,99 @@
+"""Accumulated microbatches are one big batch; the state is donated; randomness follows the step."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moejax.train.state import init_state
+from moejax.train.step import make_train_step
+
+
+def masked_mean(trainable, frozen, batch, rng):
+    """Mean squared error over the rows that count."""
+    error = (batch["x"] @ trainable["w"] + frozen["b"] - batch["y"]) ** 2
+    count = batch["mask"].sum()
+    loss = (error * batch["mask"]).sum() / jnp.maximum(count, 1.0)
+    return loss, {"target_count": count, "abs": jnp.abs(loss), "row_count": jnp.float32(len(error))}
+
+
+def problem(num_rows: int = 12):
+    rng = np.random.default_rng(0)
+    batch = {
+        "x": rng.normal(size=(num_rows, 3)).astype(np.float32),
+        "y": rng.normal(size=num_rows).astype(np.float32),
+        "mask": (np.arange(num_rows) % 5 != 0).astype(np.float32),
+    }
+    return {"w": jnp.ones(3)}, {"b": jnp.float32(0.5)}, batch
+
+
+def one_step(accumulation: int, optimizer=None, loss_fn=masked_mean, mask=None):
+    optimizer = optimizer or optax.sgd(0.1)
+    trainable, frozen, batch = problem()
+    if mask is not None:
+        batch["mask"] = mask
+    step = make_train_step(loss_fn, optimizer, accumulation)
+    return step(init_state(trainable, optimizer), frozen, batch, jax.random.key(0))
+
+
+@pytest.mark.parametrize("accumulation", [2, 3, 6, 12])
+def test_accumulation_equals_one_big_batch(accumulation):
+    whole, whole_metrics = one_step(1)
+    parts, parts_metrics = one_step(accumulation)
+    np.testing.assert_allclose(parts.params["w"], whole.params["w"], rtol=1e-6)
+    assert parts_metrics.keys() == whole_metrics.keys()
+    for name in ("loss", "grad_norm", "target_count", "row_count"):
+        assert float(parts_metrics[name]) == pytest.approx(float(whole_metrics[name]), rel=1e-5)
+
+
+def test_accumulation_weighs_by_tokens_and_not_by_microbatch():
+    """All that counts is in the first half: a mean of means would halve the gradient."""
+    mask = np.array([1.0] * 6 + [0.0] * 6, np.float32)
+    whole, _ = one_step(1, mask=mask)
+    parts, _ = one_step(2, mask=mask)
+    np.testing.assert_allclose(parts.params["w"], whole.params["w"], rtol=1e-6)
+
+
+def test_gradient_norm_is_reported_before_clipping():
+    _, free = one_step(1)
+    _, clipped = one_step(1, optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(0.1)))
+    assert float(free["grad_norm"]) == float(clipped["grad_norm"]) > 1e-3
+
+
+def test_state_is_donated():
+    optimizer = optax.sgd(0.1)
+    trainable, frozen, batch = problem()
+    state = init_state(trainable, optimizer)
+    make_train_step(masked_mean, optimizer)(state, frozen, batch, jax.random.key(0))
+    assert state.params["w"].is_deleted() and not frozen["b"].is_deleted()
+
+
+def test_each_step_and_microbatch_draws_its_own_randomness():
+    def noise(trainable, frozen, batch, rng):
+        return jax.random.uniform(rng) + 0.0 * trainable["w"].sum(), {}
+
+    optimizer = optax.sgd(0.1)
+    trainable, frozen, batch = problem()
+
+    def losses(accumulation):
+        step = make_train_step(noise, optimizer, accumulation)
+        state, seen = init_state(jax.tree.map(jnp.array, trainable), optimizer), []
+        for _ in range(3):
+            state, metrics = step(state, frozen, batch, jax.random.key(7))
+            seen.append(float(metrics["loss"]))
+        return seen
+
+    assert len(set(losses(1))) == 3
+    assert losses(1) == losses(1) != losses(2)
+
+
+def test_bfloat16_parameters_accumulate_in_float32_and_stay_bfloat16():
+    optimizer = optax.sgd(0.1)
+    trainable, frozen, batch = problem()
+    trainable = {"w": trainable["w"].astype(jnp.bfloat16)}
+    step = make_train_step(masked_mean, optimizer, 4)
+    state, _ = step(init_state(trainable, optimizer), frozen, batch, jax.random.key(0))
+    assert state.params["w"].dtype == jnp.bfloat16
