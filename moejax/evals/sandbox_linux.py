@@ -178,5 +178,6 @@ def restrict_files(read_only: list[str], writable: list[str]) -> None:
         rule = ctypes.create_string_buffer(struct.pack("=Qi", allowed, folder), 12)
         _syscall(_NUM_LANDLOCK_ADD, ruleset, 1, rule, 0, what=f"landlock rule for {path}")
         os.close(folder)
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1, what="no new privileges")  # Landlock asks for it
     _syscall(_NUM_LANDLOCK_RESTRICT, ruleset, 0, what="landlock")
     os.close(ruleset)

@@ -125,8 +125,9 @@ def filter_program(machine: str, processes: bool) -> bytes:
     ops += [_op(_EQUAL, _CLONE3[column], 0, 1), _op(_RETURN, _ERRNO | _ENOSYS)]
     refused = _REFUSED if processes else _REFUSED | _NEW_PROCESS
     for numbers in refused.values():
-        if numbers[column] is not None:
-            ops += [_op(_EQUAL, numbers[column], 0, 1), refuse]
+        number = numbers[column]
+        if number is not None:
+            ops += [_op(_EQUAL, number, 0, 1), refuse]
     flags = [_argument(0), _op(_ANY_BIT, _CLONE_NEW_ANY, 0, 1), refuse, allow]
     ops += [_op(_EQUAL, _CLONE[column], 0, len(flags)), *flags]
     own_limits = [_argument(0), _op(_EQUAL, 0, 1, 0), refuse, allow]
