@@ -68,7 +68,7 @@ def atomic_dir(target: str | os.PathLike[str], overwrite: bool = False) -> Itera
         temporary.chmod(0o755)
         with space_errors(target):
             yield temporary
-            _sync(temporary)
+            sync_files(temporary)
         _replace(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -142,7 +142,7 @@ def _make_parents(folder: Path) -> list[Path]:
     return missing
 
 
-def _sync(folder: Path) -> None:
+def sync_files(folder: Path) -> None:
     """Flushes every file below to the disk, so that a rename never outlives its contents."""
     for path in [*folder.rglob("*"), folder]:
         handle = os.open(path, os.O_RDONLY)

@@ -16,11 +16,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from moejax.core import tree
 from moejax.core.errors import InputError
-from moejax.io import atomic, card, lineage
+from moejax.io import atomic, card, lineage, orbax
 from moejax.io.loaded import License, Loaded, main_dtype
 from moejax.io.safetensors import dtype_named
 from moejax.io.tokenizer import Tokenizer
@@ -46,7 +45,7 @@ def export_folder(
     atomic.check_target(target, overwrite)
     atomic.require_disk(target, tree.num_bytes(params) + (16 << 20))
     with atomic.atomic_dir(target, overwrite) as folder:
-        ocp.save(folder / PARAMS, params)
+        orbax.save_tree(folder / PARAMS, params)
         about = {
             "format_version": FORMAT_VERSION,
             "config": loaded.config.to_json(),
@@ -101,35 +100,14 @@ def _read_about(folder: Path) -> dict[str, Any]:
 def _read_params(path: Path, config: ModelConfig) -> tree.Tree:
     if not path.is_dir():
         raise InputError(f"{path} is missing: the folder is broken")
-    try:
-        stored = jax.tree.map(_as_shape, ocp.metadata(path).metadata)
-        found = tree.flatten(stored)
-        for leaf_path, wanted in tree.flatten(abstract_params(config)).items():
-            leaf = found.pop(leaf_path, None)
-            if leaf is None:
-                raise InputError(f"{path}: {leaf_path} is missing")
-            if leaf.shape != wanted.shape:
-                raise InputError(
-                    f"{path}: {leaf_path} has shape {list(leaf.shape)}, "
-                    f"{FILE} asks for {list(wanted.shape)}"
-                )
-        if found:
-            raise InputError(f"{path}: {min(found)} has no place in the model of {FILE}")
-        return ocp.load(path, jax.tree.map(host_template, stored))
-    except InputError:
-        raise
-    except (ValueError, OSError, KeyError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is broken ({first[:200]}): copy it again") from error
-
-
-def _as_shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-
-
-def host_template(leaf: Any) -> np.ndarray:
-    """Asks orbax for a numpy array of this shape, at no memory: one element, broadcast."""
-    return np.broadcast_to(np.empty((), leaf.dtype), leaf.shape)
+    stored = tree.flatten(orbax.read_abstract(path))
+    wanted = tree.flatten(abstract_params(config))
+    # A leaf comes back in the dtype it was stored in, so the template has that dtype.
+    template = {
+        name: jax.ShapeDtypeStruct(leaf.shape, stored.get(name, leaf).dtype)
+        for name, leaf in wanted.items()
+    }
+    return orbax.load_tree(path, jax.tree.map(orbax.on_host, tree.unflatten(template)))
 
 
 def _cast(params: tree.Tree, dtype: np.dtype | None) -> tree.Tree:

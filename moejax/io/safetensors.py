@@ -48,7 +48,10 @@ class Info(NamedTuple):
 class TensorSource(Protocol):
     """Named tensors on disk: what they are at once, what they hold one at a time."""
 
-    infos: Mapping[str, Info]
+    @property
+    def infos(self) -> Mapping[str, Info]:
+        """Shape and dtype of every tensor."""
+        ...
 
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor, in memory of its own."""

@@ -1,0 +1,184 @@
+"""Checkpoints of a run: complete or not counted, checked before they are trusted, few kept.
+
+    DIR/step_00000020/state/      the tree, written by orbax
+    DIR/step_00000020/done.json   step, metrics, size and CRC of every file; written last
+
+A checkpoint is written under another name and renamed when all of it is on the disk; saving waits
+for that, and a step that was asked for is never skipped. One process, one writer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from moejax.core import tree
+from moejax.core.errors import InputError
+from moejax.io import atomic, orbax
+
+_DONE = "done.json"
+_PART = ".part"
+_STEP = re.compile(r"step_(\d+)")
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder.
+
+    Args:
+      directory: made when the first one is saved.
+      keep_last: how many of the newest are kept.
+      best_metric: also keep the one whose metrics have this name at its lowest; None keeps none.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], keep_last: int = 2, best_metric: str | None = None
+    ):
+        if keep_last < 1:
+            raise InputError(f"keep_last must be at least 1, got {keep_last}")
+        self.directory = Path(directory)
+        self._keep_last = keep_last
+        self._best_metric = best_metric
+        self._verdicts: dict[int, bool] = {}
+
+    def save(
+        self, step: int, params: tree.Tree, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Saves nested dicts of arrays as of `step`, then removes what need not be kept.
+
+        A checkpoint of this step is replaced; later ones, of a run that was given up, are removed.
+        InputError when the disk is full; what was there before is then still there.
+        """
+        folder, part = self._folder(step), self.directory / _PART
+        self.directory.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+        atomic.require_disk(self.directory, tree.num_bytes(params))
+        try:
+            with atomic.space_errors(folder):
+                part.mkdir()
+                orbax.save_tree(part / "state", params)
+                atomic.sync_files(part)
+                done = {"step": step, "metrics": dict(metrics or {}), "files": _checksums(part)}
+                atomic.write_json(part / _DONE, done)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        if folder.exists():
+            _remove(folder)
+        os.replace(part, folder)
+        self._verdicts[step] = True
+        self._prune(step)
+
+    def steps(self) -> list[int]:
+        """Steps that were saved to the end, in order, intact or not."""
+        if not self.directory.is_dir():
+            return []
+        found = (_STEP.fullmatch(path.name) for path in self.directory.iterdir())
+        return sorted(int(m[1]) for m in found if m and self._is_done(int(m[1])))
+
+    def latest_step(self) -> int | None:
+        """The newest step whose files are intact; a broken one is passed over with a warning.
+
+        None when nothing was saved. InputError when all that was saved is broken: starting anew
+        then has to be somebody's decision.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            if self._is_intact(step):
+                return step
+            _log.warning(
+                "checkpoint %s is broken: going back to the one before", self._folder(step)
+            )
+        if steps:
+            raise InputError(
+                f"all {len(steps)} checkpoints in {self.directory} are broken: "
+                "remove that folder to start anew"
+            )
+        return None
+
+    def best_step(self) -> int | None:
+        """The step with the lowest `best_metric`; None when no checkpoint has it."""
+        values = {step: self.metrics(step).get(str(self._best_metric)) for step in self.steps()}
+        known = {s: value for s, value in values.items() if value is not None and value == value}
+        return min(known, key=known.__getitem__) if known else None
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What `save` was told about a step."""
+        return atomic.read_json(self._folder(step) / _DONE)["metrics"]
+
+    def restore(self, step: int | None, wanted: tree.Tree) -> tree.Tree:
+        """Reads a checkpoint.
+
+        Args:
+          step: which; None takes the newest that is intact.
+          wanted: nested dicts of `jax.ShapeDtypeStruct`, with shardings or without (then on the
+            default device).
+
+        Errors: InputError for a step that is not there or broken, or a tree of another config.
+        """
+        if step is None:
+            step = self.latest_step()
+            if step is None:
+                raise InputError(f"{self.directory} holds no checkpoint")
+        elif step not in self.steps():
+            known = ", ".join(map(str, self.steps())) or "none"
+            raise InputError(f"{self.directory} has no checkpoint of step {step}: it has {known}")
+        elif not self._is_intact(step):
+            raise InputError(f"checkpoint {self._folder(step)} is broken: choose another step")
+        return orbax.load_tree(self._folder(step) / "state", wanted)
+
+    def _folder(self, step: int) -> Path:
+        return self.directory / f"step_{step:08d}"
+
+    def _is_done(self, step: int) -> bool:
+        return (self._folder(step) / _DONE).exists()
+
+    def _is_intact(self, step: int) -> bool:
+        if step not in self._verdicts:
+            folder = self._folder(step)
+            try:
+                done = atomic.read_json(folder / _DONE)
+                self._verdicts[step] = done["files"] == _checksums(folder)
+            except (InputError, KeyError, TypeError):
+                self._verdicts[step] = False
+        return self._verdicts[step]
+
+    def _prune(self, current: int) -> None:
+        steps = self.steps()
+        kept = {step for step in steps if step <= current}
+        kept = set(sorted(kept)[-self._keep_last :])
+        best = None if self._best_metric is None else self.best_step()
+        if best is not None:
+            kept.add(best)
+        for path in self.directory.iterdir():
+            match = _STEP.fullmatch(path.name)
+            if match and int(match[1]) not in kept:
+                _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint so that one cut off half way does not look complete."""
+    (folder / _DONE).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _checksums(folder: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file below, but for the file that records them."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != _DONE:
+            found[str(path.relative_to(folder))] = [path.stat().st_size, _crc(path)]
+    return found
+
+
+def _crc(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            value = zlib.crc32(chunk, value)
+    return value
