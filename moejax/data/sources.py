@@ -35,7 +35,7 @@ def load_records(source: str, split: str = "train", limit: int | None = None) ->
     `split` chooses among a hub data set's parts; `limit` stops after that many rows. InputError
     names file and line of a broken row, a missing field, an empty source and an unknown file type.
     """
-    records = []
+    records: list[Record] = []
     for where, row in _rows(source, split):
         if limit is not None and len(records) >= limit:
             break
@@ -50,7 +50,8 @@ def split_heldout(records: Sequence[Record], share: float) -> tuple[list[Record]
 
     So rows with the same question fall on the same side, in whatever order the file is.
     """
-    train, heldout = [], []
+    train: list[Record] = []
+    heldout: list[Record] = []
     for record in records:
         question = json.dumps([dict(m) for m in record.messages[:-1]], sort_keys=True)
         digest = hashlib.sha256(question.encode()).digest()

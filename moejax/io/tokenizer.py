@@ -190,8 +190,9 @@ class Tokenizer:
     def _end_text(self) -> str:
         if "eos_token" in self.special:
             return self.special["eos_token"]
-        if self.eos_ids:
-            return self.backend.id_to_token(self.eos_ids[0])
+        text = self.backend.id_to_token(self.eos_ids[0]) if self.eos_ids else None
+        if text is not None:
+            return text
         raise InputError("the tokenizer names no end-of-text token; set eos_token in its config")
 
     # --- on disk --------------------------------------------------------------------------------
