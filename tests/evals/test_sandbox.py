@@ -20,7 +20,8 @@ SOURCE = Path(sandbox.__file__).parents[1]
 PLAIN_USER = 54321
 CASES = [
     node.name
-    for node in ast.parse((HERE / "sandbox_cases.py").read_text()).body
+    for file in sorted(HERE.glob("sandbox_cases_*.py"))
+    for node in ast.parse(file.read_text()).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("case_")
 ]
 CURRENT = "root" if os.getuid() == 0 else "plain"
@@ -57,7 +58,8 @@ def _package(folder: Path) -> None:
     for name in ("__init__.py", "core/__init__.py", "evals/__init__.py"):
         (folder / "moejax" / name).write_text("")
     shutil.copy(SOURCE / "core" / "errors.py", folder / "moejax" / "core")
-    shutil.copy(HERE / "sandbox_cases.py", folder)
+    for path in HERE.glob("sandbox_*.py"):
+        shutil.copy(path, folder)
     (folder / "scratch").mkdir(mode=0o777)
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o755 if path.is_dir() else 0o644)
