@@ -43,8 +43,8 @@ def truncate_metrics(workdir: str | os.PathLike[str], step: int) -> None:
     write_text(Path(workdir) / METRICS_FILE, "".join(kept))
 
 
-def write_env(workdir: str | os.PathLike[str]) -> None:
-    """Writes env.json: versions, platform, devices, time of the (latest) start."""
+def environment() -> dict[str, Any]:
+    """What a run runs on: versions, platform, devices, and the time, as JSON."""
     names = ("moejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     versions = {}
     for name in names:
@@ -53,7 +53,7 @@ def write_env(workdir: str | os.PathLike[str]) -> None:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed (source tree)"
     device = jax.devices()[0]
-    env = {
+    return {
         "python": platform.python_version(),
         "versions": versions,
         "platform": platform.platform(),
@@ -63,7 +63,6 @@ def write_env(workdir: str | os.PathLike[str]) -> None:
         "device_count": jax.device_count(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    write_json(Path(workdir) / "env.json", env)
 
 
 def load_imbalance(expert_count_LJ: np.ndarray) -> float:

@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,8 @@ def fit(
     divide, a loss that is not finite. KeyboardInterrupt after ctrl-C, once the state is saved.
     """
     workdir = Path(workdir)
-    claim_workdir(workdir, config, info.identity)
+    identity = {"train": dataclasses.asdict(config), **info.identity}
+    claim_folder(workdir, identity, free=[f"train.{name}" for name in FREE])
     run = _Run(config, loss_fn, eval_fn, workdir, info)
     state = run.start(trainable)
     del trainable
@@ -163,13 +164,21 @@ def fit(
     )
 
 
-def claim_workdir(workdir: Path, config: TrainConfig, identity: Mapping[str, Any]) -> None:
-    """Makes the directory this run's, or raises InputError naming the keys of another's config."""
-    wanted = json.loads(json.dumps({"train": dataclasses.asdict(config), **identity}))
-    path = workdir / "config.json"
-    if path.exists():
-        ours, theirs = _leaves(wanted), _leaves(read_json(path))
-        free = {f"train.{name}" for name in FREE}
+def claim_folder(
+    folder: str | os.PathLike[str],
+    identity: Mapping[str, Any],
+    name: str = "config.json",
+    free: Collection[str] = (),
+) -> None:
+    """Makes a folder the place of one run: writes `identity` there, or compares it with what is.
+
+    Keys in `free` ("train.log_every") may differ. InputError names the keys that differ and both
+    values; nothing is touched then.
+    """
+    folder = Path(folder)
+    wanted = json.loads(json.dumps(identity))
+    if (folder / name).exists():
+        ours, theirs = _leaves(wanted), _leaves(read_json(folder / name))
         missing = object()
         differing = [
             f"{key} ({theirs.get(key, 'unset')!r} there, {ours.get(key, 'unset')!r} here)"
@@ -178,11 +187,11 @@ def claim_workdir(workdir: Path, config: TrainConfig, identity: Mapping[str, Any
         ]
         if differing:
             raise InputError(
-                f"{workdir} holds a run of another config: {', '.join(differing)}; "
-                "give that config, or another directory"
+                f"{folder} holds a run of another config: {', '.join(differing)}; "
+                "give that config, or another folder"
             )
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, wanted)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / name, wanted)
 
 
 def load_best(workdir: str | os.PathLike[str], like: tree.Tree) -> tree.Tree:

@@ -1,4 +1,4 @@
-"""A run resumes bit for bit, stops cleanly, keeps its best, and never joins another run's folder."""
+"""A run resumes bit for bit, stops cleanly, keeps its best, never joins another run's folder."""
 
 from __future__ import annotations
 

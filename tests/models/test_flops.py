@@ -1,0 +1,89 @@
+"""Counts from a config agree with the tree, with known models, and with what XLA counts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moejax.core import tree
+from moejax.models import transformer
+from moejax.models.config import ModelConfig
+from moejax.models.flops import (
+    active_params,
+    forward_flops_per_token,
+    merge_flops,
+    num_params,
+    train_flops,
+)
+from moejax.moe.config import MoEConfig
+
+SMOLLM2_135M = ModelConfig(
+    family="llama",
+    vocab_size=49152,
+    num_layers=30,
+    d_model=576,
+    d_ff=1536,
+    num_heads=9,
+    num_kv_heads=3,
+    head_size=64,
+    tie_embeddings=True,
+)
+DEEPSEEK_CODER_1B = ModelConfig(
+    family="llama",
+    vocab_size=32256,
+    num_layers=24,
+    d_model=2048,
+    d_ff=5504,
+    num_heads=16,
+    num_kv_heads=16,
+    head_size=128,
+)
+XFT_1B = dataclasses.replace(DEEPSEEK_CODER_1B, moe=MoEConfig(num_experts=8, top_k=6))
+
+
+def test_parameters_of_known_models():
+    assert num_params(SMOLLM2_135M) == active_params(SMOLLM2_135M) == 134_515_008
+    assert num_params(DEEPSEEK_CODER_1B) == 1_346_471_936
+    expert = 24 * 3 * 2048 * 5504
+    router = 24 * (2 * 2048 * 7 + 49)
+    assert num_params(XFT_1B) == 1_346_471_936 + 7 * expert + router
+    assert active_params(XFT_1B) == 1_346_471_936 + 5 * expert + router
+
+
+def test_flops_of_a_long_model_are_two_per_parameter():
+    """The 2N rule, where attention and the embedding's look-up are small or taken out."""
+    lookup = 32256 * 2048
+    flops = forward_flops_per_token(DEEPSEEK_CODER_1B, 1)
+    assert flops == pytest.approx(2 * (num_params(DEEPSEEK_CODER_1B) - lookup), rel=1e-3)
+    flops = forward_flops_per_token(XFT_1B, 1)
+    assert flops == pytest.approx(2 * (active_params(XFT_1B) - lookup), rel=1e-3)
+
+
+def test_flops_are_what_xla_counts():
+    config = ModelConfig("llama", 1024, 1, 128, 512, 4, 2, 32, tie_embeddings=True)
+    seq_len = 64
+    tokens = jax.ShapeDtypeStruct((2, seq_len), jnp.int32)
+    params = transformer.abstract_params(config)
+    run = jax.jit(lambda p, t: transformer.logits(p, config, t))
+    counted = run.lower(params, tokens).compile().cost_analysis()["flops"]
+    # XLA counts the masked half of the scores too.
+    causal = 2 * 4 * 32 * (seq_len - 1)
+    expected = 2 * seq_len * (forward_flops_per_token(config, seq_len) + causal)
+    assert counted == pytest.approx(expected, rel=0.05)
+
+
+def test_training_is_three_forward_passes():
+    assert train_flops(SMOLLM2_135M, 10, 128) == 30 * forward_flops_per_token(SMOLLM2_135M, 128)
+    noise = 24 * 2 * 2048 * 7
+    assert train_flops(XFT_1B, 10, 128) == 30 * (forward_flops_per_token(XFT_1B, 128) + noise)
+
+
+def test_merging_costs_less_than_training_dense_and_grows_with_steps():
+    dense = train_flops(DEEPSEEK_CODER_1B, 65536, 1024)
+    one, two = merge_flops(XFT_1B, 65536, 1024, 1), merge_flops(XFT_1B, 65536, 1024, 2)
+    assert 2 / 3 * dense < one < dense
+    experts, _ = tree.split(transformer.abstract_params(XFT_1B), "**/experts/**")
+    assert two - one == 6 * tree.num_params(experts) * 7 / 8
