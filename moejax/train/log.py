@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from moejax.io.atomic import write_json, write_text
+from moejax.io.atomic import write_text
 
 METRICS_FILE = "metrics.jsonl"
 Record = dict[str, Any]

@@ -29,10 +29,10 @@ from moejax.io.checkpoint import Checkpoints
 from moejax.train.log import (
     Record,
     RunLog,
+    environment,
     load_imbalance,
     read_metrics,
     truncate_metrics,
-    write_env,
 )
 from moejax.train.optim import OptimConfig, make_optimizer, make_schedule
 from moejax.train.peak import Peak
@@ -213,7 +213,7 @@ class _Run:
 
     def start(self, trainable: tree.Tree) -> TrainState:
         """The latest checkpoint's state, or a fresh one."""
-        write_env(self._workdir)
+        write_json(self._workdir / "env.json", environment())
         latest = self._checkpoints.latest_step()
         if latest is not None:
             like = jax.eval_shape(lambda p: init_state(p, self._optimizer), trainable)
@@ -280,6 +280,7 @@ class _Run:
         if "token_count" in record:
             record["tokens_per_s"] = record["token_count"] / step_s
         if "expert_count" in metrics:
+            record["expert_count"] = metrics["expert_count"].astype(int).tolist()
             record["load_max"] = load_imbalance(metrics["expert_count"])
         if self._info.flops_per_step:
             record["gflops"] = self._info.flops_per_step / step_s / 1e9
