@@ -26,8 +26,8 @@ class GenerateConfig:
       max_new_tokens: upper bound on each answer; a row also ends where the model's context does.
       sampling: how each token is drawn.
       stop_ids: ids that end an answer; they are not part of it.
-      seed: row i draws its t-th token with the key fold_in(fold_in(key(seed), i), t), whatever
-        the batch it shares.
+      seed: an int32; row i draws its t-th token with the key fold_in(fold_in(key(seed), i), t),
+        whatever the batch it shares.
       batch_size: most rows decoded at a time.
       options: how to compute; the cache has its compute_dtype.
     """
@@ -126,14 +126,14 @@ def prepare(params: tree.Tree, compute_dtype: str = "float32") -> tree.Tree:
     Slicing stacked weights or converting them would copy all of them for every token. Takes a
     second copy of the layers; does nothing to a tree that it made.
     """
-    if not any(isinstance(run, tuple) for run in params["layers"].values()):
-        params = split_layers(params)
 
     def cast(path, w):
         # Routers keep their own precision, as in `forward`.
         is_router = any(getattr(key, "key", None) == "router" for key in path)
-        return w if is_router else w.astype(compute_dtype)
+        return jnp.asarray(w) if is_router else jnp.asarray(w, compute_dtype)
 
+    if not any(isinstance(run, tuple) for run in params["layers"].values()):
+        params = params | {"layers": _split(params["layers"])}
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
@@ -151,7 +151,7 @@ def bucket(length: int) -> int:
     At most a quarter is padding, and lengths up to n make O(log n) shapes.
     """
     step = max(32, (1 << length.bit_length()) >> 3)
-    return -(-length // step) * step
+    return max(1, -(-length // step)) * step
 
 
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
@@ -183,8 +183,6 @@ class _Plan:
     config: ModelConfig
     options: ForwardOptions
     sampling: SamplingConfig
-    stop_ids: tuple[int, ...]
-    num_slots: int
 
 
 @jax.tree_util.register_dataclass
@@ -192,8 +190,8 @@ class _Plan:
 class _State:
     """A batch in the middle of its answers.
 
-    last_B are the tokens drawn last, not yet in the cache; ids_BN all drawn so far, `count` of
-    them a row; a row is finished at a stop id or after its budget.
+    last_B are each row's newest tokens, not yet in the cache; ids_BN all drawn so far, `count` of
+    them a row; a row is finished at one of stop_ids or after its budget.
     """
 
     cache: KVCache
@@ -203,79 +201,86 @@ class _State:
     finished_B: jax.Array
     budget_B: jax.Array
     keys_B: jax.Array
+    stop_ids: jax.Array
 
 
 def _start(params, config, prompts, rows, num_rows, settings) -> tuple[_Plan, _State]:
-    """Pads `rows` of the prompts to one batch of `num_rows` and runs them through the model."""
-    longest = max(len(prompts[row]) for row in rows)
-    num_tokens = bucket(longest)
-    # Rows that only fill the batch are one token long and have no budget: finished at once.
+    """Pads `rows` of the prompts to one batch of `num_rows` and fills a cache with them."""
+    plan = _Plan(config, settings.options, settings.sampling)
+    # All but a prompt's last token, which the loop starts from.
+    num_tokens = bucket(max(len(prompts[row]) for row in rows) - 1)
     tokens_BT = np.zeros((num_rows, num_tokens), np.int32)
-    lengths_B, budget_B = np.ones(num_rows, np.int32), np.zeros(num_rows, np.int32)
+    last_B, lengths_B, budget_B, row_ids_B = np.zeros((4, num_rows), np.int32)
     for i, row in enumerate(rows):
-        lengths_B[i] = len(prompts[row])
-        tokens_BT[i, num_tokens - lengths_B[i] :] = prompts[row]
-        budget_B[i] = min(settings.max_new_tokens, context_length(config) - lengths_B[i])
+        before, last_B[i] = prompts[row][:-1], prompts[row][-1]
+        tokens_BT[i, num_tokens - len(before) :] = before
+        lengths_B[i] = len(before)
+        budget_B[i] = min(settings.max_new_tokens, context_length(config) - len(prompts[row]))
+        row_ids_B[i] = row
     num_slots = bucket(num_tokens + int(budget_B.max()))
-    row_ids_B = np.array([*rows, *[0] * (num_rows - len(rows))], np.int32)
-    plan = _Plan(config, settings.options, settings.sampling, tuple(settings.stop_ids), num_slots)
-    return plan, _prefill(
-        plan, params, tokens_BT, lengths_B, budget_B, np.int32(settings.seed), row_ids_B
+    longest_B = lengths_B + 1 + budget_B
+    cache = _prefill(config, settings.options, num_slots, params, tokens_BT, lengths_B, longest_B)
+    key = jax.random.key(settings.seed)
+    return plan, _State(
+        cache=cache,
+        last_B=jnp.asarray(last_B),
+        ids_BN=jnp.zeros((num_rows, num_slots - num_tokens), jnp.int32),
+        count=jnp.zeros((), jnp.int32),
+        # Rows that only fill up the batch have nothing to say.
+        finished_B=jnp.asarray(budget_B == 0),
+        budget_B=jnp.asarray(budget_B),
+        keys_B=jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids_B),
+        stop_ids=jnp.array(settings.stop_ids, jnp.int32),
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _prefill(plan, params, tokens_BT, lengths_B, budget_B, seed, row_ids_B) -> _State:
-    """Fills the cache with the prompts and draws every row's first token."""
-    num_rows, num_tokens = tokens_BT.shape
+@jax.jit
+def _split(layers):
+    return split_layers({"layers": layers})["layers"]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _prefill(
+    config, options, num_slots: int, params, tokens_BT, lengths_B, rope_length_B
+) -> KVCache:
+    """A cache of `num_slots` slots that holds each row's last lengths_B tokens."""
     cache = init_cache(
-        plan.config,
-        num_tokens - lengths_B,
-        plan.num_slots,
-        rope_length_B=lengths_B + budget_B,
-        dtype=plan.options.compute_dtype,
+        config,
+        tokens_BT.shape[1] - lengths_B,
+        num_slots,
+        rope_length_B=rope_length_B,
+        dtype=options.compute_dtype,
         split=True,
     )
-    out = forward(params, plan.config, tokens_BT, cache=cache, options=plan.options)
-    assert out.cache is not None
-    state = _State(
-        cache=out.cache,
-        last_B=jnp.zeros(num_rows, jnp.int32),
-        ids_BN=jnp.zeros((num_rows, plan.num_slots - num_tokens), jnp.int32),
-        count=jnp.zeros((), jnp.int32),
-        finished_B=jnp.zeros(num_rows, bool),
-        budget_B=budget_B,
-        keys_B=jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(row_ids_B),
-    )
-    return _draw(plan, params, state, out.hidden_BTD[:, -1])
+    filled = forward(params, config, tokens_BT, cache=cache, options=options).cache
+    assert filled is not None
+    return filled
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(plan, params, state: _State, until) -> _State:
+def _decode(plan: _Plan, params, state: _State, until) -> _State:
     """Draws tokens until every row has `until` of them or is finished; the cache stays in place."""
 
     def unfinished(state):
         return (state.count < until) & ~jnp.all(state.finished_B)
 
-    def step(state):
-        out = forward(
-            params, plan.config, state.last_B[:, None], cache=state.cache, options=plan.options
-        )
-        state = dataclasses.replace(state, cache=out.cache)
-        return _draw(plan, params, state, out.hidden_BTD[:, 0])
-
-    return jax.lax.while_loop(unfinished, step, state)
+    return jax.lax.while_loop(unfinished, lambda state: _step(plan, params, state), state)
 
 
-def _draw(plan: _Plan, params, state: _State, hidden_BD) -> _State:
-    """Draws the token that follows each row's hidden state."""
-    logits_BV = unembed(params, plan.config, hidden_BD)
+def _step(plan: _Plan, params, state: _State) -> _State:
+    """Reads every row's newest token and draws the one that follows it."""
+    out = forward(
+        params, plan.config, state.last_B[:, None], cache=state.cache, options=plan.options
+    )
+    assert out.cache is not None
+    logits_BV = unembed(params, plan.config, out.hidden_BTD[:, 0])
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.count)
     drawn_B = sample(logits_BV, keys_B, plan.sampling)
-    stopped_B = jnp.isin(drawn_B, jnp.array(plan.stop_ids, jnp.int32))
+    stopped_B = jnp.any(drawn_B[:, None] == state.stop_ids, axis=-1)
     count = state.count + 1
     return dataclasses.replace(
         state,
+        cache=out.cache,
         last_B=drawn_B,
         ids_BN=jax.lax.dynamic_update_slice(state.ids_BN, drawn_B[:, None], (0, state.count)),
         count=count,
