@@ -70,7 +70,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **variables,
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"the chat template refuses these messages: {reason}") from error
 

@@ -118,6 +118,28 @@ def with_template(template: str, **changes) -> Tokenizer:
     return Tokenizer.from_gguf_metadata(gguf_fields(chat_template=template, **changes))
 
 
+def test_the_answer_ends_with_the_last_token_the_template_writes_for_it():
+    """The form of DeepSeek-Coder's template: text and a newline before the end-of-turn token."""
+    tokenizer = with_template(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{{ '### Response:\n' + m.content + '\n<|im_end|>\n' }}"
+        "{% else %}{{ '### Instruction:\n' + m.content + '\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### Response:' }}{% endif %}"
+    )
+    ids, mask = tokenizer.encode_chat([user("a"), assistant("b"), user("c"), assistant("d")])
+    counted = [i for i, m in zip(ids, mask, strict=True) if m]
+    assert tokenizer.decode(counted, False) == "\nb\n<|im_end|>\nd\n<|im_end|>"
+
+
+def test_control_tokens_outside_the_byte_alphabet_keep_their_ids():
+    fields = gguf_fields()
+    tokens = [*fields["tokenizer.ggml.tokens"], "<｜fim▁begin｜>"]
+    types = [*fields["tokenizer.ggml.token_type"], 3]
+    tokenizer = Tokenizer.from_gguf_metadata(gguf_fields(tokens=tokens, token_type=types))
+    assert tokenizer.encode("a<｜fim▁begin｜>")[1:] == [len(tokens) - 1]
+    assert tokenizer.vocab_size == len(tokens)
+
+
 def test_templates_may_use_what_transformers_gives_them():
     template = (
         "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}"
@@ -142,6 +164,7 @@ def test_the_token_that_ends_a_turn_stops_generation_too():
         ),
         ("{{ raise_exception('no system role') }}", "refuses these messages: no system role"),
         ("{{ messages.clear() }}", "refuses these messages"),
+        ("{{ 1 // (messages | length - 2) }}", "refuses these messages"),
         ("{{ ''.__class__.__mro__ }}{{ ().__class__.__subclasses__() }}", "refuses these messages"),
     ],
 )
