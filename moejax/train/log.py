@@ -118,8 +118,9 @@ class RunLog:
                 TextColumn("{task.fields[line]}"),
             )
             self._bar = Progress(*columns, console=self._console)
-            task = {"completed": start, "title": title, "line": "compiling"}
-            self._task = self._bar.add_task("train", total=total_steps, **task)
+            self._task = self._bar.add_task(
+                "train", total=total_steps, completed=start, title=title, line="compiling"
+            )
 
     def __enter__(self) -> RunLog:
         if self._bar:

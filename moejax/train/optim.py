@@ -120,7 +120,7 @@ def matrix_view(path: str, shape: tuple[int, ...]) -> MatrixView:
 class AdafactorState(NamedTuple):
     """Steps done; per leaf {"row": [..., R], "col": [..., C]} or, for vectors, {"full": ...}."""
 
-    count: jax.Array
+    step: jax.Array
     moments: tree.Tree
 
 
@@ -151,10 +151,11 @@ def scale_by_adafactor(
 
     def update(grads, state, params=None):
         del params
-        count = state.count + 1
-        beta = 1.0 - count.astype(jnp.float32) ** decay_rate
+        step = state.step + 1
+        beta = 1.0 - step.astype(jnp.float32) ** decay_rate
         flat_moments = tree.flatten(state.moments)
-        updates, moments = {}, {}
+        updates: dict[str, jax.Array] = {}
+        moments: dict[str, jax.Array] = {}
         for path, grad in tree.flatten(grads).items():
             stacked, rows, cols = _sizes(path, grad.shape, view)
             shape = (*stacked, rows) if cols is None else (*stacked, rows, cols)
@@ -165,7 +166,7 @@ def scale_by_adafactor(
             scaled = scaled / jnp.maximum(1.0, rms / clip_threshold)
             updates[path] = scaled.reshape(grad.shape)
             moments |= {f"{path}/{k}": value for k, value in new.items()}
-        return tree.unflatten(updates), AdafactorState(count, tree.unflatten(moments))
+        return tree.unflatten(updates), AdafactorState(step, tree.unflatten(moments))
 
     return optax.GradientTransformation(init, update)
 

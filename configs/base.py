@@ -1,0 +1,58 @@
+"""Every key that `python -m launch.train` reads, with its meaning; the others start from here."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Defaults; `model.source` has none and must be given."""
+    return ConfigDict(
+        {
+            "model": {
+                # Model folder, .gguf file or hub id. In a dry run also preset:NAME, sizes alone.
+                "source": "",
+                # Of the parameters at rest (and so of the optimizer's arithmetic on them).
+                "dtype": "float32",
+                # With preset:NAME, the mixture of experts to plan for; 0 for a dense model.
+                "experts": 0,
+                "top_k": 0,
+            },
+            "data": {
+                # "stdlib", a .jsonl, .jsonl.gz or .parquet file, or a hub data set (owner/name).
+                "source": "stdlib",
+                "split": "train",
+                "limit": 0,  # most rows read, 0 for all
+                "seq_len": 128,
+                "heldout_share": 0.15,
+                "num_heldout": 64,  # most held-out conversations that are evaluated
+                "seed": 0,  # order of the conversations and of the batches
+            },
+            "train": {
+                # One of the two; an epoch is one pass over the packed rows.
+                "steps": 0,
+                "epochs": 0.0,
+                "batch_size": 4,  # packed rows per update
+                "accumulation": 1,  # microbatches per update
+                "seed": 0,  # of the routers' noise
+                "optimizer": "adafactor",
+                "lr": 5e-5,
+                "schedule": "linear",
+                "warmup_share": 0.0,  # of all steps
+                "clip_norm": 0.0,  # 0 leaves gradients alone
+                "weight_decay": 0.0,
+                "log_every": 1,
+                "save_every": 0,  # 0 saves at the end and on ctrl-C only
+                "keep_last": 1,
+                "eval_every": 0,  # 0 evaluates at the end only
+                "keep_best": False,  # the final model is that of the lowest held-out loss
+            },
+            "compute": {
+                "dtype": "float32",
+                "remat": "none",  # or "dots", "full": less memory, more arithmetic
+                "moe_implementation": "",  # of moejax.ops.grouped_matmul, "" chooses
+            },
+            "save": {
+                "format": "",  # "hf" or "orbax"; "" is hf for a dense model, orbax for an MoE
+                "dtype": "keep",
+            },
+        }
+    )

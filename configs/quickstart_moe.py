@@ -1,0 +1,20 @@
+"""Claim: the upcycled SmolLM2-135M-Instruct trains in the time and memory of two CPU cores.
+
+Command:  python -m launch.upcycle --source=SmolLM2-135M-Instruct.Q4_1.gguf --experts=4 --top_k=3 \\
+              --target=runs/upcycled
+          python -m launch.train --config=configs/quickstart_moe.py \\
+              --config.model.source=runs/upcycled --workdir=runs/moe
+Hardware: 2 CPU cores, 12 GiB. About 7 to 10 s a step.
+Expected: held-out loss below the base model's 2.26 nats per answer token after 16 updates.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import quickstart_sft
+
+
+def get_config() -> ConfigDict:
+    config = quickstart_sft.get_config()
+    config.train.steps = 16
+    config.train.save_every = 8
+    return config
