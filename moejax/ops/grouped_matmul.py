@@ -16,9 +16,9 @@ _log = logging.getLogger(__name__)
 
 
 def _ragged_dot(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    return jax.lax.ragged_dot(
-        lhs, rhs, group_sizes, preferred_element_type=jnp.float32
-    ).astype(lhs.dtype)
+    accum = jnp.promote_types(lhs.dtype, jnp.float32)
+    out = jax.lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=accum)
+    return out.astype(lhs.dtype)
 
 
 _KERNELS: dict[str, Kernel] = {
@@ -39,7 +39,7 @@ def grouped_matmul(
     """Multiplies consecutive groups of rows each by its own matrix, as `jax.lax.ragged_dot` does.
 
     out[r] = lhs[r] @ rhs[e] where row r lies in group e; rows past sum(group_sizes) give zeros
-    and pass no gradient. Sums are float32, the result has the operands' dtype.
+    and pass no gradient. Sums are at least float32, the result has the operands' dtype.
 
     lhs [R, K], rhs [E, K, N], group_sizes [E] integers >= 0 -> [R, N]. Differentiable in lhs and
     rhs. implementation: a name in IMPLEMENTATIONS, never replaced by another; None takes the one

@@ -1,85 +1,105 @@
-"""Grouped matmul for the CPU: whole blocks of rows, one after another, each one plain matmul.
+"""Grouped matmul for the CPU: blocks of rows, one after another, each one plain matmul.
 
-Group by group, a loop of as many blocks as the group needs. A block may run past its group's end
-into rows of the next; those rows are wrong until the next group, which comes later, writes them
-again. So nothing is masked but the rows past the last group.
+Group by group, as many blocks as the group needs, so the work is the rows' own plus less than a
+block per group. A block is always a whole one, clamped into the array; the rows in it that belong
+to other groups are computed in vain and left out when the result is written.
 """
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-BLOCK_ROWS = 128
+# Fewer rows make a matmul slow, more of them are too often another group's.
+MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 32, 128
+
+Saved = tuple[jax.Array, jax.Array, jax.Array]
 
 
 @jax.custom_vjp
 def grouped_matmul_cpu(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """See `moejax.ops.grouped_matmul.grouped_matmul`."""
-    return _multiply(lhs, rhs, group_sizes, contract_last=False)
+    return _multiply(lhs, rhs, group_sizes, rhs_dim=1)
 
 
-def _forward(lhs, rhs, group_sizes):
-    # Only the operands are kept: no block of gathered weights outlives its own matmul.
+def _forward(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> tuple[jax.Array, Saved]:
+    # Only the operands are kept: no block outlives its own matmul.
     return grouped_matmul_cpu(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
 
 
-def _backward(saved, d_out):
+def _backward(saved: Saved, d_out: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     lhs, rhs, group_sizes = saved
-    d_lhs = _multiply(d_out, rhs, group_sizes, contract_last=True)
-    d_rhs = _outer(lhs, d_out, group_sizes).astype(rhs.dtype)
-    return d_lhs, d_rhs, None
+    d_lhs = _multiply(d_out, rhs, group_sizes, rhs_dim=2)
+    return d_lhs, _outer(lhs, d_out, group_sizes).astype(rhs.dtype), None
 
 
 grouped_matmul_cpu.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.jit, static_argnames="contract_last")
-def _multiply(x_RK, w_EKN, group_sizes, *, contract_last: bool):
-    """Rows of each group times its matrix, or (contract_last) times its transpose."""
+def _multiply(
+    x_RK: jax.Array, w_EKN: jax.Array, group_sizes: jax.Array, *, rhs_dim: int
+) -> jax.Array:
+    """Each group's rows times its matrix, whose dim `rhs_dim` is summed over (2: transposed)."""
     num_rows = x_RK.shape[0]
-    block = min(BLOCK_ROWS, num_rows)
-    num_out = w_EKN.shape[1 if contract_last else 2]
-    padded = jnp.pad(x_RK, ((0, block), (0, 0)))
-    dims = (((1,), (1 if contract_last else 0,)), ((), ()))
+    block = _block_rows(num_rows, w_EKN.shape[0])
+    dims = (((1,), (rhs_dim - 1,)), ((), ()))
+    accum = jnp.promote_types(x_RK.dtype, jnp.float32)
 
-    def group(out, operands):
-        w_KN, start, size = operands
+    def group(out: jax.Array, operands: Any) -> tuple[jax.Array, None]:
+        w_KN, start, end = operands
 
-        def one_block(i, out):
-            row = start + i * block
-            x = jax.lax.dynamic_slice_in_dim(padded, row, block)
-            y = jax.lax.dot_general(x, w_KN, dims, preferred_element_type=jnp.float32)
-            return jax.lax.dynamic_update_slice_in_dim(out, y.astype(out.dtype), row, 0)
+        def one_block(i: jax.Array, out: jax.Array) -> jax.Array:
+            row, mine = _place(start + i * block, end, num_rows, block)
+            x = jax.lax.dynamic_slice_in_dim(x_RK, row, block)
+            y = jax.lax.dot_general(x, w_KN, dims, preferred_element_type=accum)
+            kept = jax.lax.dynamic_slice_in_dim(out, row, block)
+            y = jnp.where(mine, y.astype(out.dtype), kept)
+            return jax.lax.dynamic_update_slice_in_dim(out, y, row, 0)
 
-        return jax.lax.fori_loop(0, -(-size // block), one_block, out), None
+        return jax.lax.fori_loop(0, -(-(end - start) // block), one_block, out), None
 
-    ends = jnp.cumsum(group_sizes)
-    out = jnp.zeros((num_rows + block, num_out), x_RK.dtype)
-    out, _ = jax.lax.scan(group, out, (w_EKN, ends - group_sizes, group_sizes))
-    return jnp.where(jnp.arange(num_rows)[:, None] < ends[-1], out[:num_rows], 0)
+    ends = jnp.minimum(jnp.cumsum(group_sizes), num_rows)
+    starts = jnp.minimum(ends - group_sizes, ends)
+    out = jnp.zeros((num_rows, w_EKN.shape[3 - rhs_dim]), x_RK.dtype)
+    return jax.lax.scan(group, out, (w_EKN, starts, ends))[0]
 
 
-@jax.jit
-def _outer(x_RK, y_RN, group_sizes):
-    """Per group, the sum over its rows of x[r] y[r]^T: [E, K, N] float32."""
-    block = min(BLOCK_ROWS, x_RK.shape[0])
-    x_pad = jnp.pad(x_RK, ((0, block), (0, 0)))
-    y_pad = jnp.pad(y_RN, ((0, block), (0, 0)))
+def _outer(x_RK: jax.Array, y_RN: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Per group, the sum over its rows of x[r] y[r]^T: [E, K, N], float32 or wider."""
+    num_rows, num_groups = x_RK.shape[0], group_sizes.shape[0]
+    block = _block_rows(num_rows, num_groups)
+    ends = jnp.minimum(jnp.cumsum(group_sizes), num_rows)
+    starts = ends - group_sizes
+    dims = (((0,), (0,)), ((), ()))
+    accum = jnp.promote_types(x_RK.dtype, jnp.float32)
 
-    def group(_, operands):
-        start, size = operands
+    def group(e: jax.Array, total: jax.Array) -> jax.Array:
+        def one_block(i: jax.Array, total: jax.Array) -> jax.Array:
+            row, mine = _place(starts[e] + i * block, ends[e], num_rows, block)
+            # Both are masked: zero times what stands in a row of nobody's could be NaN.
+            x = jnp.where(mine, jax.lax.dynamic_slice_in_dim(x_RK, row, block), 0)
+            y = jnp.where(mine, jax.lax.dynamic_slice_in_dim(y_RN, row, block), 0)
+            product = jax.lax.dot_general(x, y, dims, preferred_element_type=accum)
+            kept = jax.lax.dynamic_index_in_dim(total, e, 0, keepdims=True)
+            return jax.lax.dynamic_update_slice_in_dim(total, kept + product, e, 0)
 
-        def one_block(i, total):
-            x = jax.lax.dynamic_slice_in_dim(x_pad, start + i * block, block)
-            y = jax.lax.dynamic_slice_in_dim(y_pad, start + i * block, block)
-            mine = jnp.arange(block)[:, None] < size - i * block
-            dims = (((0,), (0,)), ((), ()))
-            x, y = jnp.where(mine, x, 0), jnp.where(mine, y, 0)
-            return total + jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
+        return jax.lax.fori_loop(0, -(-(ends[e] - starts[e]) // block), one_block, total)
 
-        zeros = jnp.zeros((x_RK.shape[1], y_RN.shape[1]), jnp.float32)
-        return None, jax.lax.fori_loop(0, -(-size // block), one_block, zeros)
+    total = jnp.zeros((num_groups, x_RK.shape[1], y_RN.shape[1]), accum)
+    return jax.lax.fori_loop(0, num_groups, group, total)
 
-    starts = jnp.cumsum(group_sizes) - group_sizes
-    return jax.lax.scan(group, None, (starts, group_sizes))[1]
+
+def _block_rows(num_rows: int, num_groups: int) -> int:
+    """Half a mean group, as a power of two within bounds, and never more than there are rows."""
+    half = num_rows // (2 * num_groups)
+    power = 1 << max(0, half - 1).bit_length()
+    return min(num_rows, max(MIN_BLOCK_ROWS, min(MAX_BLOCK_ROWS, power)))
+
+
+def _place(
+    first: jax.Array, end: jax.Array, num_rows: int, block: int
+) -> tuple[jax.Array, jax.Array]:
+    """Where a block meant for rows [first, end) is read, and which of its rows [block, 1] count."""
+    row = jnp.minimum(first, num_rows - block)
+    rows = row + jnp.arange(block)[:, None]
+    return row, (rows >= first) & (rows < end)

@@ -9,5 +9,6 @@ def grouped_matmul_ref(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -
     ends_E = jnp.cumsum(group_sizes)
     rows_R1 = jnp.arange(lhs.shape[0])[:, None]
     inside_RE = (rows_R1 >= ends_E - group_sizes) & (rows_R1 < ends_E)
-    all_REN = jnp.einsum("rk,ekn->ren", lhs, rhs, preferred_element_type=jnp.float32)
+    accum = jnp.promote_types(lhs.dtype, jnp.float32)
+    all_REN = jnp.einsum("rk,ekn->ren", lhs, rhs, preferred_element_type=accum)
     return jnp.where(inside_RE[:, :, None], all_REN, 0).sum(axis=1).astype(lhs.dtype)
