@@ -181,13 +181,12 @@ def derive(
     return Model(loaded)
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _as_list(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    prompts = list(prompts)
-    if prompts and isinstance(prompts[0], Mapping):
-        return [prompts]  # one conversation
-    return prompts
+    several = list(prompts)
+    one_conversation = bool(several) and isinstance(several[0], Mapping)
+    return [several] if one_conversation else several
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))

@@ -78,7 +78,8 @@ def mask(tree: Tree, patterns: str | Iterable[str]) -> Tree:
 def split(tree: Tree, patterns: str | Iterable[str]) -> tuple[Tree, Tree]:
     """Splits a tree into (leaves that fit, the rest). Inverse: `join`."""
     wanted = _as_patterns(patterns)
-    taken, rest = {}, {}
+    taken: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
     for path, leaf in flatten(tree).items():
         (taken if any(matches(path, p) for p in wanted) else rest)[path] = leaf
     return unflatten(taken), unflatten(rest)

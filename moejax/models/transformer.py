@@ -149,7 +149,8 @@ def forward(
     x_BTD = params["embed"]["tokens"][tokens_BT].astype(options.compute_dtype)
     new_k, new_v, stats = {}, {}, []
     for index, run in enumerate(config.runs):
-        context = _Context(config, options, inputs, mask_BT, cache and cache.length)
+        slot = None if cache is None else cache.length
+        context = _Context(config, options, inputs, mask_BT, slot)
         state = None if cache is None else (cache.k[run.name], cache.v[run.name])
         key = None if rng is None else jax.random.fold_in(rng, index)
         layers = params["layers"][run.name]
@@ -239,6 +240,7 @@ def _block(layer, x_BTD, rng, extend, context: _Context):
     normed = rms_norm(x_BTD, cast["mlp_norm"]["scale"], config.norm_eps)
     if "mlp" in cast:
         return x_BTD + gated_mlp(cast["mlp"], normed, config.activation), state, None
+    assert config.moe is not None
     mixed, stats = moe_layer(
         cast["moe"],
         normed,
@@ -263,6 +265,7 @@ def _run_scanned(layers, x_BTD, state, rng, context: _Context):
         def extend(k, v):
             if state is None:
                 return k, v, None
+            assert context.slot is not None
             at = (index, 0, context.slot, 0, 0)
             both = tuple(
                 jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
