@@ -4,8 +4,8 @@
         --workdir=runs/sft
     python -m launch.train --config=configs/quickstart_sft.py --config.train.lr=1e-5 --dry_run
 
---config.SECTION.KEY=VALUE changes a key; configs/base.py says what each means. A run whose --workdir
-is there goes on where it stopped; the tuned model is DIR/model.
+--config.SECTION.KEY=VALUE changes a key; configs/base.py says what each means. A run whose
+--workdir is there goes on where it stopped; the tuned model is WORKDIR/model.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from moejax.train.peak import measure_gemm_peak
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, or one like them.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; resumed if it is there.")
 PRESET = "preset:"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv) -> None:
@@ -54,7 +55,8 @@ def main(argv) -> None:
     if config.model.source.startswith(PRESET):
         plan_preset(config)
         return
-    if WORKDIR.value is None and not cli.DRY_RUN.value:
+    workdir = WORKDIR.value
+    if workdir is None and not cli.DRY_RUN.value:
         raise InputError("--workdir is missing: name the folder that the run is kept in")
     if not config.model.source:
         raise InputError("--config.model.source is missing: a model folder, .gguf file or hub id")
@@ -65,10 +67,12 @@ def main(argv) -> None:
     for line in describe(config, loaded.config, settings, rows):
         print(line, flush=True)
     print(describe_memory(plan_memory(config, loaded.config, settings, loss)), flush=True)
-    if cli.DRY_RUN.value:
+    if workdir is None or cli.DRY_RUN.value:
         print("dry run: nothing trained, nothing written")
         return
-    train(config, loaded, rows, settings, loss)
+    # From here on the device's copy is the only one, and the run takes it over.
+    loaded = dataclasses.replace(loaded, params=jax.tree.map(jnp.asarray, loaded.params))
+    train(config, loaded, rows, settings, Path(workdir))
 
 
 def checked(config: ConfigDict | None) -> ConfigDict:
@@ -128,9 +132,8 @@ def train_config(config: ConfigDict, num_rows: int | None) -> TrainConfig:
         )
     steps = settings.steps
     if not steps:
-        steps = (
-            1 if num_rows is None else math.ceil(settings.epochs * num_rows / settings.batch_size)
-        )
+        rows = settings.batch_size if num_rows is None else num_rows
+        steps = math.ceil(settings.epochs * rows / settings.batch_size)
     if not 0 <= settings.warmup_share <= 1:
         raise InputError(f"train.warmup_share {settings.warmup_share} must lie between 0 and 1")
     optim = OptimConfig(
@@ -150,6 +153,8 @@ def train_config(config: ConfigDict, num_rows: int | None) -> TrainConfig:
 def forward_options(config: ConfigDict) -> ForwardOptions:
     """How to compute."""
     compute = config.compute
+    if compute.dtype not in DTYPES:
+        raise InputError(f"compute.dtype {compute.dtype!r} is unknown: use {', '.join(DTYPES)}")
     return ForwardOptions(compute.dtype, compute.remat, compute.moe_implementation or None)
 
 
@@ -159,40 +164,34 @@ def make_loss(model: ModelConfig, config: ConfigDict):
     return lambda params, frozen, batch, rng: lm_loss(params, model, batch, rng, options)
 
 
-def train(config: ConfigDict, loaded: Loaded, rows: Rows, settings: TrainConfig, loss) -> None:
-    """Runs the stage and writes DIR/model."""
-    workdir, model, data = Path(WORKDIR.value), loaded.config, config.data
+def train(
+    config: ConfigDict, loaded: Loaded, rows: Rows, settings: TrainConfig, workdir: Path
+) -> None:
+    """Runs the stage and writes WORKDIR/model."""
+    model, data = loaded.config, config.data
     if settings.best_metric and rows.heldout is None:
         raise InputError("train.keep_best needs held-out data: raise data.heldout_share above 0")
     step_flops = flops.train_flops(model, config.train.batch_size * data.seq_len, data.seq_len)
+    sections = ("model", "data", "compute")
     identity = {
-        "config": {
-            name: section
-            for name, section in config.to_dict().items()
-            if name not in ("train", "save")
-        },
+        "config": {name: config[name].to_dict() for name in sections},
         "batch_size": config.train.batch_size,
         "data": rows.summary,
     }
     peak = measure_gemm_peak(config.compute.dtype)
     print(f"machine  {peak.gflops:,.0f} GFLOP/s in {peak.dtype} matrix products, {peak.device}")
-    params = jax.tree.map(jnp.asarray, loaded.params)
-    like = transformer.abstract_params(model, config.model.dtype)
-    # The host's copy is not needed while the run goes on.
-    loaded = dataclasses.replace(loaded, params=None)
     result = fit(
         settings,
-        loss,
-        params,
+        make_loss(model, config),
+        loaded.params,
         {},
         batches(rows.train, config.train.batch_size, data.seed),
         workdir,
         make_eval(config, model, rows.heldout),
         RunInfo("train", identity, step_flops, peak, donate=True),
     )
-    del params
     best = settings.best_metric and result.best_step != result.step
-    tuned = load_best(workdir, like) if best else result.params
+    tuned = load_best(workdir, result.params) if best else result.params
     save(config, dataclasses.replace(loaded, params=tuned), result, workdir / "model")
 
 
@@ -223,7 +222,7 @@ def save(config: ConfigDict, loaded: Loaded, result: FitResult, target: Path) ->
     print(f"written  {target} ({form}) after {result.wall_s:.0f} s of training")
 
 
-# -- what a run will take ----------------------------------------------------------------------------
+# -- what a run will take --------------------------------------------------------------------------
 
 
 def describe(
@@ -239,9 +238,9 @@ def describe(
     if rows is not None:
         stats = rows.train.stats
         lines.append(
-            f"data     {config.data.source}: {stats.num_examples} conversations in {stats.num_rows} "
-            f"rows of {seq_len} ({stats.padding_share:.0%} padding, {stats.num_truncated} truncated, "
-            f"{stats.num_dropped} dropped), "
+            f"data     {config.data.source}: {stats.num_examples} conversations in "
+            f"{stats.num_rows} rows of {seq_len} ({stats.padding_share:.0%} padding, "
+            f"{stats.num_truncated} truncated, {stats.num_dropped} dropped), "
             f"{rows.heldout.stats.num_examples if rows.heldout else 0} held out"
         )
     step_flops = flops.train_flops(model, batch_size * seq_len, seq_len)

@@ -217,6 +217,8 @@ class _Run:
         latest = self._checkpoints.latest_step()
         if latest is not None:
             like = jax.eval_shape(lambda p: init_state(p, self._optimizer), trainable)
+            if self._info.donate:
+                jax.tree.map(lambda leaf: leaf.delete(), trainable)
             state = _load(self._checkpoints, latest, like)
             self.step = latest
         else:
