@@ -19,6 +19,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moejax.evals.bootstrap import Interval, verdict
+
 MODELS = ("base", "sft_dense", "moe", "merged_uniform", "merged_learned", "shared_only")
 ROW = (
     "model",
@@ -45,11 +47,8 @@ def difference(metric: str, mean: float, low: float, high: float) -> dict[str, A
     """A paired difference with its verdict: "better", "worse", or "no gain" if it covers 0."""
     if not low - ROUNDING <= mean <= high + ROUNDING:
         raise ValueError(f"{metric}: {mean} lies outside its interval [{low}, {high}]")
-    if low <= 0 <= high:
-        verdict = NO_GAIN
-    else:
-        verdict = "better" if (high < 0) == LOWER_IS_BETTER[metric] else "worse"
-    return {"mean": mean, "low": low, "high": high, "verdict": verdict}
+    word = verdict(Interval(mean, low, high), lower_is_better=LOWER_IS_BETTER[metric])
+    return {"mean": mean, "low": low, "high": high, "verdict": word}
 
 
 def check(report: Report) -> None:
