@@ -96,6 +96,10 @@ class GgufFile:
             return _half_split(value, self.config["num_key_value_heads"])
         return value
 
+    def close(self) -> None:
+        """Forgets the parsed file, which takes some 100 MB; reading on parses it anew."""
+        _reader.cache_clear()
+
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a GGUF file's key-value fields as plain Python values, without its tensors."""
@@ -108,13 +112,19 @@ def _open(path: Path) -> gguf.GGUFReader:
     with open(path, "rb") as file:
         if file.read(4) != _MAGIC:
             raise InputError(f"{path} is not a GGUF file: it does not begin with GGUF")
+    stat = path.stat()
     try:
-        return gguf.GGUFReader(path)
+        return _reader(path, stat.st_mtime_ns, stat.st_size)
     except _BROKEN as error:
         raise InputError(
             f"{path} is broken or truncated at {path.stat().st_size} bytes "
             f"({type(error).__name__}): fetch it again"
         ) from error
+
+
+@functools.lru_cache(maxsize=1)  # parsing takes seconds, and a plan is read before the weights
+def _reader(path: Path, mtime_ns: int, size: int) -> gguf.GGUFReader:
+    return gguf.GGUFReader(path)
 
 
 def _contents(reader: gguf.GGUFReader) -> dict[str, Any]:

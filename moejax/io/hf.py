@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.io import atomic, card, lineage
-from moejax.io.loaded import Loaded, main_dtype
+from moejax.io.loaded import Loaded, Progress, Reading, main_dtype
 from moejax.io.safetensors import (
     Entry,
     Info,
@@ -34,12 +35,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _COMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
-def import_folder(folder: str | os.PathLike[str], dtype: str = "keep") -> Loaded:
+def import_folder(folder: str | os.PathLike[str], reading: Reading = Reading()) -> Loaded:
     """Reads a Hugging Face folder; parameters are numpy arrays, tensor by tensor, near one copy.
 
     Args:
       folder: has config.json and model.safetensors, or shards with their index.
-      dtype: of the parameters; "keep" leaves each as it is stored.
+      reading: dtype and the like.
 
     Errors: InputError, one line, for whatever is missing, broken or does not fit.
     """
@@ -47,7 +48,7 @@ def import_folder(folder: str | os.PathLike[str], dtype: str = "keep") -> Loaded
     fields = read_fields(folder)
     config = read_config(fields, folder)
     _refuse_pickles(folder)
-    params = import_params(SafetensorsFolder(folder), config, dtype, str(folder))
+    params = import_params(SafetensorsFolder(folder), config, str(folder), reading)
     has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None
     if tokenizer is not None:
@@ -85,34 +86,55 @@ def read_config(fields: dict[str, Any], place: str | os.PathLike[str]) -> ModelC
         raise InputError(f"{place}: a field of config.json has a wrong type ({error})") from error
 
 
-def import_params(source: TensorSource, config: ModelConfig, dtype: str, place: str) -> tree.Tree:
+def import_params(
+    source: TensorSource, config: ModelConfig, place: str, reading: Reading
+) -> tree.Tree:
     """Reads every tensor of a model into our tree, each straight into its stacked leaf."""
     table = by_name(config.family).name_table(config)
     _check_tensors(source, table, config, place)
-    wanted = None if dtype == "keep" else dtype_named(dtype)
-    leaves: dict[str, np.ndarray] = {}
+    leaves: dict[str, Any] = dict(_abstract_leaves(source, table, reading.dtype))
+    total, done = tree.num_bytes(leaves), 0
+    if reading.abstract:
+        return tree.unflatten(leaves)
     for weight in table:
         value = source.read(weight.hf_name)
+        part = leaves[weight.path]
+        if isinstance(part, jax.ShapeDtypeStruct):  # the first of its leaf
+            part = leaves[weight.path] = np.empty(part.shape, part.dtype)
         if weight.layer is None:
-            kept = value.dtype if wanted is None else wanted
-            leaf = np.ascontiguousarray(weight.from_hf(value).astype(kept, copy=False))
-            leaves[weight.path] = part = leaf
+            # Not stacked: a tensor that needs no change becomes the leaf without a copy.
+            part = leaves[weight.path] = _cast(weight.from_hf(value), part.dtype)
         else:
-            if weight.path not in leaves:
-                leaves[weight.path] = _empty_stack(source, table, weight, wanted)
-            part = leaves[weight.path][weight.layer]
+            part = part[weight.layer]
             with np.errstate(over="ignore"):
                 part[...] = weight.from_hf(value)
         _check_finite(value, part, f"{place}: tensor {weight.hf_name}")
+        done += part.nbytes
+        if reading.progress is not None:
+            reading.progress(done, total)
     return tree.unflatten(leaves)
 
 
-def _empty_stack(source, table: list[Weight], weight: Weight, wanted) -> np.ndarray:
-    stacked = [w for w in table if w.path == weight.path]
-    if wanted is None:
-        stored = {source.infos[w.hf_name].dtype for w in stacked}
-        wanted = stored.pop() if len(stored) == 1 else np.dtype(jnp.promote_types(*stored))
-    return np.empty((len(stacked), *weight.shape), wanted)
+def _abstract_leaves(
+    source: TensorSource, table: list[Weight], dtype: str
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every leaf; layers stored in several types meet in the widest."""
+    stacks: dict[str, list[Weight]] = {}
+    for weight in table:
+        stacks.setdefault(weight.path, []).append(weight)
+    leaves = {}
+    for path, stack in stacks.items():
+        leading = () if stack[0].layer is None else (len(stack),)
+        stored = {source.infos[weight.hf_name].dtype for weight in stack}
+        kept = stored.pop() if len(stored) == 1 else np.dtype(jnp.promote_types(*stored))
+        kept = kept if dtype == "keep" else dtype_named(dtype)
+        leaves[path] = jax.ShapeDtypeStruct((*leading, *stack[0].shape), kept)
+    return leaves
+
+
+def _cast(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(value.astype(dtype, copy=False))
 
 
 def _check_tensors(source, table: list[Weight], config: ModelConfig, place: str) -> None:
@@ -183,6 +205,7 @@ def export_folder(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> None:
     """Writes a folder that transformers and vLLM load: all of it, or nothing on a failure.
 
@@ -192,6 +215,7 @@ def export_folder(
       dtype: of the tensors; "keep" leaves each as it is.
       max_shard_bytes: above it the weights are sharded, with an index.
       overwrite: replace a model folder that is there.
+      progress: told after every tensor.
     """
     config = loaded.config
     if config.moe is not None:
@@ -204,7 +228,7 @@ def export_folder(
     atomic.check_target(target, overwrite)
     atomic.require_disk(target, sum(entry.num_bytes for entry in entries) + (16 << 20))
     with atomic.atomic_dir(target, overwrite) as folder:
-        write_folder(folder, entries, max_shard_bytes)
+        write_folder(folder, entries, max_shard_bytes, progress)
         stored = main_dtype(loaded.params) if dtype == "keep" else dtype_named(dtype)
         special = {n: loaded.generation[n] for n in SPECIAL_TOKENS if n in loaded.generation}
         fields = by_name(config.family).config_to_hf(config)

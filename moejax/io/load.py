@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moejax.core.errors import InputError
 from moejax.io import card, hf, lineage, native
-from moejax.io.loaded import License, Loaded, main_dtype
+from moejax.io.loaded import License, Loaded, Progress, Reading, main_dtype
 from moejax.io.tokenizer import Tokenizer
 
 FORMATS = ("hf", "orbax")
@@ -19,7 +19,13 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "README.md"]
 
 
-def load_any(source: str | os.PathLike[str], dtype: str = "keep") -> Loaded:
+def load_any(
+    source: str | os.PathLike[str],
+    dtype: str = "keep",
+    *,
+    abstract: bool = False,
+    progress: Progress | None = None,
+) -> Loaded:
     """Loads a model; its parameters are numpy arrays on the host.
 
     Args:
@@ -27,6 +33,8 @@ def load_any(source: str | os.PathLike[str], dtype: str = "keep") -> Loaded:
         id ("org/name").
       dtype: "keep" leaves parameters as they are stored (quantised ones become float32), or
         "float32", "bfloat16", "float16", "float64".
+      abstract: check everything but read no weights; parameters are `jax.ShapeDtypeStruct` then.
+      progress: called with (bytes done, bytes in all) after every tensor.
 
     Errors: InputError, one line, that names what is missing, broken or does not fit.
     """
@@ -35,9 +43,10 @@ def load_any(source: str | os.PathLike[str], dtype: str = "keep") -> Loaded:
         path = _download(str(source))
     if not path.exists():
         raise InputError(f"{source} is missing: name a model folder, a .gguf file or a hub id")
-    loaded = _load_gguf(path, dtype) if path.is_file() else _load_folder(path, dtype)
+    reading = Reading(dtype, abstract, progress)
+    loaded = _load_gguf(path, reading) if path.is_file() else _load_folder(path, reading)
     operations = loaded.lineage
-    if not operations:
+    if not operations and not abstract:
         read = {"path": str(source), "sha256": lineage.hash_path(loaded.source)}
         operations = lineage.append((), "import", [read], {"dtype": dtype})
     return dataclasses.replace(loaded, lineage=operations, source=str(source))
@@ -49,6 +58,7 @@ def save_any(
     format: str = "hf",
     dtype: str = "keep",
     overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> None:
     """Saves a model as a Hugging Face folder ("hf", dense only) or in our own format ("orbax")."""
     if format not in FORMATS:
@@ -56,17 +66,17 @@ def save_any(
     operations = lineage.append(loaded.lineage, "export", (), {"format": format, "dtype": dtype})
     loaded = dataclasses.replace(loaded, lineage=operations)
     writer = hf.export_folder if format == "hf" else native.export_folder
-    writer(target, loaded, dtype, overwrite=overwrite)
+    writer(target, loaded, dtype, overwrite=overwrite, progress=progress)
 
 
-def _load_folder(path: Path, dtype: str) -> Loaded:
+def _load_folder(path: Path, reading: Reading) -> Loaded:
     if (path / native.FILE).exists():
-        return native.import_folder(path, dtype)
+        return native.import_folder(path, reading)
     if (path / "config.json").exists():
-        return hf.import_folder(path, dtype)
+        return hf.import_folder(path, reading)
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
-        return _load_gguf(files[0], dtype)
+        return _load_gguf(files[0], reading)
     if files:
         raise InputError(f"{path} holds {len(files)} GGUF files: name one, as {files[0]}")
     raise InputError(
@@ -74,7 +84,7 @@ def _load_folder(path: Path, dtype: str) -> Loaded:
     )
 
 
-def _load_gguf(path: Path, dtype: str) -> Loaded:
+def _load_gguf(path: Path, reading: Reading) -> Loaded:
     from moejax.io.gguf import GgufFile  # the gguf package takes a while to import
 
     file = GgufFile(path)
@@ -83,7 +93,9 @@ def _load_gguf(path: Path, dtype: str) -> Loaded:
     if "tokenizer.ggml.model" in file.metadata:
         tokenizer = Tokenizer.from_gguf_metadata(file.metadata)
         tokenizer.check_fits(config.vocab_size)
-    params = hf.import_params(file, config, dtype, str(path))
+    params = hf.import_params(file, config, str(path), reading)
+    if not reading.abstract:
+        file.close()
     generation = {name: file.config[name] for name in hf.SPECIAL_TOKENS if name in file.config}
     if tokenizer is not None and len(tokenizer.eos_ids) > 1:
         generation["eos_token_id"] = list(tokenizer.eos_ids)
@@ -101,7 +113,11 @@ def _download(hub_id: str) -> Path:
             "is not installed: pip install huggingface_hub"
         ) from None
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        return Path(
+            huggingface_hub.snapshot_download(
+                hub_id, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]
+            )
+        )
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
         raise InputError(
             f"{hub_id} is no folder here and could not be fetched from the hub "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +42,25 @@ class Loaded:
     lineage: tuple[dict[str, Any], ...] = ()
     source: str = ""
     license: License = License()
+
+
+# Called with (bytes done, bytes in all) after every tensor.
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How a model is read.
+
+    Attributes:
+      dtype: of the parameters; "keep" leaves each as it is stored (quantised ones are float32).
+      abstract: check everything but read no weight: the parameters are `jax.ShapeDtypeStruct`.
+      progress: told after every tensor.
+    """
+
+    dtype: str = "keep"
+    abstract: bool = False
+    progress: Progress | None = None
 
 
 def main_dtype(params: Any) -> np.dtype:

@@ -20,7 +20,7 @@ import numpy as np
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.io import atomic, card, lineage, orbax
-from moejax.io.loaded import License, Loaded, main_dtype
+from moejax.io.loaded import License, Loaded, Progress, Reading, main_dtype
 from moejax.io.safetensors import dtype_named
 from moejax.io.tokenizer import Tokenizer
 from moejax.models.config import ModelConfig
@@ -32,7 +32,12 @@ FORMAT_VERSION = 1
 
 
 def export_folder(
-    target: str | os.PathLike[str], loaded: Loaded, dtype: str = "keep", *, overwrite: bool = False
+    target: str | os.PathLike[str],
+    loaded: Loaded,
+    dtype: str = "keep",
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> None:
     """Writes our own folder: all of it, or nothing on a failure. Inverse: `import_folder`.
 
@@ -46,6 +51,7 @@ def export_folder(
     atomic.require_disk(target, tree.num_bytes(params) + (16 << 20))
     with atomic.atomic_dir(target, overwrite) as folder:
         orbax.save_tree(folder / PARAMS, params)
+        _tell(progress, params)
         about = {
             "format_version": FORMAT_VERSION,
             "config": loaded.config.to_json(),
@@ -62,19 +68,19 @@ def export_folder(
         lineage.write(folder, loaded.lineage)
 
 
-def import_folder(folder: str | os.PathLike[str], dtype: str = "keep") -> Loaded:
+def import_folder(folder: str | os.PathLike[str], reading: Reading = Reading()) -> Loaded:
     """Reads our own folder; parameters are numpy arrays. Inverse: `export_folder`."""
     folder = Path(folder).absolute()
     about = _read_about(folder)
     config = ModelConfig.from_json(about["config"])
-    params = _read_params(folder / PARAMS, config)
+    params = _read_params(folder / PARAMS, config, reading)
     tokenizer = None
     if (folder / "tokenizer.json").exists():
         tokenizer = Tokenizer.from_folder(folder)
         tokenizer.check_fits(config.vocab_size)
     generation_path = folder / "generation_config.json"
     return Loaded(
-        _cast(params, None if dtype == "keep" else dtype_named(dtype)),
+        params,
         config,
         tokenizer,
         atomic.read_json(generation_path) if generation_path.exists() else {},
@@ -97,7 +103,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def _read_params(path: Path, config: ModelConfig) -> tree.Tree:
+def _read_params(path: Path, config: ModelConfig, reading: Reading) -> tree.Tree:
     if not path.is_dir():
         raise InputError(f"{path} is missing: the folder is broken")
     stored = tree.flatten(orbax.read_abstract(path))
@@ -107,7 +113,22 @@ def _read_params(path: Path, config: ModelConfig) -> tree.Tree:
         name: jax.ShapeDtypeStruct(leaf.shape, stored.get(name, leaf).dtype)
         for name, leaf in wanted.items()
     }
-    return orbax.load_tree(path, jax.tree.map(orbax.on_host, tree.unflatten(template)))
+    dtype = None if reading.dtype == "keep" else dtype_named(reading.dtype)
+    if reading.abstract:
+        orbax.check_fits(path, tree.unflatten(template))
+        return tree.map_with_path(
+            lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype),
+            tree.unflatten(template),
+        )
+    params = orbax.load_tree(path, jax.tree.map(orbax.on_host, tree.unflatten(template)))
+    _tell(reading.progress, params)
+    return _cast(params, dtype)
+
+
+def _tell(progress: Progress | None, params: tree.Tree) -> None:
+    """Orbax reads and writes all at once: there is only an end to tell of."""
+    if progress is not None:
+        progress(tree.num_bytes(params), tree.num_bytes(params))
 
 
 def _cast(params: tree.Tree, dtype: np.dtype | None) -> tree.Tree:

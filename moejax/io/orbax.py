@@ -44,6 +44,16 @@ def load_tree(path: str | os.PathLike[str], wanted: tree.Tree) -> tree.Tree:
 
     Errors: InputError where paths or shapes differ, or the files are broken.
     """
+    check_fits(path, wanted)
+    try:
+        with _context():
+            return ocp.load(Path(path).absolute(), jax.tree.map(_placed, wanted))
+    except (ValueError, OSError, KeyError) as error:
+        raise _broken(path, error) from error
+
+
+def check_fits(path: str | os.PathLike[str], wanted: tree.Tree) -> None:
+    """Raises InputError unless a folder holds just the paths and shapes of `wanted`."""
     stored = tree.flatten(read_abstract(path))
     for name, leaf in tree.flatten(wanted).items():
         if name not in stored:
@@ -56,11 +66,6 @@ def load_tree(path: str | os.PathLike[str], wanted: tree.Tree) -> tree.Tree:
     extra = sorted(stored.keys() - tree.flatten(wanted).keys())
     if extra:
         raise InputError(f"{path} also holds {extra[0]}: it was written for another config")
-    try:
-        with _context():
-            return ocp.load(Path(path).absolute(), jax.tree.map(_placed, wanted))
-    except (ValueError, OSError, KeyError) as error:
-        raise _broken(path, error) from error
 
 
 def on_host(leaf: Any) -> np.ndarray:

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -68,19 +68,21 @@ class SafetensorsFolder:
     def __init__(self, folder: str | os.PathLike[str]):
         folder = Path(folder)
         self.infos: dict[str, Info] = {}
-        self._files: dict[str, safetensors.safe_open] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
         for path in _shards(folder):
-            file = _open(path)
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            for name, (info, offset) in _read_header(path).items():
                 if name in self.infos:
                     raise InputError(f"tensor {name} is in two shards of {folder}")
-                self.infos[name] = _info(file, name, path)
-                self._files[name] = file
+                self.infos[name] = info
+                self._places[name] = (path, offset)
         _check_index(folder, self.infos)
 
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor, in memory of its own."""
-        return self._files[name].get_tensor(name)
+        (path, offset), info = self._places[name], self.infos[name]
+        # Read, not mapped: pages of a mapped file count as this process's memory.
+        value = np.fromfile(path, info.dtype, math.prod(info.shape), offset=offset)
+        return value.reshape(info.shape)
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -114,25 +116,34 @@ def _check_index(folder: Path, infos: Mapping[str, Info]) -> None:
         raise InputError(f"{folder / INDEX} names tensor {absent[0]}, which no shard holds")
 
 
-def _open(path: Path) -> safetensors.safe_open:
+def _read_header(path: Path) -> dict[str, tuple[Info, int]]:
+    """Every tensor of a file with the place of its bytes; the library has checked that they fit."""
     try:
-        return safetensors.safe_open(path, framework="numpy")
+        with safetensors.safe_open(path, framework="numpy"):
+            pass
     except safetensors.SafetensorError as error:
         raise InputError(
             f"{path} is broken or truncated at {path.stat().st_size} bytes ({error}): "
             "fetch it again"
         ) from None
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: (_info(name, tensor, path), 8 + length + tensor["data_offsets"][0])
+        for name, tensor in header.items()
+    }
 
 
-def _info(file: safetensors.safe_open, name: str, path: Path) -> Info:
-    piece = file.get_slice(name)
-    code = piece.get_dtype()
+def _info(name: str, tensor: Mapping[str, Any], path: Path) -> Info:
+    code = tensor["dtype"]
     if code not in DTYPES:
         raise InputError(
             f"{path}: tensor {name} is {code}, not one of {', '.join(DTYPES)}: "
             "quantised checkpoints are not read, use the unquantised one"
         )
-    return Info(tuple(piece.get_shape()), DTYPES[code])
+    return Info(tuple(tensor["shape"]), DTYPES[code])
 
 
 class Entry(NamedTuple):
@@ -147,11 +158,16 @@ class Entry(NamedTuple):
         return math.prod(self.info.shape) * self.info.dtype.itemsize
 
 
-def write_file(path: str | os.PathLike[str], entries: Iterable[Entry]) -> None:
+def write_file(
+    path: str | os.PathLike[str],
+    entries: Iterable[Entry],
+    wrote: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
     """Writes one safetensors file, tensor by tensor, holding one of them in memory at a time.
 
     Layout (https://github.com/huggingface/safetensors): u64 length of the header, little endian;
-    the header as JSON, padded with spaces to 8 bytes; the tensors' bytes, row major.
+    the header as JSON, padded with spaces to 8 bytes; the tensors' bytes, row major. `wrote` is
+    called with the bytes of every tensor.
     """
     entries = list(entries)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -174,15 +190,19 @@ def write_file(path: str | os.PathLike[str], entries: Iterable[Entry]) -> None:
             assert value.shape == entry.info.shape, (entry.name, value.shape, entry.info.shape)
             assert value.dtype == entry.info.dtype, (entry.name, value.dtype, entry.info.dtype)
             file.write(value.reshape(-1).view(np.uint8).data)
+            wrote(entry.num_bytes)
 
 
 def write_folder(
-    folder: str | os.PathLike[str], entries: Iterable[Entry], max_shard_bytes: int = 5 * 10**9
+    folder: str | os.PathLike[str],
+    entries: Iterable[Entry],
+    max_shard_bytes: int = 5 * 10**9,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes `model.safetensors`, or shards with an index when it would pass `max_shard_bytes`."""
     folder = Path(folder)
     shards: list[list[Entry]] = [[]]
-    size = total = 0
+    size = total = done = 0
     for entry in entries:
         if shards[-1] and size + entry.num_bytes > max_shard_bytes:
             shards.append([])
@@ -190,13 +210,20 @@ def write_folder(
         shards[-1].append(entry)
         size += entry.num_bytes
         total += entry.num_bytes
+
+    def wrote(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if progress is not None:
+            progress(done, total)
+
     if len(shards) == 1:
-        write_file(folder / SINGLE, shards[0])
+        write_file(folder / SINGLE, shards[0], wrote)
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / name, shard)
+        write_file(folder / name, shard, wrote)
         weight_map.update({entry.name: name for entry in shard})
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     atomic.write_json(folder / INDEX, index)

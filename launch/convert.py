@@ -1,0 +1,164 @@
+"""Converts a model between formats: a Hugging Face folder, a hub id, a GGUF file, moejax's own.
+
+    python -m launch.convert --source=model.gguf --target=out/hf
+    python -m launch.convert --source=org/name --target=out/model --format=orbax --dtype=bfloat16
+
+The target is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from launch import cli
+from moejax.core import tree
+from moejax.core.errors import InputError
+from moejax.io import atomic
+from moejax.io.load import FORMATS, Loaded, load_any, main_dtype, save_any
+from moejax.io.safetensors import dtype_named
+
+SOURCE = flags.DEFINE_string("source", None, "Model folder, .gguf file or hub id.", required=True)
+TARGET = flags.DEFINE_string("target", None, "Folder to make.", required=True)
+FORMAT = flags.DEFINE_enum("format", "hf", FORMATS, "hf: for transformers; orbax: moejax's own.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", "keep", ["keep", "bfloat16", "float16", "float32"], "Type of the written parameters."
+)
+VERIFY = flags.DEFINE_bool("verify", False, "Compare logits of what was written, in float32.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a model folder at the target.")
+
+# Ids compared by --verify: as many as show every position-dependent part, few enough for a CPU.
+_VERIFY_TOKENS = 32
+
+
+def main(argv) -> None:
+    del argv
+    started = time.perf_counter()
+    atomic.check_target(TARGET.value, OVERWRITE.value)
+    print(f"read     {SOURCE.value}", flush=True)
+    plan = load_any(SOURCE.value, abstract=True)
+    if FORMAT.value == "hf" and plan.config.moe is not None:
+        raise InputError(
+            "a mixture of experts of this kind has no class in transformers: use --format=orbax"
+        )
+    atomic.require_disk(TARGET.value, _show_plan(plan))
+    if cli.DRY_RUN.value:
+        print("dry run: nothing written")
+        return
+    with _bars() as (reading, writing):
+        loaded = load_any(SOURCE.value, progress=reading)
+        save_any(loaded, TARGET.value, FORMAT.value, DTYPE.value, OVERWRITE.value, writing)
+    print(f"written  {TARGET.value} in {time.perf_counter() - started:.1f} s", flush=True)
+    if VERIFY.value:
+        print(_verify(loaded), flush=True)
+
+
+@contextlib.contextmanager
+def _bars():
+    """Two progress bars on a terminal, nothing elsewhere."""
+    columns = (
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        tasks = [progress.add_task(name, total=None) for name in ("reading", "writing")]
+
+        def bar(task):
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        yield tuple(map(bar, tasks))
+
+
+def _show_plan(loaded: Loaded) -> int:
+    """Prints what the model is and what will be written; returns the bytes of its parameters."""
+    config, num_params = loaded.config, tree.num_params(loaded.params)
+    stored = main_dtype(loaded.params)
+    dtype = stored if DTYPE.value == "keep" else dtype_named(DTYPE.value)
+    num_bytes = num_params * dtype.itemsize
+    kind = f"{config.moe.num_experts} experts, top {config.moe.top_k}" if config.moe else "dense"
+    print(
+        f"model    {config.family}, {kind}: {config.num_layers} layers, width {config.d_model}, "
+        f"ffn {config.d_ff}, {config.num_heads}/{config.num_kv_heads} heads of "
+        f"{config.head_size}, vocabulary {config.vocab_size}"
+    )
+    print(f"params   {num_params:,} in {stored}, {tree.num_bytes(loaded.params) / 1e9:.3f} GB")
+    tokenizer = "none" if loaded.tokenizer is None else f"{loaded.tokenizer.vocab_size} tokens"
+    print(f"comes with tokenizer: {tokenizer}; licence: {loaded.license.name or 'not stated'}")
+    print(
+        f"write    {TARGET.value} as {FORMAT.value}, {dtype}, {num_bytes / 1e9:.3f} GB", flush=True
+    )
+    return num_bytes
+
+
+def _verify(loaded: Loaded) -> str:
+    """Reads the target back and compares its logits with the reference's, in float32."""
+    again = load_any(TARGET.value, "float32")
+    ids = np.random.default_rng(0).integers(0, again.config.vocab_size, (1, _VERIFY_TOKENS))
+    ours = _logits(again, ids)
+    if FORMAT.value == "hf" and all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        reference, name = _transformers_logits(Path(TARGET.value), ids), "transformers"
+    else:
+        source = dataclasses.replace(loaded, params=_as_written(loaded))
+        reference, name = _logits(source, ids), "the source in moejax"
+        why = "orbax has no other reader" if FORMAT.value == "orbax" else "torch is not installed"
+        print(f"verify   against the source only: {why}")
+    gap = float(np.max(np.abs(ours - reference)))
+    largest = float(np.max(np.abs(reference)))
+    return f"verify   largest logit difference from {name}: {gap:.3g} of {largest:.3g}" + (
+        f" ({gap / largest:.2e} relative)" if math.isfinite(gap) and largest else ""
+    )
+
+
+def _as_written(loaded: Loaded) -> tree.Tree:
+    """The source's parameters rounded as the target's are, in float32."""
+    if DTYPE.value == "keep":
+        return tree.map_with_path(lambda _, leaf: leaf.astype(np.float32), loaded.params)
+    dtype = dtype_named(DTYPE.value)
+    return tree.map_with_path(lambda _, x: x.astype(dtype).astype(np.float32), loaded.params)
+
+
+def _logits(loaded: Loaded, ids: np.ndarray) -> np.ndarray:
+    import jax  # only --verify computes anything
+
+    from moejax.models import transformer
+
+    fn = jax.jit(transformer.logits, static_argnums=1)
+    return np.asarray(fn(loaded.params, loaded.config, ids.astype(np.int32)))
+
+
+def _transformers_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
+    import torch
+    import transformers
+
+    loader: Any = transformers.AutoModelForCausalLM  # its types leave out the loading info
+    model, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    unfit = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if unfit:
+        raise InputError(f"transformers finds that {unfit[0]} does not fit its model")
+    with torch.no_grad():
+        return model(torch.tensor(ids)).logits.float().numpy()
+
+
+if __name__ == "__main__":
+    cli.run(main)
