@@ -1,0 +1,183 @@
+"""From a config to what the library takes: packed data, run settings, and the plan in words.
+
+No flags here, so that every launcher (and a test) can use it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from configs import base
+from launch import cli
+from moejax.core.errors import InputError
+from moejax.core.memory import GIB, available_bytes
+from moejax.data.examples import encode_records
+from moejax.data.load import DataConfig, load_data
+from moejax.data.packing import Packed, pack
+from moejax.io.load import Loaded
+from moejax.models import flops, transformer
+from moejax.models.config import ModelConfig
+from moejax.models.families import FAMILIES
+from moejax.models.transformer import ForwardOptions
+from moejax.moe.config import MoEConfig
+from moejax.train.loop import TrainConfig
+from moejax.train.memory import StepMemory, step_memory
+from moejax.train.optim import OptimConfig, make_optimizer
+
+PRESET = "preset:"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def checked(config: ConfigDict | None) -> ConfigDict:
+    """The config if it has exactly the keys of configs/base.py; else InputError lists those."""
+    if config is None:
+        raise InputError(
+            "--config is missing: name a file of configs/, as configs/quickstart_sft.py"
+        )
+    known, given = set(cli.leaf_keys(base.get_config())), set(cli.leaf_keys(config))
+    for word, keys in (("lacks", known - given), ("has the unknown", given - known)):
+        if keys:
+            raise InputError(
+                f"--config {word} {', '.join(sorted(keys))}; valid keys: {', '.join(sorted(known))}"
+            )
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Packed data; `heldout` is None where nothing is held out. summary: for the record."""
+
+    train: Packed
+    heldout: Packed | None
+    summary: dict[str, Any]
+
+
+def load_rows(config: ConfigDict, loaded: Loaded) -> Rows:
+    """Reads, tokenises and packs the data of a config for a model."""
+    if loaded.tokenizer is None:
+        raise InputError(f"{config.model.source} has no tokenizer: give a model with one")
+    tokenizer, settings = loaded.tokenizer, config.data
+    data = load_data(
+        DataConfig(
+            source=settings.source,
+            split=settings.split,
+            limit=settings.limit or None,
+            heldout_share=settings.heldout_share,
+            num_heldout=settings.num_heldout,
+            seed=settings.seed,
+        )
+    )
+
+    def packed(records):
+        return pack(encode_records(records, tokenizer), settings.seq_len, tokenizer.pad_id)
+
+    heldout = packed(data.heldout) if data.heldout else None
+    return Rows(packed(data.train), heldout, data.summary)
+
+
+def train_config(config: ConfigDict, num_rows: int | None) -> TrainConfig:
+    """The run's settings; `num_rows` (None if unknown) turns epochs into steps."""
+    settings = config.train
+    if (settings.steps > 0) == (settings.epochs > 0):
+        raise InputError(
+            f"train.steps is {settings.steps} and train.epochs {settings.epochs}: "
+            "set one of the two, the other to 0"
+        )
+    steps = settings.steps
+    if not steps:
+        rows = settings.batch_size if num_rows is None else num_rows
+        steps = math.ceil(settings.epochs * rows / settings.batch_size)
+    if not 0 <= settings.warmup_share <= 1:
+        raise InputError(f"train.warmup_share {settings.warmup_share} must lie between 0 and 1")
+    optim = OptimConfig(
+        name=settings.optimizer,
+        lr=settings.lr,
+        schedule=settings.schedule,
+        warmup_steps=round(settings.warmup_share * steps),
+        clip_norm=settings.clip_norm,
+        weight_decay=settings.weight_decay,
+    )
+    best_metric = "nll" if settings.keep_best else ""
+    names = ("accumulation", "seed", "log_every", "save_every", "keep_last", "eval_every")
+    rest = {name: settings[name] for name in names}
+    return TrainConfig(steps, optim, best_metric=best_metric, **rest)
+
+
+def forward_options(config: ConfigDict) -> ForwardOptions:
+    """How to compute."""
+    compute = config.compute
+    if compute.dtype not in DTYPES:
+        raise InputError(f"compute.dtype {compute.dtype!r} is unknown: use {', '.join(DTYPES)}")
+    return ForwardOptions(compute.dtype, compute.remat, compute.moe_implementation or None)
+
+
+def preset(config: ConfigDict) -> ModelConfig:
+    """The sizes that a ``preset:NAME`` source stands for."""
+    name = config.model.source.removeprefix(PRESET)
+    presets = {key: value for family in FAMILIES for key, value in family.presets.items()}
+    if name not in presets:
+        raise InputError(f"no preset {name!r}: there are {', '.join(sorted(presets))}")
+    model = presets[name]
+    if config.model.experts:
+        model = dataclasses.replace(model, moe=MoEConfig(config.model.experts, config.model.top_k))
+    return model
+
+
+def describe(
+    config: ConfigDict, model: ModelConfig, settings: TrainConfig, rows: Rows | None
+) -> list[str]:
+    """The plan in lines: model, data, steps, arithmetic."""
+    seq_len, batch_size = config.data.seq_len, config.train.batch_size
+    experts = f", {model.moe.num_experts} experts, top {model.moe.top_k}" if model.moe else ""
+    lines = [
+        f"model    {config.model.source}: {flops.num_params(model):,} parameters, "
+        f"{flops.active_params(model):,} active{experts}, {config.model.dtype}"
+    ]
+    if rows is not None:
+        stats = rows.train.stats
+        lines.append(
+            f"data     {config.data.source}: {stats.num_examples} conversations in "
+            f"{stats.num_rows} rows of {seq_len} ({stats.padding_share:.0%} padding, "
+            f"{stats.num_truncated} truncated, {stats.num_dropped} dropped), "
+            f"{rows.heldout.stats.num_examples if rows.heldout else 0} held out"
+        )
+    step_flops = flops.train_flops(model, batch_size * seq_len, seq_len)
+    steps = settings.steps if rows is not None or config.train.steps else None
+    total = f"{steps} steps, {steps * step_flops:.3g} FLOPs in all; " if steps else ""
+    optim = settings.optim
+    lines.append(
+        f"steps    {total}{batch_size} x {seq_len} tokens in {settings.accumulation} part(s), "
+        f"{step_flops:.3g} FLOPs each; {optim.name}, lr {optim.lr:g} {optim.schedule}, "
+        f"{optim.warmup_steps} warm-up; {config.compute.dtype}, remat {config.compute.remat}"
+    )
+    return lines
+
+
+def plan_memory(config: ConfigDict, model: ModelConfig, settings: TrainConfig, loss) -> StepMemory:
+    """Memory of a step, from shapes alone."""
+    shape = (config.train.batch_size, config.data.seq_len)
+    if shape[0] % settings.accumulation:
+        raise InputError(
+            f"train.batch_size {shape[0]} cannot be cut into train.accumulation="
+            f"{settings.accumulation} equal parts: choose a divisor"
+        )
+    names = ("tokens", "segment_ids", "positions", "loss_mask")
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    optimizer = make_optimizer(settings.optim, settings.steps)
+    params = transformer.abstract_params(model, config.model.dtype)
+    return step_memory(loss, optimizer, params, {}, batch, settings.accumulation)
+
+
+def describe_memory(memory: StepMemory) -> str:
+    """One line, in GiB, with what this machine has."""
+    parts = ", ".join(
+        f"{name} {value / GIB:.2f}" for name, value in dataclasses.asdict(memory).items() if value
+    )
+    free = available_bytes() / GIB
+    return f"memory   about {memory.total / GIB:.2f} GiB ({parts}); {free:.1f} GiB free here"

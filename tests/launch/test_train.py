@@ -1,0 +1,139 @@
+"""train as a user runs it, and how a config becomes settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from configs import base, quickstart_moe, quickstart_sft, xft_deepseek_1b
+from launch.settings import checked, forward_options, preset, train_config
+from moejax.core import tree
+from moejax.core.errors import InputError
+from moejax.io.load import load_any, save_any
+from moejax.io.loaded import Loaded
+from moejax.io.tokenizer import Tokenizer
+from moejax.methods.upcycle import upcycle
+from moejax.models import transformer
+from moejax.models.config import ModelConfig
+from moejax.moe.config import MoEConfig
+from tests.tiny_tokenizer import gguf_fields
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        *(sys.executable, "-m", "launch.train", "--config=configs/quickstart_sft.py"),
+        *(f"--config.model.source={folder / 'model'}", f"--workdir={folder / 'run'}"),
+        *(f"--config.data.source={folder / 'data.jsonl'}", "--config.data.seq_len=64"),
+        *("--config.train.steps=3", "--compile_cache=", *flags),
+    ]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model of two tiny layers with a tokenizer, upcycled, and forty conversations."""
+    path = tmp_path_factory.mktemp("train")
+    tokenizer = Tokenizer.from_gguf_metadata(gguf_fields())
+    config = ModelConfig("llama", tokenizer.vocab_size, 2, 16, 24, 2, 1, 8, max_position=64)
+    params = transformer.init_params(config, jax.random.key(0))
+    moe_params, moe_config = upcycle(params, config, MoEConfig(3, 2), jax.random.key(1))
+    save_any(Loaded(moe_params, moe_config, tokenizer), path / "model", "orbax")
+    rows = [{"prompt": f"hello {i}", "completion": f"{i} ab\n"} for i in range(40)]
+    (path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def test_a_moe_is_tuned_written_and_resumed(folder):
+    done = run(folder, "--config.train.lr=0.01", "--config.train.accumulation=2")
+    assert done.returncode == 0, done.stderr
+    assert "step 3/3  loss" in done.stdout and "MFU" in done.stdout and "load" in done.stdout
+    before, after = load_any(folder / "model"), load_any(folder / "run" / "model")
+    assert after.config == before.config
+    changed = {line.split(":")[0] for line in tree.diff(before.params, after.params)}
+    assert changed == set(tree.flatten(before.params))
+    assert after.lineage[-2]["op"] == "train" and after.lineage[-2]["results"]["step"] == 3
+    again = run(folder, "--config.train.lr=0.01", "--config.train.accumulation=2")
+    assert again.returncode == 0, again.stderr
+    assert "step 3/3  loss" not in again.stdout
+    assert tree.diff(load_any(folder / "run" / "model").params, after.params) == []
+    other = run(folder, "--config.train.lr=0.02", "--config.train.accumulation=2")
+    assert other.returncode == 2
+    assert "train.optim.lr (0.01 there, 0.02 here)" in other.stderr
+    assert other.stderr.count("\n") == 1
+
+
+def test_a_dry_run_writes_nothing(folder):
+    done = run(folder, f"--workdir={folder / 'none'}", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert "FLOPs in all" in done.stdout and "GiB" in done.stdout and "dry run" in done.stdout
+    assert not (folder / "none").exists()
+
+
+def test_an_unknown_key_is_one_line_with_the_valid_ones(folder):
+    done = run(folder, "--config.train.lrr=1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "train.lr," in done.stderr and "train.warmup_share" in done.stderr
+
+
+def test_a_config_file_with_a_missing_or_unknown_key():
+    config = base.get_config()
+    with config.unlocked():
+        config.train.extra = 1
+    with pytest.raises(InputError, match=r"unknown train\.extra; valid keys: .*train\.lr"):
+        checked(config)
+    config = base.get_config()
+    with config.unlocked():
+        del config.train["lr"]
+    with pytest.raises(InputError, match=r"lacks train\.lr"):
+        checked(config)
+    with pytest.raises(InputError, match="--config is missing"):
+        checked(None)
+
+
+def test_epochs_become_steps_and_shares_become_warmup():
+    config = xft_deepseek_1b.get_config("moe")
+    settings = train_config(config, 110_000)
+    assert settings.steps == 6875 and settings.optim.warmup_steps == 498
+    config.train.epochs = 0.0
+    with pytest.raises(InputError, match="train.steps is 0 and train.epochs 0"):
+        train_config(config, 110_000)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        base.get_config(),
+        quickstart_sft.get_config(),
+        quickstart_moe.get_config(),
+        xft_deepseek_1b.get_config("sft"),
+        xft_deepseek_1b.get_config("moe"),
+    ],
+)
+def test_every_config_has_the_known_keys(config):
+    assert checked(config) is config
+
+
+def test_a_preset_gives_sizes():
+    config = xft_deepseek_1b.get_config()
+    config.model.source = "preset:deepseek-coder-1.3b"
+    config.model.experts, config.model.top_k = 8, 6
+    assert preset(config).moe == MoEConfig(8, 6)
+    config.model.source = "preset:nothing"
+    with pytest.raises(InputError, match="no preset 'nothing': there are deepseek-coder-1.3b"):
+        preset(config)
+
+
+def test_a_compute_type_that_is_none():
+    config = base.get_config()
+    config.compute.dtype = "int8"
+    with pytest.raises(InputError, match="'int8' is unknown: use float32"):
+        forward_options(config)
