@@ -14,7 +14,7 @@ import numpy as np
 
 from moejax.core import tree
 from moejax.core.errors import InputError
-from moejax.io import atomic, card, lineage
+from moejax.io import atomic, card, host, lineage
 from moejax.io.loaded import Loaded, Progress, Reading, main_dtype
 from moejax.io.safetensors import (
     Entry,
@@ -99,12 +99,11 @@ def import_params(
     for weight in table:
         value = source.read(weight.hf_name)
         part = leaves[weight.path]
-        if isinstance(part, jax.ShapeDtypeStruct):  # the first of its leaf
-            part = leaves[weight.path] = np.empty(part.shape, part.dtype)
         if weight.layer is None:
-            # Not stacked: a tensor that needs no change becomes the leaf without a copy.
-            part = leaves[weight.path] = _cast(weight.from_hf(value), part.dtype)
+            part = leaves[weight.path] = host.aligned(weight.from_hf(value), part.dtype)
         else:
+            if isinstance(part, jax.ShapeDtypeStruct):  # the first layer of its stack
+                part = leaves[weight.path] = host.empty(part.shape, part.dtype)
             part = part[weight.layer]
             with np.errstate(over="ignore"):
                 part[...] = weight.from_hf(value)
@@ -130,11 +129,6 @@ def _abstract_leaves(
         kept = kept if dtype == "keep" else dtype_named(dtype)
         leaves[path] = jax.ShapeDtypeStruct((*leading, *stack[0].shape), kept)
     return leaves
-
-
-def _cast(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        return np.ascontiguousarray(value.astype(dtype, copy=False))
 
 
 def _check_tensors(source, table: list[Weight], config: ModelConfig, place: str) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from moejax.core import tree
 from moejax.core.errors import InputError
-from moejax.io import atomic, card, lineage, orbax
+from moejax.io import atomic, card, host, lineage, orbax
 from moejax.io.loaded import License, Loaded, Progress, Reading, main_dtype
 from moejax.io.safetensors import dtype_named
 from moejax.io.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ def export_folder(
     dtype: of the parameters; "keep" leaves each as it is.
     """
     wanted = None if dtype == "keep" else dtype_named(dtype)
-    params = _cast(loaded.params, wanted)
+    params = tree.map_with_path(lambda path, x: _cast_leaf(path, x, wanted), loaded.params)
     if loaded.tokenizer is not None:
         loaded.tokenizer.check_fits(loaded.config.vocab_size)
     atomic.check_target(target, overwrite)
@@ -120,9 +120,12 @@ def _read_params(path: Path, config: ModelConfig, reading: Reading) -> tree.Tree
             lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype),
             tree.unflatten(template),
         )
-    params = orbax.load_tree(path, jax.tree.map(orbax.on_host, tree.unflatten(template)))
-    _tell(reading.progress, params)
-    return _cast(params, dtype)
+    read = tree.flatten(
+        orbax.load_tree(path, jax.tree.map(orbax.on_host, tree.unflatten(template)))
+    )
+    _tell(reading.progress, read)
+    # One leaf at a time, and each let go at once: no second copy of the whole.
+    return tree.unflatten({name: _cast_leaf(name, read.pop(name), dtype) for name in list(read)})
 
 
 def _tell(progress: Progress | None, params: tree.Tree) -> None:
@@ -131,16 +134,9 @@ def _tell(progress: Progress | None, params: tree.Tree) -> None:
         progress(tree.num_bytes(params), tree.num_bytes(params))
 
 
-def _cast(params: tree.Tree, dtype: np.dtype | None) -> tree.Tree:
-    """Casts every leaf; None keeps them."""
-    if dtype is None:
-        return jax.tree.map(np.asarray, params)
-    return tree.map_with_path(lambda path, leaf: _cast_leaf(path, np.asarray(leaf), dtype), params)
-
-
-def _cast_leaf(path: str, leaf: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        cast = leaf.astype(dtype, copy=False)
-    if cast is not leaf and not np.isfinite(cast).all():
+def _cast_leaf(path: str, leaf: Any, dtype: np.dtype | None) -> np.ndarray:
+    """A host array that jax can use in place, cast; None keeps the dtype."""
+    cast = host.aligned(np.asarray(leaf), dtype)
+    if cast.dtype != leaf.dtype and not np.isfinite(cast).all():
         raise InputError(f"{path} does not fit {dtype}: use --dtype=bfloat16 or float32")
     return cast

@@ -22,7 +22,7 @@ from moejax.core.errors import InputError
 def save_tree(path: str | os.PathLike[str], params: tree.Tree) -> None:
     """Writes nested dicts of arrays to a new folder. Inverse: `load_tree`."""
     with _context():
-        ocp.save(Path(path).absolute(), params)
+        ocp.save(Path(path).absolute(), jax.tree.map(_as_jax, params))
 
 
 def read_abstract(path: str | os.PathLike[str]) -> tree.Tree:
@@ -71,6 +71,16 @@ def check_fits(path: str | os.PathLike[str], wanted: tree.Tree) -> None:
 def on_host(leaf: Any) -> np.ndarray:
     """A template that asks for a numpy array, at no memory: one element, broadcast."""
     return np.broadcast_to(np.empty((), leaf.dtype), leaf.shape)
+
+
+def _as_jax(leaf: Any) -> Any:
+    """A numpy array as a jax array on the CPU: orbax would copy it, jax aliases it if aligned."""
+    if not isinstance(leaf, np.ndarray):
+        return leaf
+    try:
+        return jax.device_put(leaf, jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # no CPU backend beside the accelerator's
+        return leaf
 
 
 def _placed(leaf: Any) -> Any:

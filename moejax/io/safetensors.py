@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 
 from moejax.core.errors import InputError
-from moejax.io import atomic
+from moejax.io import atomic, host
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -80,9 +80,13 @@ class SafetensorsFolder:
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor, in memory of its own."""
         (path, offset), info = self._places[name], self.infos[name]
+        value = host.empty(info.shape, info.dtype)
         # Read, not mapped: pages of a mapped file count as this process's memory.
-        value = np.fromfile(path, info.dtype, math.prod(info.shape), offset=offset)
-        return value.reshape(info.shape)
+        with open(path, "rb") as file:
+            file.seek(offset)
+            num_read = file.readinto(value.reshape(-1).view(np.uint8).data)
+        assert num_read == value.nbytes, (name, num_read, value.nbytes)
+        return value
 
 
 def _shards(folder: Path) -> list[Path]:
