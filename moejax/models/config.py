@@ -1,4 +1,4 @@
-"""What a model is, as data: the one config that the decoder, the importers and the planners read."""
+"""What a model is, as data: the config that the decoder, importers and planners all read."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""The dense parts of a block: the gated feed-forward layer, and the shapes of its parameters."""
+"""Activations by name, and the shapes of a gated feed-forward layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
@@ -25,14 +24,3 @@ def mlp_shapes(d_model: int, d_ff: int, bias: bool) -> dict[str, tuple[int, ...]
     if bias:
         shapes |= {"b_gate": (d_ff,), "b_up": (d_ff,), "b_down": (d_model,)}
     return shapes
-
-
-def gated_mlp(params: dict[str, Any], x: jax.Array, activation: str) -> jax.Array:
-    """``(act(x W_gate) * (x W_up)) W_down`` (Shazeer 2020, eq. 6), with optional biases. x: [..., D]."""
-
-    def linear(x, name):
-        y = x @ params[f"w_{name}"]
-        return y + params[f"b_{name}"] if f"b_{name}" in params else y
-
-    hidden = ACTIVATION[activation](linear(x, "gate")) * linear(x, "up")
-    return linear(hidden, "down")

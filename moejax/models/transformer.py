@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from moejax.core import tree
 from moejax.models.cache import KVCache
 from moejax.models.config import LayerRun, ModelConfig
-from moejax.models.layers import ACTIVATION, gated_mlp, mlp_shapes
+from moejax.models.layers import ACTIVATION, mlp_shapes
 from moejax.models.mha import AttentionInputs, attention_shapes, mha
 from moejax.moe.layer import MoEStats, abstract_router, moe_layer
+from moejax.ops.gated_ffn import gated_ffn
 from moejax.ops.norm import rms_norm
 from moejax.ops.rope import frequencies, rotation
 
@@ -238,14 +239,15 @@ def _block(layer, x_BTD, rng, extend, context: _Context):
     attended, state = mha(cast["attn"], normed, context.inputs, extend)
     x_BTD = x_BTD + attended
     normed = rms_norm(x_BTD, cast["mlp_norm"]["scale"], config.norm_eps)
+    activation = ACTIVATION[config.activation]
     if "mlp" in cast:
-        return x_BTD + gated_mlp(cast["mlp"], normed, config.activation), state, None
+        return x_BTD + gated_ffn(cast["mlp"], normed, activation), state, None
     assert config.moe is not None
     mixed, stats = moe_layer(
         cast["moe"],
         normed,
         config.moe,
-        activation=ACTIVATION[config.activation],
+        activation=activation,
         mask_BT=context.mask_BT,
         rng=rng,
         implementation=options.moe_implementation,
@@ -254,7 +256,7 @@ def _block(layer, x_BTD, rng, extend, context: _Context):
 
 
 def _run_scanned(layers, x_BTD, state, rng, context: _Context):
-    """Scans a run of stacked layers; the cache rides in the carry so that it is updated in place."""
+    """Scans a run of stacked layers; the cache rides in the carry, so it is updated in place."""
     num_layers = jax.tree.leaves(layers)[0].shape[0]
 
     def body(carry, xs):
@@ -335,7 +337,7 @@ class _Params(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Linen shell: ``Transformer(config).init(key, tokens)["params"]`` is the tree of `init_params`.
+    """Linen shell: ``Transformer(config).init(key, tokens)["params"]`` has `init_params`' tree.
 
     ``apply({"params": params}, tokens_BT, **kwargs)`` gives what `forward` gives.
     """

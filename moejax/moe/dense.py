@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from moejax.moe.config import MoEConfig
-from moejax.moe.experts import Activation, expert_ffn
 from moejax.moe.routing import route
+from moejax.ops.gated_ffn import Activation, gated_ffn
 
 
 def dense_moe(
@@ -26,6 +26,6 @@ def dense_moe(
     weights_NE = jnp.einsum("nke,nk->ne", chosen_NKE, routing.weights_NK)
     if routing.shared_weight_N is not None:
         weights_NE = weights_NE.at[:, 0].set(routing.shared_weight_N)
-    outputs_END = jax.vmap(lambda expert: expert_ffn(expert, x_ND, activation))(params["experts"])
+    outputs_END = jax.vmap(lambda expert: gated_ffn(expert, x_ND, activation))(params["experts"])
     y_ND = jnp.einsum("end,ne->nd", outputs_END, weights_NE).astype(x_BTD.dtype)
     return y_ND.reshape(x_BTD.shape)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from moejax.moe.config import MoEConfig
 from moejax.moe.dispatch import combine, dispatch, plan
-from moejax.moe.experts import Activation, expert_ffn, grouped_ffn
+from moejax.moe.experts import grouped_ffn
 from moejax.moe.routing import abstract_router, init_router, route
+from moejax.ops.gated_ffn import Activation, gated_ffn
 
 __all__ = ["MoEStats", "abstract_router", "init_router", "moe_layer"]
 
@@ -64,7 +65,7 @@ def moe_layer(
     shared_weight = jnp.zeros((), jnp.float32)
     if routing.shared_weight_N is not None:
         shared = {name: stack[0] for name, stack in params["experts"].items()}
-        shared_ND = expert_ffn(shared, x_ND, activation)
+        shared_ND = gated_ffn(shared, x_ND, activation)
         y_ND = y_ND + (routing.shared_weight_N[:, None] * shared_ND).astype(y_ND.dtype)
         shared_weight = _mean(routing.shared_weight_N, mask_N)
     stats = MoEStats(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 def attention(
     q_BTHC: jax.Array, k_BSGC: jax.Array, v_BSGC: jax.Array, mask_BTS: jax.Array
 ) -> jax.Array:
-    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), grouped-query (Ainslie et al. 2023).
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with grouped keys and values.
 
     Args:
       q_BTHC: queries; H is a multiple of G and head h reads group h // (H / G).

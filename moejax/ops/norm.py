@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm (Zhang and Sennrich 2019, eq. 4): ``x / sqrt(mean(x^2) + eps) * scale``.
+    """RMS norm (Zhang and Sennrich 2019, eq. 4): ``x / sqrt(mean(x^2) + eps) * scale``.
 
     x: [..., D]. The mean is taken in float32 and the result has x's dtype, as Llama does it.
     """

@@ -36,7 +36,7 @@ class RopeConfig:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise InputError(f"rope scaling {self.kind!r} is unknown: use one of {', '.join(KINDS)}")
+            raise InputError(f"rope scaling {self.kind!r} is unknown: use {', '.join(KINDS)}")
         if self.kind in ("dynamic", "llama3") and self.original_max_position < 1:
             raise InputError(
                 f"rope scaling {self.kind!r} needs original_max_position >= 1, "
@@ -69,7 +69,7 @@ def frequencies(rope: RopeConfig, head_size: int, length: jax.Array | int = 0) -
 
 
 def _dynamic(rope: RopeConfig, exponent, head_size: int, length) -> jax.Array:
-    """NTK-aware scaling: theta' = theta * (s * n / n0 - (s - 1))^(C / (C - 2)), n = max(length, n0)."""
+    """NTK: theta' = theta (s n / n0 - (s - 1))^(C / (C - 2)) with n = max(length, n0)."""
     original = rope.original_max_position
     longer = jnp.maximum(length, original).astype(jnp.float32)
     stretch = rope.factor * longer / original - (rope.factor - 1)
@@ -78,7 +78,7 @@ def _dynamic(rope: RopeConfig, exponent, head_size: int, length) -> jax.Array:
 
 
 def _llama3(rope: RopeConfig, freqs: jax.Array) -> jax.Array:
-    """Llama 3.1: wavelengths above n0/low are divided by `factor`, below n0/high kept, blended between."""
+    """Llama 3.1: wavelengths above n0/low stretched by `factor`, below n0/high kept, else mixed."""
     original = rope.original_max_position
     wavelength = 2 * math.pi / freqs
     blend = (original / wavelength - rope.low_freq_factor) / (
@@ -90,7 +90,7 @@ def _llama3(rope: RopeConfig, freqs: jax.Array) -> jax.Array:
 
 
 def rotation(positions_BT: jax.Array, freqs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32 [B, T, C/2], of positions times frequencies ([C/2] or [B, C/2])."""
+    """Cosines and sines, float32 [B, T, C/2], of positions times [C/2] or [B, C/2] frequencies."""
     if freqs.ndim == 2:
         freqs = freqs[:, None, :]
     angles = positions_BT[..., None].astype(jnp.float32) * freqs

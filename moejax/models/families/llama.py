@@ -172,10 +172,10 @@ def name_table(config: ModelConfig) -> list[Weight]:
 
 PRESETS = {
     "smollm2-135m": ModelConfig(
-        "llama", 49152, 30, 576, 1536, 9, 3, 64, 1e-5, RopeConfig(100000.0), 8192, True
+        "llama", 49152, 30, 576, 1536, 9, 3, 64, 1e-5, RopeConfig(1e5), 8192, True
     ),
     "deepseek-coder-1.3b": ModelConfig(
-        "llama", 32256, 24, 2048, 5504, 16, 16, 128, 1e-6, RopeConfig(100000.0, "linear", 4.0), 16384
+        "llama", 32256, 24, 2048, 5504, 16, 16, 128, 1e-6, RopeConfig(1e5, "linear", 4.0), 16384
     ),
 }
 

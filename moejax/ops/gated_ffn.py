@@ -1,0 +1,24 @@
+"""The gated feed-forward layer: of a dense block, and of one expert."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+def gated_ffn(params: dict[str, Any], x: jax.Array, activation: Activation) -> jax.Array:
+    """``(act(x W_gate) * (x W_up)) W_down`` (Shazeer 2020, eq. 6), with biases if there are any.
+
+    params: w_gate, w_up [D, F], w_down [F, D] and maybe b_gate, b_up [F], b_down [D]; they are
+    cast to x's dtype, sums are at least float32. x, result: [..., D].
+    """
+
+    def affine(x: jax.Array, name: str) -> jax.Array:
+        weight = params[f"w_{name}"].astype(x.dtype)
+        y = jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+        return y + params[f"b_{name}"].astype(x.dtype) if f"b_{name}" in params else y
+
+    return affine(activation(affine(x, "gate")) * affine(x, "up"), "down")
