@@ -197,7 +197,7 @@ def summary(records: Sequence[Record], ks: Sequence[int] = (1,)) -> dict[str, An
         "pass_at_1": interval.mean,
         "pass_at_1_interval": [interval.low, interval.high],
         "pass_at_1_n": len(ids),
-        "num_samples": len(records),
+        "num_answers": len(records),
         "pass_at_k": shares,
         "verdicts": dict(Counter(record["verdict"] for record in records)),
     }

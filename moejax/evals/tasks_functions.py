@@ -28,10 +28,6 @@ class FunctionTask:
 # A form is what the model is asked, and what is put at the start of its answer.
 PROMPT_FORMS: dict[str, tuple[str, str]] = {
     "chat": ("Write a Python function {signature} that {description}.", ""),
-    "code": (
-        "Write a Python function {signature} that {description}. Answer with the code only.",
-        "",
-    ),
     "fence": (
         "Write a Python function {signature} that {description}.",
         "```python\ndef {signature}:\n",

@@ -1,0 +1,153 @@
+"""From a generator's ids to records and Pass@1: with stand-ins that answer by heart."""
+
+import json
+
+import numpy as np
+import pytest
+
+from moejax.core.errors import InputError
+from moejax.evals import bootstrap, functions
+from moejax.evals.functions import FunctionsConfig, grade, run_functions
+from moejax.evals.tasks_functions import load_tasks
+from moejax.io.tokenizer import Tokenizer
+from moejax.serve.generate import Completion
+from tests.tiny_tokenizer import gguf_fields
+
+TASKS = load_tasks()[:6]
+ALLOWED = FunctionsConfig(allow_code_execution=True, chunk_size=4)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_gguf_metadata(gguf_fields())
+
+
+class Student:
+    """Generates the reference for the tasks it knows; remembers what it was asked."""
+
+    def __init__(self, tokenizer, known):
+        self.tokenizer, self.known, self.calls = tokenizer, known, []
+
+    def __call__(self, prompts, seed):
+        self.calls.append((len(prompts), seed))
+        completions = []
+        for ids in prompts:
+            text = self.tokenizer.decode(ids, skip_special=False)
+            task = next(task for task in TASKS if f"function {task.signature} that" in text)
+            answer = task.solution if task.name in self.known else task.mutant
+            if text.endswith(":\n"):  # the answer's start was given
+                answer = answer.split(":\n", 1)[1] + "```"
+            completions.append(Completion(self.tokenizer.encode(answer), True))
+        return completions
+
+
+@pytest.mark.parametrize("form", ["chat", "fence"])
+def test_known_tasks_pass_and_others_do_not(tokenizer, form):
+    student = Student(tokenizer, {"add", "square"})
+    config = FunctionsConfig(form=form, allow_code_execution=True)
+    records = run_functions(student, tokenizer, TASKS, config)
+    assert [record["id"] for record in records] == [task.id for task in TASKS]
+    assert {r["id"] for r in records if r["passed"]} == {"add", "square"}
+    assert {r["verdict"] for r in records if not r["passed"]} == {"wrong"}
+    assert json.loads(json.dumps(records)) == records
+    first = records[0]
+    assert first["form"] == form and "add(a, b)" in first["prompt"] and first["finished"]
+    assert first["extracted"] == "def add(a, b):\n    return a + b\n"
+    summary = functions.summary(records)
+    assert summary["pass_at_1"] == pytest.approx(2 / 6)
+    wilson = bootstrap.wilson(2, 6)
+    assert summary["pass_at_1_interval"] == [wilson.low, wilson.high]
+    assert summary["verdicts"] == {"pass": 2, "wrong": 4}
+
+
+def test_nothing_is_generated_without_permission(tokenizer):
+    student = Student(tokenizer, set())
+    with pytest.raises(InputError, match="allow_code_execution"):
+        run_functions(student, tokenizer, TASKS, FunctionsConfig())
+    assert student.calls == []
+
+
+def test_a_run_cut_off_and_resumed_equals_the_run_never_cut(tokenizer):
+    student = Student(tokenizer, {"add"})
+    seen = []
+    whole = run_functions(
+        student, tokenizer, TASKS, ALLOWED, on_records=lambda r: seen.append(len(r))
+    )
+    assert student.calls == [(4, 0), (2, 1)] and seen == [4, 6]
+    resumed = Student(tokenizer, {"add"})
+    again = run_functions(resumed, tokenizer, TASKS, ALLOWED, done=whole[:5])
+    assert resumed.calls == [(2, 1)]  # whole chunks, with their own seed
+
+    def timeless(records):
+        return [{k: v for k, v in r.items() if not k.endswith("_s")} for r in records]
+
+    assert timeless(again) == timeless(whole)
+    silent = Student(tokenizer, set())
+    assert run_functions(silent, tokenizer, TASKS, ALLOWED, done=whole) == whole
+    assert silent.calls == []
+
+
+def test_several_samples_give_pass_at_k(tokenizer):
+    config = FunctionsConfig(num_samples=2, chunk_size=6, allow_code_execution=True)
+    students = iter([Student(tokenizer, {"add"}), Student(tokenizer, {"add", "square"})])
+    records = run_functions(lambda p, s: next(students)(p, s), tokenizer, TASKS, config)
+    summary = functions.summary(records, ks=(1, 2))
+    assert summary["pass_at_1"] == pytest.approx(3 / 12)
+    assert summary["pass_at_k"] == pytest.approx({"1": 3 / 12, "2": 2 / 6})
+    assert (summary["pass_at_1_n"], summary["num_answers"]) == (6, 12)
+    with pytest.raises(InputError, match="k = 3 needs as many samples; 'add' has 2"):
+        functions.summary(records, ks=(3,))
+
+
+def sample(completion: str, task: str = "add") -> dict:
+    return {"id": task, "sample": 0, "completion": completion}
+
+
+@pytest.mark.parametrize(
+    ("body", "verdict", "reason"),
+    [
+        ("return a + b", "pass", ""),
+        ("return a - b", "wrong", r"test 1: add\(1, 2\) is -1, not 3"),
+        ("return a + b if a < 10**12 else 0", "wrong", "test 5"),
+        ("return c", "error", "test 1.*NameError"),
+        ("return lambda: 3", "error", "not plain data"),
+        ("import os; os._exit(0)", "error", "ended after 0 of 5 calls"),
+        ("import sys; sys.exit(0)", "error", "SystemExit"),
+        ("while True: pass", "timeout", "longer than 1 s"),
+        ("print('x' * 10**8)", "output", "more than"),
+        ("import ctypes; ctypes.string_at(0)", "crash", "SIGSEGV"),
+    ],
+)
+def test_verdicts(body, verdict, reason):
+    config = FunctionsConfig(limits=functions.Limits(wall_s=1.0), allow_code_execution=True)
+    (record,) = grade([sample(f"def add(a, b):\n    {body}")], TASKS, config)
+    assert record["verdict"] == verdict and record["passed"] == (verdict == "pass")
+    assert __import__("re").search(reason, record["reason"]), record["reason"]
+
+
+def test_a_reply_without_the_function_is_counted_as_such():
+    (record,) = grade([sample("I would rather not.")], TASKS, ALLOWED)
+    assert (record["verdict"], record["passed"], record["extracted"]) == ("no function", False, "")
+
+
+def test_the_form_with_more_passes_is_chosen_and_the_first_of_equals():
+    def rows(num_passed):
+        return [{"passed": i < num_passed} for i in range(5)]
+
+    assert functions.choose_form({"chat": rows(1), "fence": rows(3)}) == "fence"
+    assert functions.choose_form({"chat": rows(2), "fence": rows(2)}) == "chat"
+
+
+def records_of(passed) -> list[dict]:
+    return [{"id": str(i), "sample": 0, "passed": bool(p)} for i, p in enumerate(passed)]
+
+
+def test_differences_are_paired_by_task():
+    rng = np.random.default_rng(0)
+    a, b = rng.random(30) < 0.6, rng.random(30) < 0.5
+    shuffled = [records_of(b)[i] for i in rng.permutation(30)]
+    assert functions.minus(records_of(a), shuffled) == bootstrap.paired_share(a, b)
+    with pytest.raises(ValueError, match="not the same"):
+        functions.minus(records_of(a), records_of(b)[:-1])
+    twice = [{**r, "sample": s} for r in records_of(a) for s in (0, 1)]
+    assert functions.minus(twice, records_of(b)).mean == pytest.approx(a.mean() - b.mean())
