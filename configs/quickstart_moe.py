@@ -5,7 +5,7 @@ Command:  python -m launch.upcycle --source=SmolLM2-135M-Instruct.Q4_1.gguf --ex
           python -m launch.train --config=configs/quickstart_moe.py \\
               --config.model.source=runs/upcycled --workdir=runs/moe
 Hardware: 2 CPU cores, 12 GiB. About 7 to 10 s a step.
-Expected: held-out loss below the base model's 2.26 nats per answer token after 16 updates.
+Expected: held-out loss below the base model's (1.415 with Python 3.11.7's library).
 """
 
 from ml_collections import ConfigDict

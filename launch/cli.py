@@ -42,8 +42,9 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             return main(args) or 0
         except InputError as error:
             return _fail(str(error), EXIT_BAD_INPUT)
-        except KeyboardInterrupt:
-            return _fail("interrupted; nothing half-written was left behind", EXIT_INTERRUPTED)
+        except KeyboardInterrupt as stop:
+            said = str(stop) or "interrupted; nothing half-written was left behind"
+            return _fail(said, EXIT_INTERRUPTED)
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 where = f" while writing {error.filename}" if error.filename else ""
