@@ -1,4 +1,9 @@
-"""Cached generation: one compiled prefill, one compiled decoding loop, independent rows."""
+"""Cached generation: one compiled prefill, one compiled decoding loop, independent rows.
+
+Prompts are padded on the left to a common length and run through the model in chunks of a fixed
+size; then one `lax.while_loop` draws tokens until every row is finished. Both update a donated
+cache in place, so shapes depend on the number of rows and slots only.
+"""
 
 from __future__ import annotations
 
@@ -61,9 +66,9 @@ def generate(
 ) -> list[Completion]:
     """Continues every prompt: x_t ~ p(x | prompt, x_<t) after `sampling`'s cuts.
 
-    Prompts of similar length share a batch, padded on the left, and each answer is what the prompt
-    alone would give (up to float rounding between batch shapes). Shapes are rounded up to `bucket`
-    sizes, so that few of them are ever compiled.
+    Prompts of similar length share a batch, and each answer is what the prompt alone would give
+    (up to float rounding between batch shapes). The number of slots is rounded up to a `bucket`,
+    so that few programs are ever compiled.
 
     With "dynamic" rope, whose frequencies depend on a text's length, a row's frequencies are fixed
     for the longest text it may become, its prompt plus max_new_tokens: the keys in its cache were
@@ -107,7 +112,9 @@ def stream(
     """Yields the ids that `generate` would give for one prompt, at most `every` at a time."""
     check_prompts(config, [prompt])
     params = prepare(params, settings.options.compute_dtype)
-    plan, state = _start(params, config, [prompt], [0], 1, settings)
+    # A conversation grows from call to call: doubling its slots keeps it in compiled programs.
+    doubling = functools.partial(_power_of_two, least=512)
+    plan, state = _start(params, config, [prompt], [0], 1, settings, doubling)
     sent, until = 0, min(every, settings.max_new_tokens)
     while True:
         state = _decode(plan, params, state, until)
@@ -146,12 +153,16 @@ def context_length(config: ModelConfig) -> int:
 
 
 def bucket(length: int) -> int:
-    """The shape that `length` tokens are padded to: a multiple of 32, coarser from 256 on.
+    """Slots of a cache for `length` tokens: a multiple of 32, coarser from 256 on.
 
-    At most a quarter is padding, and lengths up to n make O(log n) shapes.
+    At most a fifth is left over beyond 160, and lengths up to n make O(log n) shapes.
     """
     step = max(32, (1 << length.bit_length()) >> 3)
     return max(1, -(-length // step)) * step
+
+
+def _power_of_two(number: int, least: int) -> int:
+    return max(least, 1 << (number - 1).bit_length())
 
 
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
@@ -174,6 +185,10 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> None
 
 
 # -- inside ----------------------------------------------------------------------------------------
+
+# Tokens of a prompt that one call of `_prefill` reads: enough to keep a CPU's cores busy with one
+# row, few enough that short prompts waste little and that attention scores stay small.
+_CHUNK = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,11 +219,15 @@ class _State:
     stop_ids: jax.Array
 
 
-def _start(params, config, prompts, rows, num_rows, settings) -> tuple[_Plan, _State]:
-    """Pads `rows` of the prompts to one batch of `num_rows` and fills a cache with them."""
-    plan = _Plan(config, settings.options, settings.sampling)
+def _start(params, config, prompts, rows, num_rows, settings, to_slots=None):
+    """Pads `rows` of the prompts to one batch of `num_rows` and fills a cache with them.
+
+    to_slots: how many slots to take for how many tokens, `bucket` by default.
+    """
+    to_slots = to_slots or bucket
     # All but a prompt's last token, which the loop starts from.
-    num_tokens = bucket(max(len(prompts[row]) for row in rows) - 1)
+    longest = max(len(prompts[row]) for row in rows) - 1
+    num_tokens = -(-longest // _CHUNK) * _CHUNK
     tokens_BT = np.zeros((num_rows, num_tokens), np.int32)
     last_B, lengths_B, budget_B, row_ids_B = np.zeros((4, num_rows), np.int32)
     for i, row in enumerate(rows):
@@ -217,14 +236,23 @@ def _start(params, config, prompts, rows, num_rows, settings) -> tuple[_Plan, _S
         lengths_B[i] = len(before)
         budget_B[i] = min(settings.max_new_tokens, context_length(config) - len(prompts[row]))
         row_ids_B[i] = row
-    num_slots = bucket(num_tokens + int(budget_B.max()))
-    longest_B = lengths_B + 1 + budget_B
-    cache = _prefill(config, settings.options, num_slots, params, tokens_BT, lengths_B, longest_B)
+    num_slots = to_slots(num_tokens + int(budget_B.max()))
+    cache = init_cache(
+        config,
+        jnp.asarray(num_tokens - lengths_B),
+        num_slots,
+        rope_length_B=jnp.asarray(lengths_B + 1 + budget_B),
+        dtype=settings.options.compute_dtype,
+        split=True,
+    )
+    for first in range(0, num_tokens, _CHUNK):
+        chunk_BT = tokens_BT[:, first : first + _CHUNK]
+        cache = _prefill(config, settings.options, params, cache, chunk_BT)
     key = jax.random.key(settings.seed)
-    return plan, _State(
+    return _Plan(config, settings.options, settings.sampling), _State(
         cache=cache,
         last_B=jnp.asarray(last_B),
-        ids_BN=jnp.zeros((num_rows, num_slots - num_tokens), jnp.int32),
+        ids_BN=jnp.zeros((num_rows, num_slots), jnp.int32),
         count=jnp.zeros((), jnp.int32),
         # Rows that only fill up the batch have nothing to say.
         finished_B=jnp.asarray(budget_B == 0),
@@ -239,19 +267,9 @@ def _split(layers):
     return split_layers({"layers": layers})["layers"]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefill(
-    config, options, num_slots: int, params, tokens_BT, lengths_B, rope_length_B
-) -> KVCache:
-    """A cache of `num_slots` slots that holds each row's last lengths_B tokens."""
-    cache = init_cache(
-        config,
-        tokens_BT.shape[1] - lengths_B,
-        num_slots,
-        rope_length_B=rope_length_B,
-        dtype=options.compute_dtype,
-        split=True,
-    )
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _prefill(config, options: ForwardOptions, params, cache: KVCache, tokens_BT) -> KVCache:
+    """The cache with one more chunk of the prompts in it."""
     filled = forward(params, config, tokens_BT, cache=cache, options=options).cache
     assert filled is not None
     return filled

@@ -59,15 +59,28 @@ def random_params(config: ModelConfig):
     )
 
 
-def greedy_by_full_forward(params, config, prompt, num_new):
+@functools.partial(jax.jit, static_argnums=0)
+def full_logits(config, params, text_BT, lengths_B):
+    # Positions stop at each row's end, so that dynamic rope sees the row's own length.
+    positions_BT = jnp.minimum(jnp.arange(text_BT.shape[1]), lengths_B[:, None] - 1)
+    return transformer.logits(params, config, text_BT, positions_BT=positions_BT)
+
+
+def greedy_by_full_forward(params, config, prompts, num_new):
     """The definition: all of the text through the model for every token."""
-    forward = jax.jit(lambda tokens: transformer.logits(params, config, tokens))
-    text = np.zeros((1, len(prompt) + num_new), np.int32)
-    text[0, : len(prompt)] = prompt
-    for at in range(len(prompt), text.shape[1]):
-        # What follows position at - 1 is not seen by it, so one shape serves all lengths.
-        text[0, at] = int(forward(text)[0, at - 1].argmax())
-    return text[0, len(prompt) :].tolist()
+    num_tokens = max(map(len, prompts)) + num_new
+    text_BT = np.zeros((len(prompts), num_tokens), np.int32)
+    lengths_B = np.array([len(prompt) + num_new for prompt in prompts])
+    for text, prompt in zip(text_BT, prompts, strict=True):
+        text[: len(prompt)] = prompt
+    for step in range(num_new):
+        # What follows a position is not seen by it, so one shape serves all lengths.
+        likeliest_BT = np.asarray(full_logits(config, params, text_BT, lengths_B).argmax(-1))
+        for row, prompt in enumerate(prompts):
+            at = len(prompt) + step
+            text_BT[row, at] = likeliest_BT[row, at - 1]
+    rows = zip(text_BT, prompts, strict=True)
+    return [text[len(prompt) : len(prompt) + num_new].tolist() for text, prompt in rows]
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, "dynamic"])
@@ -80,9 +93,8 @@ def test_cached_batch_equals_full_forward(name):
     config = CONFIGS.get(name, DYNAMIC)
     params = random_params(config)
     completions = serve.generate(params, config, PROMPTS, GenerateConfig(max_new_tokens=12))
-    for prompt, completion in zip(PROMPTS, completions, strict=True):
-        assert completion.ids == greedy_by_full_forward(params, config, prompt, 12)
-        assert not completion.finished
+    assert [c.ids for c in completions] == greedy_by_full_forward(params, config, PROMPTS, 12)
+    assert not any(c.finished for c in completions)
     assert len({tuple(c.ids) for c in completions}) > 2
 
 
@@ -160,7 +172,7 @@ def test_the_context_bounds_each_row():
     settings = GenerateConfig(max_new_tokens=100)
     short, long = serve.generate(params, config, [[1, 2], list(range(35))], settings)
     assert (len(short.ids), len(long.ids)) == (38, 5)
-    assert short.ids == greedy_by_full_forward(params, config, [1, 2], 38)
+    assert [short.ids] == greedy_by_full_forward(params, config, [[1, 2]], 38)
 
 
 @pytest.mark.parametrize("every", [1, 4, 64])
@@ -177,14 +189,27 @@ def test_streamed_ids_are_the_generated_ones(every):
     assert [token for chunk in chunks for token in chunk] == whole.ids[:at]
 
 
-def test_few_shapes_are_compiled():
+def test_few_programs_are_compiled():
     config, params = CONFIGS["plain"], serve.prepare(random_params(CONFIGS["plain"]))
     before = serve._prefill._cache_size(), serve._decode._cache_size()
-    for length in range(1, 33):
-        settings = GenerateConfig(max_new_tokens=1 + length % 7, seed=length)
+    for length in (1, 2, 3, 31, 32, 33):
+        settings = GenerateConfig(1 + length % 7, seed=length, stop_ids=(length,))
         serve.generate(params, config, [[1] * length], settings)
+    # 32 slots for a prompt of one token, which needs no prefill, and 64 for the others.
     assert serve._prefill._cache_size() - before[0] <= 1
-    assert serve._decode._cache_size() - before[1] <= 1
+    assert serve._decode._cache_size() - before[1] <= 2
+    for length in (3, 70, 130):
+        next(serve.stream(params, config, [1] * length, GenerateConfig(100 - length // 2)))
+    assert serve._prefill._cache_size() - before[0] <= 2
+    assert serve._decode._cache_size() - before[1] <= 4
+
+
+def test_long_prompts_are_read_in_chunks():
+    config, params = CONFIGS["plain"], random_params(CONFIGS["plain"])
+    prompt = np.random.default_rng(2).integers(0, 101, 101).tolist()
+    prompts = [prompt[:n] for n in (101, 97, 96, 33, 32, 1)]
+    answers = serve.generate(params, config, prompts, GenerateConfig(max_new_tokens=3))
+    assert [a.ids for a in answers] == greedy_by_full_forward(params, config, prompts, 3)
 
 
 def test_the_cache_is_updated_in_place():
