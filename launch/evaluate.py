@@ -127,9 +127,10 @@ def evaluate_functions() -> Outcome | None:
         claim_folder(_folder(), settings | {"num_tasks": len(tasks)}, CLAIM)
         records = functions.grade(samples, tasks, config)
     else:
+        loaded = _load_model()
         settings = _functions_settings(tasks, config) | {"sandbox": mode}
         claim_folder(_folder(), settings, CLAIM)
-        records = _generate_and_grade(tasks, config)
+        records = _generate_and_grade(loaded, tasks, config)
     result = functions.summary(records, ks)
     low, high = result["pass_at_1_interval"]
     console.print(
@@ -158,9 +159,8 @@ def _functions_settings(tasks: Sequence[FunctionTask], config: FunctionsConfig) 
 
 
 def _generate_and_grade(
-    tasks: Sequence[FunctionTask], config: FunctionsConfig
+    loaded: Loaded, tasks: Sequence[FunctionTask], config: FunctionsConfig
 ) -> list[dict[str, Any]]:
-    loaded = _load_model()
     tokenizer = loaded.tokenizer
     assert tokenizer is not None
     params = prepare(loaded.params)

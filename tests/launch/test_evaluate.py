@@ -1,0 +1,155 @@
+"""evaluate as a user runs it: a tiny model, samples made elsewhere, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from moejax.evals.tasks_functions import load_tasks
+from moejax.io.load import save_any
+from moejax.io.loaded import Loaded
+from moejax.io.tokenizer import Tokenizer
+from moejax.models import transformer
+from moejax.models.config import ModelConfig
+from tests.tiny_tokenizer import gguf_fields
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launch.evaluate", "--compile_cache=", *flags]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+# Runs the command on each list of flags, in one process to import jax once.
+ONE_AFTER_ANOTHER = """
+import contextlib, io, json, sys
+from absl import flags
+from absl.testing import flagsaver
+from launch import cli, evaluate
+for argv in json.load(sys.stdin):
+    error = io.StringIO()
+    with flagsaver.flagsaver(), contextlib.redirect_stderr(error):
+        sys.argv = ["evaluate", "--compile_cache=", *argv]
+        try:
+            cli.run(evaluate.main)
+        except SystemExit as stop:
+            code = stop.code
+    print(json.dumps([code, error.getvalue()]))
+"""
+
+
+def samples(path: Path, field: str, **changes: str) -> str:
+    """A file that answers every shipped task by its `field`, but for `changes`."""
+    rows = [
+        {"id": task.id, "completion": changes.get(task.id, getattr(task, field))}
+        for task in load_tasks()
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"--samples={path}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model of one tiny layer with a tokenizer, and thirty conversations."""
+    path = tmp_path_factory.mktemp("evaluate")
+    tokenizer = Tokenizer.from_gguf_metadata(gguf_fields())
+    config = ModelConfig("llama", tokenizer.vocab_size, 1, 16, 24, 2, 1, 8, max_position=512)
+    params = jax.jit(transformer.init_params, static_argnums=0)(config, jax.random.key(0))
+    save_any(Loaded(params, config, tokenizer), path / "model", "hf")
+    rows = [{"prompt": f"hello {i}", "completion": f"{i} ab\n"} for i in range(30)]
+    (path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def test_functions_are_asked_graded_and_not_asked_again(folder):
+    flags = ["--task=functions", f"--model={folder / 'model'}", f"--out={folder / 'functions'}"]
+    flags += ["--num=3", "--max_new_tokens=4", "--batch_size=2", "--allow_code_execution"]
+    done = run(*flags)
+    assert done.returncode == 0, done.stderr
+    assert "pass@1 0.000 [0.000, 0.561], 3 tasks" in done.stdout
+    path = folder / "functions" / "samples.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["id"] for record in records] == ["add", "multiply", "square"]
+    result = json.loads((folder / "functions" / "result.json").read_text())
+    assert result["form"] == "chat" and result["pass_at_1_n"] == 3 and "jax" in str(result)
+    path.write_text("".join(json.dumps({**r, "mark": 1}) + "\n" for r in records[:2]))
+    assert run(*flags).returncode == 0
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record.get("mark") for record in again] == [1, 1, None]
+    assert again[2]["completion"] == records[2]["completion"]
+    other = run(*flags, "--max_new_tokens=5")
+    assert other.returncode == 2 and other.stderr.count("\n") == 1
+    assert "max_new_tokens (4 there, 5 here)" in other.stderr
+
+
+def test_held_out_loss_is_near_that_of_chance_for_a_random_model(folder):
+    flags = ["--task=nll", f"--model={folder / 'model'}", f"--data={folder / 'data.jsonl'}"]
+    flags += [f"--out={folder / 'nll'}", "--num=4", "--seq_len=64"]
+    dry = run(*flags, "--dry_run")
+    assert dry.returncode == 0 and "answer tokens" in dry.stdout and "GiB" in dry.stdout
+    assert not (folder / "nll").exists()
+    done = run(*flags)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((folder / "nll" / "result.json").read_text())
+    low, high = result["nll_interval"]
+    assert low <= result["nll"] <= high and 4 < result["nll"] < 7  # ln 270 = 5.6
+    records = [json.loads(x) for x in (folder / "nll" / "samples.jsonl").read_text().splitlines()]
+    assert sum(record["num_tokens"] for record in records) == result["nll_tokens"]
+
+
+def test_samples_made_elsewhere_are_graded(tmp_path):
+    good = samples(tmp_path / "good.jsonl", "solution", square="def square(x): return 2 * x")
+    done = run("--task=functions", good, f"--out={tmp_path / 'out'}", "--allow_code_execution")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["verdicts"] == {"pass": len(load_tasks()) - 1, "wrong": 1}
+
+
+def test_what_is_refused_is_one_line_and_leaves_nothing(folder, tmp_path):
+    lacking = tmp_path / "lacking.jsonl"
+    lacking.write_text('{"id": "add", "completion": ""}\n')
+    file = tmp_path / "file"
+    file.write_text("")
+    out, allow = f"--out={tmp_path / 'new'}", "--allow_code_execution"
+    model, functions = f"--model={folder / 'model'}", "--task=functions"
+    good = samples(tmp_path / "good.jsonl", "solution")
+    cases = [
+        ([], "--task is missing"),
+        ([functions, model], "--out is missing"),
+        ([functions, out], "--model is missing"),
+        ([functions, out, model], "--allow_code_execution"),
+        ([functions, out, good], "--allow_code_execution"),
+        ([functions, out, good, model, allow], "without --model"),
+        (["--task=nll", out, good], "--samples grades"),
+        ([functions, out, f"--samples={lacking}", allow], "no sample for"),
+        ([functions, out, "--samples=/no/such", allow], "/no/such: no such file"),
+        ([functions, out, model, "--k=1,2", allow], "--k=1,2 must lie between 1 and"),
+        ([functions, out, model, "--k=x", allow], "--k takes whole numbers"),
+        ([functions, out, model, "--data=/no/such", allow], "no task file /no/such"),
+        ([functions, out, "--model=/no/such", allow, "--num=1"], "/no/such is missing"),
+        (["--task=nll", out, model, "--data=/no/such.jsonl"], "/no/such.jsonl"),
+        (["--task=poetry", out, model], "functions|nll"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_ANOTHER],
+        input=json.dumps([flags for flags, _ in cases]),
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    ends = [json.loads(line) for line in done.stdout.splitlines()]
+    for (flags, message), (code, error) in zip(cases, ends, strict=True):
+        assert code == 2 and message in error and error.count("\n") == 1, (flags, code, error)
+        assert error.startswith("error: ")
+    assert not (tmp_path / "new").exists()
