@@ -122,7 +122,10 @@ def test_a_killed_save_is_no_checkpoint_and_the_next_one_clears_it(tmp_path):
         ({**WANTED, "more": WANTED["step"]}, "lacks more"),
         ({k: v for k, v in WANTED.items() if k != "step"}, "also holds step"),
         (
-            {**WANTED, "params": {**WANTED["params"], "w": jax.ShapeDtypeStruct((4, 5), "float32")}},
+            {
+                **WANTED,
+                "params": {**WANTED["params"], "w": jax.ShapeDtypeStruct((4, 5), "float32")},
+            },
             r"params/w has shape \[3, 5\], the config asks for \[4, 5\]",
         ),
     ],
