@@ -99,6 +99,8 @@ def enter_root(read_only: list[str], disk_bytes: int) -> None:
     links = {path: os.readlink(path) for path in _outermost(read_only) if os.path.islink(path)}
     root = next(path for path in ("/mnt", "/tmp", "/run", "/var") if os.path.isdir(path))
     _mount("none", root, "tmpfs", 0, "mode=755,size=1m")
+    os.mkdir(root + "/tmp")  # before the rest: Python itself may live in it
+    _mount("none", root + "/tmp", "tmpfs", 6, f"mode=1777,size={disk_bytes},nr_inodes=4096")
     for path, source in sources.items():
         is_folder = os.path.isdir(f"/proc/self/fd/{source}")
         _make_target(root + path, is_folder)
@@ -109,8 +111,6 @@ def enter_root(read_only: list[str], disk_bytes: int) -> None:
     for path, target in links.items():
         os.makedirs(os.path.dirname(root + path), exist_ok=True)
         os.symlink(target, root + path)
-    os.makedirs(root + "/tmp", exist_ok=True)
-    _mount("none", root + "/tmp", "tmpfs", 6, f"mode=1777,size={disk_bytes},nr_inodes=4096")
     _set_mount(root, _ATTR_RDONLY | _ATTR_NOSUID, recursive=False)
     os.chdir(root)
     number = _NUM_PIVOT_ROOT.get(platform.machine())
