@@ -66,7 +66,7 @@ def _parse_start(source: str) -> ast.Module | None:
 
 
 def _dedent(source: str) -> str:
-    lines = source.expandtabs(4).splitlines()
+    lines = source.splitlines()
     first = next((line for line in lines if _STARTS.match(line.lstrip())), "")
     indent = first[: len(first) - len(first.lstrip())]
     return "\n".join(line.removeprefix(indent) for line in lines)

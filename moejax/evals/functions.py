@@ -140,6 +140,7 @@ def grade(
         if program:
             verdict = next(verdicts)
             word, reason = judge(by_id[sample["id"]], verdict)
+            reason = reason.encode("utf-8", "replace").decode()  # a lone surrogate is no text
             run_s = round(verdict.wall_s, 4)
         else:
             word, reason, run_s = "no function", f"no {by_id[sample['id']].name} in the reply", 0.0

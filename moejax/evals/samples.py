@@ -14,7 +14,7 @@ from moejax.io.atomic import write_text
 
 def write_samples(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Replaces the file by these records, one JSON object a line."""
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def read_samples(

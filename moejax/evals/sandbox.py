@@ -31,7 +31,8 @@ modes, as root and as a plain user.
 
 All processes of a program together may use `processes` times `memory_bytes`, and RLIMIT_NPROC
 counts per program only since Linux 5.14 (before, all processes of the user count: fewer can be
-started).
+started). A program has the standard library and no installed package.
+
 "namespaces" needs Linux 5.12 and either root with CAP_SYS_ADMIN or unprivileged user namespaces;
 "restricted" is the fallback for containers and distributions that forbid them. seccomp's filter
 exists for x86_64 and aarch64 (the latter was never run on such a machine); elsewhere nothing runs.
@@ -48,6 +49,7 @@ Never a fork of this process (which may run jax): `subprocess` without a preexec
 import functools
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -110,7 +112,7 @@ def run(
     require_permission(allow_code_execution)
     if mode is not None and mode not in MODES:
         raise InputError(f"no sandbox mode {mode!r}: choose from {', '.join(MODES)}")
-    return _run_in(mode or working_mode(), job, limits or Limits())
+    return _run_patiently(mode or working_mode(), job, limits or Limits())
 
 
 def run_many(
@@ -120,11 +122,14 @@ def run_many(
     allow_code_execution: bool = False,
     num_workers: int | None = None,
 ) -> list[Verdict]:
-    """Runs jobs side by side (default: one per core) and returns their verdicts in order."""
+    """Runs jobs side by side and returns their verdicts in order.
+
+    By default two per core, up to eight: half of a short run is waiting for the kernel.
+    """
     require_permission(allow_code_execution)
-    mode = working_mode()
-    with ThreadPoolExecutor(num_workers or os.cpu_count() or 1) as pool:
-        return list(pool.map(lambda job: _run_in(mode, job, limits or Limits()), jobs))
+    mode, used = working_mode(), limits or Limits()
+    with ThreadPoolExecutor(num_workers or min(8, 2 * (os.cpu_count() or 1))) as pool:
+        return list(pool.map(lambda job: _run_patiently(mode, job, used), jobs))
 
 
 @functools.cache
@@ -150,6 +155,16 @@ def missing(mode: str) -> str | None:
     except SandboxError as error:
         return str(error)
     return None if verdict.stdout == "alive\n" else f"a trial program ended with {verdict.reason}"
+
+
+def _run_patiently(mode: str, job: Job, limits: Limits, num_tries: int = 3) -> Verdict:
+    """Tries again where the kernel was out of something for a moment: nothing had been run."""
+    for _ in range(num_tries - 1):
+        try:
+            return _run_in(mode, job, limits)
+        except SandboxError:
+            time.sleep(0.5)
+    return _run_in(mode, job, limits)
 
 
 def _run_in(mode: str, job: Job, limits: Limits) -> Verdict:

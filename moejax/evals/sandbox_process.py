@@ -195,7 +195,7 @@ def _parse_results(data: bytes) -> tuple[dict[str, Any], ...]:
             if isinstance(record, dict) and "value" in record:
                 results.append({"value": plain.decode(record["value"])})
             else:
-                results.append({"error": str(record["error"])})
+                results.append({"error": str(record["error"])[:500]})
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             results.append({"error": f"unreadable result: {type(error).__name__}"})
     return tuple(results)

@@ -27,6 +27,7 @@ REPLIES = {
     "two versions, the first counts": (
         f"```python\n{ADD}```\n```python\ndef add(a, b): return 0\n```"
     ),
+    "tabs": "```python\ndef add(a, b):\n\treturn a + b\n```",
     "calls that show it off": f"```python\n{ADD}\nprint(add(1, 2))\nadd(1)\n```",
     "asserts and input": f"```python\n{ADD}assert add(1, 1) == 3\ninput()\n```",
     "a main guard": f"```python\n{ADD}\nif __name__ == '__main__':\n    print(add(1))\n```",

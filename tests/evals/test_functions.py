@@ -1,6 +1,7 @@
 """From a generator's ids to records and Pass@1: with stand-ins that answer by heart."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -110,6 +111,7 @@ def sample(completion: str, task: str = "add") -> dict:
         ("return a - b", "wrong", r"test 1: add\(1, 2\) is -1, not 3"),
         ("return a + b if a < 10**12 else 0", "wrong", "test 5"),
         ("return c", "error", "test 1.*NameError"),
+        ("raise ValueError('\\ud800')", "error", r"ValueError: \?"),
         ("return lambda: 3", "error", "not plain data"),
         ("import os; os._exit(0)", "error", "ended after 0 of 5 calls"),
         ("import sys; sys.exit(0)", "error", "SystemExit"),
@@ -122,7 +124,8 @@ def test_verdicts(body, verdict, reason):
     config = FunctionsConfig(limits=functions.Limits(wall_s=1.0), allow_code_execution=True)
     (record,) = grade([sample(f"def add(a, b):\n    {body}")], TASKS, config)
     assert record["verdict"] == verdict and record["passed"] == (verdict == "pass")
-    assert __import__("re").search(reason, record["reason"]), record["reason"]
+    assert re.search(reason, record["reason"]), record["reason"]
+    json.dumps(record, ensure_ascii=False).encode()
 
 
 def test_a_reply_without_the_function_is_counted_as_such():

@@ -8,7 +8,7 @@ from moejax.core.errors import InputError
 from moejax.evals.samples import read_samples, write_samples
 
 TASKS = ["a", "b"]
-A, B = {"id": "a", "completion": "x"}, {"id": "b", "completion": "é\n"}
+A, B = {"id": "a", "completion": "x"}, {"id": "b", "completion": "é\n\ud800"}
 
 
 def lines(*records) -> str:
