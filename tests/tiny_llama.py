@@ -10,7 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from moejax.core import tree
 from moejax.io.safetensors import Entry, Info, write_folder
+from moejax.io.tokenizer import Tokenizer
+from moejax.models import transformer
+from moejax.models.config import ModelConfig
 from moejax.models.families import by_architecture
 from tests.tiny_tokenizer import gguf_fields
 
@@ -102,6 +106,17 @@ def write_llama(
     return folder
 
 
-def tokenizer_vocab_size() -> int:
-    """Tokens of the tokenizer that `gguf_fields` describes."""
-    return len(gguf_fields()["tokenizer.ggml.tokens"])
+def random_params(config: ModelConfig, dtype: str = "float32") -> tree.Tree:
+    """A whole tree of numpy arrays, for tests that compute nothing with it."""
+    rng = np.random.default_rng(0)
+    return tree.map_with_path(
+        lambda _, leaf: rng.random(leaf.shape, dtype=np.float32).astype(leaf.dtype),
+        transformer.abstract_params(config, dtype),
+    )
+
+
+def write_tokenizer(folder: Path) -> int:
+    """Adds a tokenizer to a folder; returns how many tokens it has."""
+    tokenizer = Tokenizer.from_gguf_metadata(gguf_fields())
+    tokenizer.save(folder)
+    return tokenizer.vocab_size
