@@ -121,7 +121,8 @@ def _lock_up(job: dict) -> None:
         if namespaces:
             with contextlib.suppress(OSError):  # else all programs of this user count together
                 linux.own_process_count()
-        os.stat(os.__file__)  # an interpreter that the new user cannot read would import nothing
+        if not os.path.isfile(os.__file__):  # then nothing could be imported
+            raise OSError(f"uid {NOBODY} cannot read {os.__file__}: put Python where all can read")
         linux.die_with_parent()  # a change of user had cleared it
     else:
         count += 2  # the other two processes have the same user and count too
