@@ -16,7 +16,7 @@ class KVCache:
     """What cached attention needs. Rows are padded on the left, so all rows write the same slot.
 
     Attributes:
-      k, v: per run of layers, [L, B, S, G, C], or a tuple of L arrays [B, S, G, C] when the
+      k, v: per run of layers, [L, B, G, S, C], or a tuple of L arrays [B, G, S, C] when the
         parameters are split by layer (`transformer.split_layers`), which spares a CPU the copies.
       length: int32 scalar, slots in use.
       start_B: int32 [B], the slot of each row's first real token; slot s has position s - start.
@@ -53,7 +53,7 @@ def init_cache(
     num_batch = start_B.shape[0]
 
     def empty(run):
-        shape = (num_batch, num_slots, config.num_kv_heads, config.head_size)
+        shape = (num_batch, config.num_kv_heads, num_slots, config.head_size)
         if split:
             return tuple(jnp.zeros(shape, dtype) for _ in range(run.num_layers))
         return jnp.zeros((run.num_layers, *shape), dtype)

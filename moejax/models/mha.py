@@ -51,7 +51,9 @@ def mha(
 
     q_BTHC = apply_rope(project("q"), inputs.cos, inputs.sin)
     k_BTGC = apply_rope(project("k"), inputs.cos, inputs.sin)
-    k_BSGC, v_BSGC, state = extend(k_BTGC, project("v"))
-    mixed_BTHC = attention(q_BTHC, k_BSGC, v_BSGC, inputs.mask_BTS)
-    out_BTD = jnp.einsum("bthc,hcd->btd", mixed_BTHC, params["w_o"])
+    k_BGSC, v_BGSC, state = extend(jnp.swapaxes(k_BTGC, 1, 2), jnp.swapaxes(project("v"), 1, 2))
+    mixed_BTHC = attention(q_BTHC, k_BGSC, v_BGSC, inputs.mask_BTS)
+    # One product over H * C: for an einsum over two dims XLA transposes the weights first.
+    w_o = params["w_o"].reshape(-1, x_BTD.shape[-1])
+    out_BTD = mixed_BTHC.reshape(*x_BTD.shape[:2], -1) @ w_o
     return (out_BTD + params["b_o"] if "b_o" in params else out_BTD), state

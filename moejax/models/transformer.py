@@ -209,7 +209,7 @@ def _attention_inputs(config, tokens_BT, positions_BT, segment_ids_BT, cache) ->
     if cache is not None:
         slots_T = cache.length + index_T
         positions_BT = jnp.maximum(slots_T[None, :] - cache.start_B[:, None], 0)
-        num_slots = jax.tree.leaves(cache.k)[0].shape[-3]
+        num_slots = jax.tree.leaves(cache.k)[0].shape[-2]
         slots_S = jnp.arange(num_slots)
         mask = slots_S[None, None, :] <= slots_T[None, :, None]
         mask = mask & (slots_S[None, None, :] >= cache.start_B[:, None, None])
@@ -268,7 +268,7 @@ def _run_scanned(layers, x_BTD, state, rng, context: _Context):
             if state is None:
                 return k, v, None
             assert context.slot is not None
-            at = (index, 0, context.slot, 0, 0)
+            at = (index, 0, 0, context.slot, 0)
             both = tuple(
                 jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
                 for old, new in zip(state, (k, v), strict=True)
@@ -305,7 +305,7 @@ def _run_split(layers, x_BTD, state, rng, context: _Context):
 def _extend_split(state, index, slot, k, v):
     if state is None:
         return k, v, None
-    at = (0, slot, 0, 0)
+    at = (0, 0, slot, 0)
     both = tuple(
         jax.lax.dynamic_update_slice(old[index], new.astype(old[index].dtype), at)
         for old, new in zip(state, (k, v), strict=True)
