@@ -7,7 +7,12 @@ compared first; without a sharding orbax trusts the devices of the machine that 
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +95,51 @@ def _placed(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
 
 
-def _context() -> ocp.Context:
+@contextlib.contextmanager
+def _context() -> Iterator[None]:
+    """Our options; and no log of an error that is raised as well, a page of traceback each."""
     context = ocp.Context()
     context.array.saving.use_compression = False
-    return context
+    logger = logging.getLogger("absl")
+    logger.addFilter(_is_not_orbax)
+    try:
+        with context, _interrupts_held():
+            yield
+    finally:
+        logger.removeFilter(_is_not_orbax)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Holds ctrl-C and SIGTERM back while orbax works; a second one acts at once.
+
+    Its threads would write on into a folder that the caller, interrupted, is removing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in found.items() if callable(handler)}
+    held: list[int] = []
+
+    def hold(number, frame):
+        held.append(number)
+        if len(held) > 1:
+            handlers[number](number, frame)
+
+    for number in handlers:
+        signal.signal(number, hold)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for waiting in held:
+        handlers[signal.Signals(waiting)](waiting, None)
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    return "/orbax/" not in record.pathname
 
 
 def _broken(path: str | os.PathLike[str], error: Exception) -> InputError:

@@ -186,7 +186,7 @@ def write_file(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with atomic.space_errors(path), open(path, "wb") as file:
+    with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for entry in entries:

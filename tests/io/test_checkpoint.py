@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +107,24 @@ def test_a_save_cut_off_leaves_the_one_before(tmp_path, monkeypatch, stop):
             checkpoints.save(2, state(2))
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
     assert tree.diff(Checkpoints(tmp_path).restore(None, WANTED), state(1)) == []
+
+
+def test_ctrl_c_waits_for_the_threads_that_write(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state(1))
+    save, finished = orbax.ocp.save, []
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        save(*args)
+        finished.append(True)
+
+    monkeypatch.setattr(orbax.ocp, "save", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(2, state(2))
+    assert finished == [True] and signal.getsignal(signal.SIGINT) is handler
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
 
 
 def test_a_killed_save_is_no_checkpoint_and_the_next_one_clears_it(tmp_path):
