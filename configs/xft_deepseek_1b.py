@@ -1,4 +1,4 @@
-"""XFT's run on DeepSeek-Coder-1.3B (arXiv 2404.15247), one of its stages: sft, moe (the default).
+"""XFT's run on DeepSeek-Coder-1.3B (arXiv 2404.15247), one of its stages: sft, moe, merge.
 
 Claim:    a 1.3B dense model made by upcycling, tuning and merging solves more of HumanEval than the
           same model tuned directly on the same data: 67.1 (HumanEval) and 64.6 (HumanEval+) are the
@@ -7,7 +7,8 @@ Command:  python -m launch.train --config=configs/xft_deepseek_1b.py:sft --workd
           python -m launch.upcycle --source=deepseek-ai/deepseek-coder-1.3b-base --experts=8 \\
               --top_k=6 --target=runs/upcycled
           python -m launch.train --config=configs/xft_deepseek_1b.py:moe --workdir=runs/moe
-          python -m launch.merge --help        (lambda 0.75, lr 1e-5, 1 epoch)
+          python -m launch.merge --config=configs/xft_deepseek_1b.py:merge --lam=0.75 \\
+              --source=runs/moe/model --target=runs/merged --workdir=runs/merge
           Sizes only: --config.model.source=preset:deepseek-coder-1.3b --dry_run, with
           --config.model.experts=8 --config.model.top_k=6 for the MoE.
 Hardware: the paper's was 2 GPUs for the dense model and 4 for the MoE; `--dry_run` prints ours.
@@ -24,8 +25,9 @@ from ml_collections import ConfigDict
 from configs import base
 
 STAGES = {
-    "sft": {"source": "deepseek-ai/deepseek-coder-1.3b-base", "epochs": 5.0},
-    "moe": {"source": "runs/upcycled", "epochs": 4.0},
+    "sft": {"source": "deepseek-ai/deepseek-coder-1.3b-base", "epochs": 5.0, "lr": 5e-5},
+    "moe": {"source": "runs/upcycled", "epochs": 4.0, "lr": 5e-5},
+    "merge": {"source": "runs/moe/model", "epochs": 1.0, "lr": 1e-5},
 }
 
 
@@ -42,9 +44,9 @@ def get_config(stage: str = "moe") -> ConfigDict:
     config.train.batch_size = 64
     config.train.accumulation = 8
     config.train.optimizer = "adafactor"
-    config.train.lr = 5e-5
+    config.train.lr = STAGES[stage]["lr"]
     config.train.schedule = "linear"
-    config.train.warmup_share = 0.0725  # 625 of 8,590 updates, 500 of 6,872
+    config.train.warmup_share = 0.0728  # theirs: 625 of 8,590 updates, 500 of 6,872, 125 of 1,718
     config.train.log_every = 10
     config.train.save_every = 500
     config.train.eval_every = 500

@@ -59,16 +59,17 @@ def main(argv) -> None:
         raise InputError("--workdir is missing: name the folder that the run is kept in")
     if not config.model.source:
         raise InputError("--config.model.source is missing: a model folder, .gguf file or hub id")
-    loaded = load_any(config.model.source, config.model.dtype)
-    rows = load_rows(config, loaded)
+    plan = load_any(config.model.source, config.model.dtype, abstract=True)
+    rows = load_rows(config, plan)
     settings = train_config(config, len(rows.train.ids))
-    loss = make_loss(loaded.config, config)
-    for line in describe(config, loaded.config, settings, rows):
+    loss = make_loss(plan.config, config)
+    for line in describe(config, plan.config, settings, rows):
         print(line, flush=True)
-    print(describe_memory(plan_memory(config, loaded.config, settings, loss)), flush=True)
+    print(describe_memory(plan_memory(config, plan.config, settings, loss)), flush=True)
     if workdir is None or cli.DRY_RUN.value:
         print("dry run: nothing trained, nothing written")
         return
+    loaded = load_any(config.model.source, config.model.dtype)
     # From here on the device's copy is the only one, and the run takes it over.
     loaded = dataclasses.replace(loaded, params=jax.tree.map(jnp.asarray, loaded.params))
     train(config, loaded, rows, settings, Path(workdir))

@@ -102,7 +102,7 @@ def test_a_config_file_with_a_missing_or_unknown_key():
 def test_epochs_become_steps_and_shares_become_warmup():
     config = xft_deepseek_1b.get_config("moe")
     settings = train_config(config, 110_000)
-    assert settings.steps == 6875 and settings.optim.warmup_steps == 498
+    assert settings.steps == 6875 and settings.optim.warmup_steps == 500
     config.train.epochs = 0.0
     with pytest.raises(InputError, match="train.steps is 0 and train.epochs 0"):
         train_config(config, 110_000)
@@ -116,6 +116,7 @@ def test_epochs_become_steps_and_shares_become_warmup():
         quickstart_moe.get_config(),
         xft_deepseek_1b.get_config("sft"),
         xft_deepseek_1b.get_config("moe"),
+        xft_deepseek_1b.get_config("merge"),
     ],
 )
 def test_every_config_has_the_known_keys(config):
