@@ -52,7 +52,8 @@ def _upcycle_run(layer: dict[str, Any], d_model: int, moe: MoEConfig, key: jax.A
     num_layers = layer["mlp"]["w_up"].shape[0]
     dtype = layer["mlp"]["w_up"].dtype
     keys = jax.random.split(key, num_layers)
-    router = jax.vmap(lambda k: init_router(k, d_model, moe, dtype))(keys)
+    init = jax.vmap(lambda layer_key: init_router(layer_key, d_model, moe, dtype))
+    router = jax.jit(init)(keys)  # one program, not one per operation
     experts = {
         name: jnp.broadcast_to(w[:, None], (w.shape[0], moe.num_experts, *w.shape[1:]))
         for name, w in layer["mlp"].items()

@@ -14,8 +14,9 @@ from moejax.methods import merge as merging
 from moejax.methods.merge import MergeConfig, init_coefficients, merge_experts, merged_params
 from moejax.methods.upcycle import upcycle
 from moejax.models.config import ModelConfig
-from moejax.models.transformer import init_params, logits
+from moejax.models.transformer import logits
 from moejax.moe.config import MoEConfig
+from tests.draws import model_params, moved, normal
 
 DENSE = ModelConfig("llama", 31, 2, 16, 24, 2, 1, 8, mlp_bias=True)
 SHARED = MoEConfig(4, 3)
@@ -27,25 +28,20 @@ MERGES = {
 }
 
 
-def untrained(moe=SHARED, seed=0):
-    params = init_params(DENSE, jax.random.key(seed))
+def untrained(moe=SHARED):
+    params = model_params(DENSE)
     return params, *upcycle(params, DENSE, moe, jax.random.key(1))
 
 
 def trained(moe=SHARED):
     """A mixture whose experts have drifted apart."""
     _, params, config = untrained(moe)
-    keys = iter(jax.random.split(jax.random.key(2), 64))
-    return tree.map_with_path(
-        lambda path, w: w + 0.1 * jax.random.normal(next(keys), w.shape), params
-    ), config
+    return moved(params, 2, 0.1), config
 
 
 def drawn(config, merge):
     """Coefficients away from their start."""
-    keys = iter(jax.random.split(jax.random.key(3), 8))
-    start = init_coefficients(config, merge)
-    return jax.tree.map(lambda a: a + jax.random.normal(next(keys), a.shape), start)
+    return moved(init_coefficients(config, merge), 3, 1.0)
 
 
 def by_hand(stack, lam, c):
@@ -125,7 +121,7 @@ def test_gradients_are_those_of_plain_autodiff(merge):
     params, config = trained()
     coefficients = drawn(config, merge)
     weights = {
-        name: jax.random.normal(jax.random.key(5), w[:, 0].shape)
+        name: normal(w[:, 0].shape, seed=5)
         for name, w in params["layers"]["0"]["moe"]["experts"].items()
     }
 

@@ -12,11 +12,12 @@ from moejax.core.errors import InputError
 from moejax.core.precision import TOLERANCE
 from moejax.methods.upcycle import upcycle
 from moejax.models.config import ModelConfig
-from moejax.models.transformer import abstract_params, init_params, logits
+from moejax.models.transformer import abstract_params, logits
 from moejax.moe.config import MoEConfig
 from moejax.ops.rope import RopeConfig
+from tests.draws import model_params
 
-TINY = ModelConfig("llama", 61, 3, 16, 24, 4, 2, 8, initializer_range=0.2)
+TINY = ModelConfig("llama", 61, 3, 16, 24, 4, 2, 8)
 ROPES = {
     "theta": RopeConfig(theta=5e5),
     "linear": RopeConfig(theta=1e5, kind="linear", factor=4.0),
@@ -40,16 +41,12 @@ TOKENS = np.random.default_rng(0).integers(0, 61, (2, 13))
 
 def dense(**fields):
     config = dataclasses.replace(TINY, **fields)
-    return init_params(config, jax.random.key(0)), config
+    return model_params(config), config
 
 
-def biased(**fields):
-    """Every option of the family on, and biases that are not zero."""
-    params, config = dense(mlp_bias=True, attention_bias=True, tie_embeddings=True, **fields)
-    key = jax.random.key(1)
-    return tree.map_with_path(
-        lambda path, w: jax.random.normal(key, w.shape) if "/b_" in path else w, params
-    ), config
+def biased():
+    """Every option of the family on; the biases are not zero."""
+    return dense(mlp_bias=True, attention_bias=True, tie_embeddings=True)
 
 
 def gap(params, config, moe):

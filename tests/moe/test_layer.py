@@ -9,12 +9,14 @@ from moejax.core.precision import TOLERANCE
 from moejax.moe.config import MoEConfig
 from moejax.moe.dense import dense_moe
 from moejax.moe.dispatch import combine, dispatch, plan
-from moejax.moe.layer import moe_layer
-from moejax.moe.routing import init_router
+from moejax.moe.layer import moe_layer as plain_layer
+from moejax.moe.routing import abstract_router
 from moejax.ops.gated_ffn import gated_ffn
 from moejax.ops.grouped_matmul import IMPLEMENTATIONS
+from tests.draws import normal, router_params
 
 D, F = 8, 12
+moe_layer = jax.jit(plain_layer, static_argnames=("config", "activation", "implementation"))
 CONFIGS = {
     "normalized": MoEConfig(4, 3),
     "unnormalized": MoEConfig(8, 6, weighting="unnormalized", gate="linear"),
@@ -24,24 +26,20 @@ CONFIGS = {
 }
 
 
-def make_params(config, bias=True, equal=False, seed=0):
-    keys = iter(jax.random.split(jax.random.key(seed), 8))
+def make_params(config, bias=True, equal=False):
     lead = 1 if equal else config.num_experts
     shapes = {"w_gate": (D, F), "w_up": (D, F), "w_down": (F, D)}
     if bias:
         shapes |= {"b_gate": (F,), "b_up": (F,), "b_down": (D,)}
     experts = {
-        name: jnp.broadcast_to(
-            0.4 * jax.random.normal(next(keys), (lead, *shape)), (config.num_experts, *shape)
-        )
-        for name, shape in shapes.items()
+        name: jnp.broadcast_to(normal((lead, *shape), seed, 0.4), (config.num_experts, *shape))
+        for seed, (name, shape) in enumerate(shapes.items())
     }
-    router = jax.tree.map(lambda w: 40 * w, init_router(next(keys), D, config))
-    return {"router": router, "experts": experts}
+    return {"router": router_params(D, config, seed=10), "experts": experts}
 
 
-def tokens(seed=5):
-    return jax.random.normal(jax.random.key(seed), (2, 25, D))
+def tokens():
+    return normal((2, 25, D), seed=20)
 
 
 def assert_close(got, wanted):
@@ -53,7 +51,7 @@ def assert_close(got, wanted):
 
 def outputs_and_gradients(layer, config):
     params, x = make_params(config), tokens()
-    weight = jax.random.normal(jax.random.key(7), x.shape)
+    weight = normal(x.shape, seed=30)
 
     def loss(params, x):
         y = layer(params, x, config, rng=jax.random.key(1))
@@ -115,10 +113,10 @@ def test_dispatch_and_combine_are_inverse_and_transposed():
     np.testing.assert_array_equal(moves.group_sizes_E, [2, 2, 3, 1, 0])
     sorted_experts = experts_NK.reshape(-1)[moves.order_R]
     assert (jnp.diff(sorted_experts) >= 0).all()
-    x = jax.random.normal(jax.random.key(0), (4, D))
+    x = normal((4, D))
     halves = jnp.full((4, 2), 0.5)
     np.testing.assert_allclose(combine(dispatch(x, moves), halves, moves), x, rtol=1e-6)
-    rows = jax.random.normal(jax.random.key(1), (8, D))
+    rows = normal((8, D), seed=1)
     pulled = jax.vjp(lambda x: dispatch(x, moves), x)[1](rows)[0]
     scattered = jnp.zeros_like(x).at[moves.order_R // 2].add(rows)
     np.testing.assert_allclose(pulled, scattered, rtol=1e-5)
@@ -137,7 +135,7 @@ def test_backward_keeps_no_gathered_weights():
     size = {"d": 128, "f": 128, "n": 2048}
     leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     params = {
-        "router": jax.eval_shape(lambda: init_router(jax.random.key(0), size["d"], config)),
+        "router": {k: leaf(*s) for k, s in abstract_router(size["d"], config).items()},
         "experts": {
             "w_gate": leaf(8, size["d"], size["f"]),
             "w_up": leaf(8, size["d"], size["f"]),

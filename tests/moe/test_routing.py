@@ -11,10 +11,14 @@ from moejax.moe.routing import (
     cv_squared,
     gate_logits,
     init_router,
-    route,
 )
+from moejax.moe.routing import (
+    route as plain_route,
+)
+from tests.draws import normal, router_params
 
 D = 6
+route = jax.jit(plain_route, static_argnames="config")
 
 
 def fixed_router(logits):
@@ -23,12 +27,8 @@ def fixed_router(logits):
     return {"w_out": logits, "w_noise": jnp.zeros_like(logits)}, jnp.eye(logits.shape[0])
 
 
-def random_case(config, num_tokens=64, scale=3.0, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 3)
-    router = jax.tree.map(lambda w: w * 50, init_router(keys[0], D, config))
-    if config.noise:
-        router["w_noise"] = jax.random.normal(keys[1], router["w_noise"].shape)
-    return router, scale * jax.random.normal(keys[2], (num_tokens, D))
+def random_case(config, num_tokens=64):
+    return router_params(D, config), normal((num_tokens, D), seed=20)
 
 
 def config_of(weighting, **fields):
