@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import resource
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -23,19 +24,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 from rich.console import Console
 
+from configs import quickstart_merge, quickstart_moe, quickstart_sft
 from launch import cli
 from launch.judge import Judge, JudgeConfig
+from launch.settings import load_rows, train_config
 from moejax import api, report
 from moejax.api import Model
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.core.memory import GIB, require_memory
-from moejax.data.examples import Record, encode_records
-from moejax.data.load import DataConfig, load_data
 from moejax.data.loader import batches
-from moejax.data.packing import Packed, pack
 from moejax.io.atomic import read_json, require_disk, write_json
 from moejax.methods import merge as merging
 from moejax.methods.merge import MergeConfig
@@ -43,9 +44,8 @@ from moejax.models import flops
 from moejax.models.config import ModelConfig
 from moejax.moe.config import MoEConfig
 from moejax.train.log import environment
-from moejax.train.loop import FitResult, RunInfo, TrainConfig, claim_folder, fit
+from moejax.train.loop import FitResult, RunInfo, claim_folder, fit
 from moejax.train.loss import lm_loss
-from moejax.train.optim import OptimConfig
 from moejax.train.peak import measure_gemm_peak
 
 OUT = flags.DEFINE_string("out", "runs/quickstart", "Folder for everything the run leaves.")
@@ -59,12 +59,9 @@ NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 96, "Per programming task.",
 EXECUTE = flags.DEFINE_bool(
     "allow_code_execution", True, "Run the generated functions in the sandbox; else no pass@1."
 )
-MERGE_LR = flags.DEFINE_float(
-    "merge_lr", 0.05, "Of the merge coefficients; the paper's 1e-5 moves none within a few steps."
-)
 
-SEQ_LEN, BATCH, LR, LAM = 128, 4, 5e-5, 0.75
-STAGES = ("sft_dense", "moe", "merge")
+LAM = MergeConfig.lam
+CONFIGS = {"sft_dense": quickstart_sft, "moe": quickstart_moe, "merge": quickstart_merge}
 # Which stages a row's training tokens, FLOPs and seconds add up.
 TRAINED_BY = {
     "base": (),
@@ -89,7 +86,6 @@ class Job:
     seed: int
     eval_examples: int
     max_new_tokens: int
-    merge_lr: float
     execute: bool
 
     @property
@@ -101,6 +97,18 @@ class Job:
     def moe(self) -> MoEConfig:
         """The layer that upcycling makes."""
         return MoEConfig(self.experts, self.top_k)
+
+    def config(self, stage: str) -> ConfigDict:
+        """A stage's config, as `python -m launch.train` takes it, with this run's numbers."""
+        config = CONFIGS[stage].get_config()
+        config.data.seed = config.train.seed = self.seed
+        config.data.num_heldout = self.eval_examples
+        config.train.steps = {
+            "sft_dense": self.steps + self.merge_steps,
+            "moe": self.steps,
+            "merge": self.merge_steps,
+        }[stage]
+        return config
 
 
 def main(argv: Sequence[str]) -> None:
@@ -114,7 +122,6 @@ def main(argv: Sequence[str]) -> None:
         SEED.value,
         EXAMPLES.value,
         NEW_TOKENS.value,
-        MERGE_LR.value,
         EXECUTE.value,
     )
     out = Path(OUT.value)
@@ -170,18 +177,20 @@ def plan(job: Job, config: ModelConfig, out: Path) -> None:
 
 def estimate(job: Job, dense: ModelConfig, moe: ModelConfig, peak: float) -> dict[str, float]:
     """Seconds of each stage: its FLOPs at the share of the GEMM peak that was measured for it."""
-    tokens = BATCH * SEQ_LEN
+    settings = job.config("sft_dense")
+    seq_len = settings.data.seq_len
+    tokens = settings.train.batch_size * seq_len
     both = job.steps + job.merge_steps
     compiling = 15.0
     step = {
-        "dense": flops.train_flops(dense, tokens, SEQ_LEN) / (0.45 * peak),
-        "moe": flops.train_flops(moe, tokens, SEQ_LEN) / (0.35 * peak),
-        "merge": flops.merge_flops(moe, tokens, SEQ_LEN, 1) / (0.35 * peak),
+        "dense": flops.train_flops(dense, tokens, seq_len) / (0.45 * peak),
+        "moe": flops.train_flops(moe, tokens, seq_len) / (0.35 * peak),
+        "merge": flops.merge_flops(moe, tokens, seq_len, 1) / (0.35 * peak),
     }
-    # A held-out example fills about two thirds of a row; decoding is bound by reading weights.
-    heldout = job.eval_examples * SEQ_LEN * 0.7
+    # A held-out example takes about a row; decoding is bound by reading weights.
+    heldout = job.eval_examples * seq_len
     forward = flops.forward_flops_per_token
-    nll = (5 * forward(dense, SEQ_LEN) + forward(moe, SEQ_LEN)) * heldout / (0.4 * peak)
+    nll = (5 * forward(dense, seq_len) + forward(moe, seq_len)) * heldout / (0.4 * peak)
     decode = job.max_new_tokens * 4 * (5 * flops.num_params(dense) + flops.num_params(moe)) / 4e9
     return {
         f"dense SFT, {both} steps": both * step["dense"] + compiling,
@@ -198,24 +207,25 @@ class Lineage:
 
     def __init__(self, job: Job, out: Path, base: Model):
         self._job, self._out, self._base = job, out, base
-        data = load_data(DataConfig(seed=job.seed, num_heldout=job.eval_examples))
-        self._data_summary = data.summary
-        self._train = self._pack(data.train)
-        self._heldout = self._pack(data.heldout)
-        self._batch_at = batches(self._train, BATCH, job.seed)
+        config = job.config("sft_dense")
+        self._rows = load_rows(config, base.loaded)
+        if self._rows.heldout is None:
+            raise InputError("no function is held out: this Python's library is too small")
+        self._heldout = self._rows.heldout
+        self._batch_size, self._seq_len = config.train.batch_size, config.data.seq_len
+        self._batch_at = batches(self._rows.train, self._batch_size, job.seed)
 
     def run(self, began: float) -> None:
         """Everything, from the imported model to the report."""
         job = self._job
-        total = job.steps + job.merge_steps
         settings = JudgeConfig(job.max_new_tokens, job.execute)
         judge = Judge(self._out / "eval", self._heldout, settings, console)
         judge.judge("base", lambda: self._base)
 
-        dense = self._stage("sft_dense", lambda: self._sft("sft_dense", self._base, 0, total))
+        dense = self._stage("sft_dense", lambda: self._sft("sft_dense", self._base))
         judge.judge("sft_dense", dense)
         del dense
-        moe = self._stage("moe", lambda: self._sft("moe", self._upcycled(), 0, job.steps))
+        moe = self._stage("moe", lambda: self._sft("moe", self._upcycled()))
         judge.judge("moe", moe)
         coefficients = self._coefficients(moe)
         judge.judge("shared_only", lambda: api.merge(moe(), lam=1.0))
@@ -223,10 +233,6 @@ class Lineage:
         merged = self._export(moe, coefficients)
         judge.judge("merged_learned", merged)
         self._report(judge, coefficients, time.perf_counter() - began)
-
-    def _pack(self, records: list[Record]) -> Packed:
-        tokenizer = self._base.tokenizer
-        return pack(encode_records(records, tokenizer), SEQ_LEN, tokenizer.pad_id)
 
     def _stage(self, name: str, make: Callable[[], Model]) -> Callable[[], Model]:
         """The stage's model, made now or read from the run before."""
@@ -243,47 +249,45 @@ class Lineage:
         job = self._job
         return api.upcycle(self._base, job.experts, job.top_k, seed=job.seed)
 
-    def _sft(self, name: str, model: Model, first: int, steps: int) -> Model:
-        """Tunes all parameters on `steps` batches from the `first`."""
+    def _sft(self, name: str, model: Model) -> Model:
+        """Tunes all parameters, from the first batch on."""
         config = model.config
 
         def loss(params, frozen, batch, rng):
             return lm_loss(params, config, batch, rng)
 
-        tokens = BATCH * SEQ_LEN
-        step_flops = flops.train_flops(config, tokens, SEQ_LEN)
-        result = self._fit(name, loss, (model.params, {}), (first, steps), (LR, step_flops))
+        step_flops = flops.train_flops(config, self._batch_size * self._seq_len, self._seq_len)
+        result = self._fit(name, loss, (model.params, {}), 0, step_flops)
         results = self._keep(name, result, step_flops)
-        args = {"stage": name, "lr": LR, "first_step": first, "steps": steps} | self._data_args()
-        return api.derive(model, result.params, config, "train", args, results)
+        settings = self._job.config(name).to_dict()
+        return api.derive(model, result.params, config, "train", settings, results)
 
     def _coefficients(self, moe: Callable[[], Model]) -> tree.Tree:
-        """Learns the merge on the batches that the MoE stage has not seen."""
-        job, merge = self._job, MergeConfig(LAM)
+        """Learns the merge on the batches that come after the MoE stage's."""
         path = self._out / "merge_coefficients.json"
         if not path.exists():
-            config = moe().config
+            config, merge = moe().config, MergeConfig(LAM)
             loss = merging.merge_loss(config, merge, lm_loss)
-            step_flops = flops.merge_flops(config, BATCH * SEQ_LEN, SEQ_LEN, 1)
-            start = merging.init_coefficients(config, merge)
-            span = (job.steps, job.merge_steps)
-            result = self._fit(
-                "merge", loss, (start, moe().params), span, (job.merge_lr, step_flops)
-            )
+            tokens = self._batch_size * self._seq_len
+            step_flops = flops.merge_flops(config, tokens, self._seq_len, 1)
+            trees = (merging.init_coefficients(config, merge), moe().params)
+            result = self._fit("merge", loss, trees, self._job.steps, step_flops)
             self._keep("merge", result, step_flops)
             write_json(path, jax.tree.map(lambda x: np.asarray(x).tolist(), result.params))
         lists = read_json(path)
         return tree.unflatten({k: jnp.asarray(v) for k, v in tree.flatten(lists).items()})
 
-    def _fit(self, name, loss, trees, span, rates) -> FitResult:
-        first, steps = span
-        lr, step_flops = rates
-        optim = OptimConfig(lr=lr, warmup_steps=1 if steps > 4 else 0)
-        peak = measure_gemm_peak()
-        info = RunInfo(name, {"data": self._data_args()}, step_flops, peak, donate=name != "merge")
-        config = TrainConfig(steps, optim, seed=self._job.seed, save_every=8)
+    def _fit(self, name: str, loss, trees, first: int, step_flops: float) -> FitResult:
+        """Runs a stage on the batches from `first` on; trees: what is trained, what is not."""
+        info = RunInfo(
+            name,
+            {"data": self._rows.summary, "first_batch": first},
+            step_flops,
+            measure_gemm_peak(),
+            donate=name != "merge",
+        )
         return fit(
-            config,
+            train_config(self._job.config(name), None),
             loss,
             jax.tree.map(jnp.asarray, trees[0]),
             jax.tree.map(jnp.asarray, trees[1]),
@@ -304,24 +308,24 @@ class Lineage:
         write_json(path, cost | {"records": result.records})
         return cost | {"last_loss": result.records[-1]["loss"]}
 
-    def _data_args(self) -> dict:
-        summary = self._data_summary
-        return {"data": summary["source"], "data_sha256": summary["sha256"], "batch": BATCH}
-
     def _export(self, moe: Callable[[], Model], coefficients: tree.Tree) -> Callable[[], Model]:
         """Writes the merged model as a Hugging Face folder, and reads it back to be judged."""
         folder = self._out / "hf"
         if not folder.exists():
             merged = api.merge(moe(), coefficients, lam=LAM)
             merged.save(folder, format="hf")
-            shutil.copy(folder / "lineage.json", self._out / "lineage.json")
+            differing = tree.diff(api.load(folder).params, merged.params)
+            if differing:
+                raise RuntimeError(f"{folder} does not hold what was merged: {differing[0]}")
+            console.print(f"{folder} read back: every parameter equal, bit for bit")
+        shutil.copy(folder / "lineage.json", self._out / "lineage.json")
         return functools.cache(lambda: api.load(folder))
 
     def _report(self, judge: Judge, coefficients: tree.Tree, wall_s: float) -> None:
         """report.json, the plots, the page, and the table on the console."""
         base, out = self._base.config, self._out
         moe = dataclasses.replace(base, moe=self._job.moe)
-        costs = {name: read_json(out / "stats" / f"{name}.json") for name in STAGES}
+        costs = {name: read_json(out / "stats" / f"{name}.json") for name in CONFIGS}
         rows = []
         for name, stages in TRAINED_BY.items():
             config = moe if name == "moe" else base
@@ -358,15 +362,16 @@ class Lineage:
         peak = measure_gemm_peak()
         return {
             "settings": dataclasses.asdict(self._job) | {"model": Path(self._job.model).name},
-            "data": self._data_summary,
+            "data": self._rows.summary,
             "packing": {
-                "train": self._train.stats.to_json(),
+                "train": self._rows.train.stats.to_json(),
                 "heldout": self._heldout.stats.to_json(),
             },
             "prompt_form": judge.form,
             "no_pass_at_1": judge.no_tasks,
             "machine": environment() | {"gemm_peak_gflops": round(peak.gflops, 1)},
             "this_start_s": round(wall_s, 1),
+            "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         }
 
 
