@@ -97,7 +97,8 @@ def main(argv) -> None:
         loaded = load_any(SOURCE.value)
         save(loaded, merge_at_once(loaded, merge), merge)
         return
-    loaded = load_any(SOURCE.value, config.model.dtype)
+    # A dry run reads no weights: shapes are enough to plan.
+    loaded = load_any(SOURCE.value, config.model.dtype, abstract=cli.DRY_RUN.value)
     config.model.source = SOURCE.value
     merged = (learn if MODE.value == "learned" else search)(config, loaded, merge)
     if merged is None:
