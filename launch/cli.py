@@ -14,7 +14,6 @@ from absl import app, flags, logging
 from moejax.core.errors import InputError
 
 EXIT_BAD_INPUT = 2
-EXIT_NO_SPACE = 28
 EXIT_INTERRUPTED = 130
 
 COMPILE_CACHE = flags.DEFINE_string(
@@ -28,8 +27,8 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print shapes, memory and FLOPs, t
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Runs an absl main so that whatever the user can mend is one line and an exit code.
 
-    0 done; 2 bad input or flags; 28 no space left on the device; 130 interrupted. Anything else
-    is a bug of ours and keeps its traceback.
+    0 done; 2 bad input, bad flags or no space left; 130 interrupted. Anything else is a bug of
+    ours and keeps its traceback.
     """
     _show_help_of(main)
     argv = list(sys.argv)
@@ -48,7 +47,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 where = f" while writing {error.filename}" if error.filename else ""
-                return _fail(f"no space left on the device{where}: free some", EXIT_NO_SPACE)
+                return _fail(f"no space left on the device{where}: free some", EXIT_BAD_INPUT)
             if isinstance(error, (FileNotFoundError, PermissionError)) and error.filename:
                 return _fail(f"{error.filename}: {error.strerror}", EXIT_BAD_INPUT)
             raise
@@ -59,7 +58,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-    """Parses flags; a wrong one, or a wrong key of a config, is one line that names the right ones."""
+    """Parses flags; a wrong one, or a wrong key of a config, is one line naming the right ones."""
     try:
         return flags.FLAGS(list(argv))
     except flags.Error as error:
@@ -94,7 +93,9 @@ def leaf_keys(config, prefix: str = "") -> list[str]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error.args[0] if error.args else error).split())
+    """The message; of a traceback that config_flags put in one, the last line."""
+    text = str(error.args[0] if error.args else error).strip()
+    return text.splitlines()[-1] if "Traceback (most recent call last)" in text else text
 
 
 def _fail(message: str, code: int) -> int:

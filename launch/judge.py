@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -143,4 +142,4 @@ def _difference(metric: str, interval: Interval) -> dict[str, Any]:
 
 
 def _on_device(model: Model):
-    return jax.tree.map(jnp.asarray, model.params)
+    return jax.device_put(model.params)

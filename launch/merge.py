@@ -122,7 +122,7 @@ def search(config: ConfigDict, loaded: Loaded, merge: MergeConfig) -> Merged | N
     heldout = _heldout(load_rows(config, loaded))
     if cli.DRY_RUN.value:
         return None
-    params = jax.tree.map(jnp.asarray, loaded.params)
+    params = jax.device_put(loaded.params)
     found = {}
     for lam, merged in merging.lambda_grid(params, loaded.config, lams):
         found[lam] = _nll(config, merged, merging.dense_config(loaded.config), heldout)
@@ -146,7 +146,7 @@ def learn(config: ConfigDict, loaded: Loaded, merge: MergeConfig) -> Merged | No
     print(describe_stage(config, loaded, settings, (loss, start)), flush=True)
     if cli.DRY_RUN.value:
         return None
-    frozen = jax.tree.map(jnp.asarray, loaded.params)
+    frozen = jax.device_put(loaded.params)
     result = run(config, (model, merge, rows), settings, (loss, start, frozen))
     best = settings.best_metric and result.best_step != result.step
     coefficients = load_best(str(WORKDIR.value), result.params) if best else result.params

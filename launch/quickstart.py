@@ -289,8 +289,7 @@ class Lineage:
         return fit(
             train_config(self._job.config(name), None),
             loss,
-            jax.tree.map(jnp.asarray, trees[0]),
-            jax.tree.map(jnp.asarray, trees[1]),
+            *jax.device_put(trees),
             lambda step: self._batch_at(first + step),
             self._out / "runs" / name,
             info=info,

@@ -14,7 +14,6 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -71,7 +70,7 @@ def main(argv) -> None:
         return
     loaded = load_any(config.model.source, config.model.dtype)
     # From here on the device's copy is the only one, and the run takes it over.
-    loaded = dataclasses.replace(loaded, params=jax.tree.map(jnp.asarray, loaded.params))
+    loaded = dataclasses.replace(loaded, params=jax.device_put(loaded.params))
     train(config, loaded, rows, settings, Path(workdir))
 
 
