@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import pathlib
@@ -59,28 +60,39 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parses flags; a wrong one, or a wrong key of a config, is one line naming the right ones."""
+    path = _config_path(argv)
+    if path and not pathlib.Path(path.partition(":")[0]).is_file():
+        sys.exit(_fail(f"--config={path}: no such file; the configs are in configs/", 2))
     try:
         return flags.FLAGS(list(argv))
     except flags.Error as error:
-        sys.exit(_fail(f"{_one_line(error)} (--help lists the flags)", EXIT_BAD_INPUT))
+        sys.exit(_fail(f"{_last_line(error)} (--help lists the flags)", EXIT_BAD_INPUT))
     except (AttributeError, KeyError, TypeError) as error:
         # config_flags raises these for `--config.some.typo=...`.
-        sys.exit(_fail(f"--config: {_one_line(error)}{_config_keys(argv)}", EXIT_BAD_INPUT))
-    except FileNotFoundError as error:
-        sys.exit(_fail(f"{error.filename}: no such file", EXIT_BAD_INPUT))
+        sys.exit(_fail(_wrong_key(argv, path) or f"--config: {_last_line(error)}", EXIT_BAD_INPUT))
 
 
-def _config_keys(argv: Sequence[str]) -> str:
-    """The valid keys of the config file on the command line, for the message about a wrong one."""
+def _config_path(argv: Sequence[str]) -> str:
+    """The value of --config, empty without one."""
+    for i, arg in enumerate(argv[1:], 1):
+        name, equals, value = arg.partition("=")
+        if name in ("-config", "--config"):
+            return value if equals else "".join(argv[i + 1 : i + 2])
+    return ""
+
+
+def _wrong_key(argv: Sequence[str], path: str) -> str:
+    """Says which --config.KEY is none, and the keys there are; empty if all of them are."""
     from ml_collections import config_flags  # kept here: commands without a config never load it
 
-    for i, arg in enumerate(argv):
-        name, _, value = arg.lstrip("-").partition("=")
-        if name == "config":
-            path = value or (argv[i + 1] if i + 1 < len(argv) else "")
-            loaded = config_flags.config_flags._ConfigFileParser("config").parse(path)
-            return f"; valid keys: {', '.join(sorted(leaf_keys(loaded)))}"
-    return ""
+    keys = leaf_keys(config_flags.config_flags._ConfigFileParser("config").parse(path))
+    given = [arg.lstrip("-").partition("=")[0] for arg in argv[1:] if arg.startswith("-")]
+    wrong = [name for name in given if name.startswith("config.") and name[7:] not in keys]
+    if not wrong:
+        return ""
+    near = difflib.get_close_matches(wrong[0][7:], keys, 1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"--{wrong[0]}: {path} has no such key{hint}; its keys: {', '.join(sorted(keys))}"
 
 
 def leaf_keys(config, prefix: str = "") -> list[str]:
@@ -92,8 +104,8 @@ def leaf_keys(config, prefix: str = "") -> list[str]:
     return keys
 
 
-def _one_line(error: BaseException) -> str:
-    """The message; of a traceback that config_flags put in one, the last line."""
+def _last_line(error: BaseException) -> str:
+    """An error's text; of a traceback that config_flags put into it, the last line."""
     text = str(error.args[0] if error.args else error).strip()
     return text.splitlines()[-1] if "Traceback (most recent call last)" in text else text
 
@@ -108,7 +120,9 @@ def _terminate(signum, frame):
 
 
 def _show_help_of(main) -> None:
-    """Makes --help print the command's own docstring above its flags."""
+    """Makes --help print the command's own docstring, its flags and the shared ones."""
+    for holder in (DRY_RUN, COMPILE_CACHE):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[holder.name])
     doc = sys.modules[main.__module__].__doc__
     if doc:
         sys.modules["__main__"].__doc__ = doc
