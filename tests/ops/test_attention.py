@@ -10,12 +10,12 @@ from moejax.ops.norm import rms_norm
 def reference(q, k, v, mask):
     """Softmax attention, one query of one head at a time, in float64."""
     out = np.zeros(q.shape)
-    share = q.shape[2] // k.shape[2]
+    share = q.shape[2] // k.shape[1]
     for b, t, h in np.ndindex(q.shape[:3]):
         seen = np.flatnonzero(mask[b, t])
-        scores = k[b, seen, h // share] @ q[b, t, h] / np.sqrt(q.shape[3])
+        scores = k[b, h // share, seen] @ q[b, t, h] / np.sqrt(q.shape[3])
         weights = np.exp(scores - scores.max())
-        out[b, t, h] = (weights / weights.sum()) @ v[b, seen, h // share]
+        out[b, t, h] = (weights / weights.sum()) @ v[b, h // share, seen]
     return out
 
 
@@ -23,7 +23,7 @@ def reference(q, k, v, mask):
 def test_attention_equals_its_definition(heads, groups, size):
     rng = np.random.default_rng(heads)
     q = rng.normal(size=(2, 5, heads, size))
-    k, v = rng.normal(size=(2, 2, 7, groups, size))
+    k, v = rng.normal(size=(2, 2, groups, 7, size))
     mask = rng.random((2, 5, 7)) < 0.6
     mask[:, :, 0] = True
     q, k, v = (np.asarray(x, np.float32) for x in (q, k, v))
