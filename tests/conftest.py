@@ -12,8 +12,6 @@ from pathlib import Path
 
 # Before anything imports jax: the suite's numbers are those of a CPU, whatever the machine has.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Hundreds of tiny programs: most of the suite is compiling, which this makes 1.6 times as fast.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # The suite spends its time in compiling programs that run once: half of it with LLVM's optimiser
 # off. `.ci/run` leaves it on, so that what users run is tested too.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
