@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 # Before anything imports jax: the suite's numbers are those of a CPU, whatever the machine has.
@@ -20,6 +21,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what it puts in the background so, and children inherit it: tests of ctrl-C
+    # would wait for ever.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PARITY_DIR = Path(__file__).parent / "parity"
 MISSING = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
