@@ -217,7 +217,9 @@ def save(loaded: Loaded, merged: Merged, merge: MergeConfig) -> None:
     args = {"mode": MODE.value} | dataclasses.asdict(merge)
     if MODE.value in ("shared_only", "grid"):
         args["lam"] = record.get("lam", 1.0)
-    operations = lineage.append(loaded.lineage, "merge", (), args, record)
+    operations = lineage.append(
+        loaded.lineage, "merge", [lineage.input_of(SOURCE.value)], args, record
+    )
     dense = dataclasses.replace(
         loaded,
         params=jax.tree.map(np.asarray, params),

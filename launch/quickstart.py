@@ -286,10 +286,12 @@ class Lineage:
             measure_gemm_peak(),
             donate=name != "merge",
         )
+        trainable, frozen = jax.device_put(trees)
         return fit(
             train_config(self._job.config(name), None),
             loss,
-            *jax.device_put(trees),
+            trainable,
+            frozen,
             lambda step: self._batch_at(first + step),
             self._out / "runs" / name,
             info=info,
@@ -305,7 +307,7 @@ class Lineage:
         path = self._out / "stats" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, cost | {"records": result.records})
-        return cost | {"last_loss": result.records[-1]["loss"]}
+        return cost | {"last_loss": result.records[-1]["loss"], "data": self._rows.summary}
 
     def _export(self, moe: Callable[[], Model], coefficients: tree.Tree) -> Callable[[], Model]:
         """Writes the merged model as a Hugging Face folder, and reads it back to be judged."""
@@ -343,7 +345,11 @@ class Lineage:
         content = {
             "rows": rows,
             "differences": [judge.minus("merged_learned", other) for other in RIVALS],
-            "curves": {stage: _curve(cost["records"]) for stage, cost in costs.items()},
+            "curves": {
+                # The merge goes on where the MoE's tokens end.
+                stage: _curve(cost["records"], costs["moe"]["train_tokens"] * (stage == "merge"))
+                for stage, cost in costs.items()
+            },
             "coefficients": {"lam": [LAM] * len(routed), "routed": routed.tolist()},
             "run": self._record(judge, wall_s),
         }
@@ -374,9 +380,9 @@ class Lineage:
         }
 
 
-def _curve(records: Sequence[dict]) -> list[dict]:
-    """Training loss against tokens seen."""
-    seen = np.cumsum([record["token_count"] for record in records])
+def _curve(records: Sequence[dict], before: int) -> list[dict]:
+    """Training loss against tokens seen, those of earlier stages included."""
+    seen = before + np.cumsum([record["token_count"] for record in records])
     return [
         {"tokens": int(tokens), "loss": record["nll"]}
         for tokens, record in zip(seen, records, strict=True)

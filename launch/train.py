@@ -108,7 +108,8 @@ def train(
     )
     best = settings.best_metric and result.best_step != result.step
     tuned = load_best(workdir, result.params) if best else result.params
-    save(config, dataclasses.replace(loaded, params=tuned), result, workdir / "model")
+    tuned_model = dataclasses.replace(loaded, params=tuned)
+    save(config, tuned_model, result, rows.summary, workdir / "model")
 
 
 def make_eval(config: ConfigDict, model: ModelConfig, heldout: Packed | None):
@@ -124,14 +125,18 @@ def make_eval(config: ConfigDict, model: ModelConfig, heldout: Packed | None):
     return evaluate
 
 
-def save(config: ConfigDict, loaded: Loaded, result: FitResult, target: Path) -> None:
+def save(
+    config: ConfigDict, loaded: Loaded, result: FitResult, data: dict, target: Path
+) -> None:
     """Writes the tuned model, replacing one that an earlier start of this run wrote."""
     params = jax.tree.map(np.asarray, loaded.params)
     results = {"step": result.step, "last_loss": result.records[-1].get("loss")}
     results |= {"train_tokens": result.train_tokens, "wall_s": round(result.wall_s, 1)}
+    results["data"] = data
     if result.best_step is not None:
         results |= {"best_step": result.best_step, "best_nll": result.best_value}
-    operations = lineage.append(loaded.lineage, "train", (), config.to_dict(), results)
+    read = [lineage.input_of(loaded.source)]
+    operations = lineage.append(loaded.lineage, "train", read, config.to_dict(), results)
     loaded = dataclasses.replace(loaded, params=params, lineage=operations)
     form = config.save.format or ("orbax" if loaded.config.moe else "hf")
     save_any(loaded, target, form, config.save.dtype, overwrite=True)

@@ -74,7 +74,10 @@ def upcycled(loaded: Loaded, moe: MoEConfig, seed: int) -> Loaded:
     """The mixture of experts, with what came with the dense model."""
     params, config = upcycle(loaded.params, loaded.config, moe, jax.random.key(seed))
     operations = lineage.append(
-        loaded.lineage, "upcycle", (), dataclasses.asdict(moe) | {"seed": seed}
+        loaded.lineage,
+        "upcycle",
+        [lineage.input_of(loaded.source)],
+        dataclasses.asdict(moe) | {"seed": seed},
     )
     params = jax.tree.map(np.asarray, params)
     return dataclasses.replace(loaded, params=params, config=config, lineage=operations)

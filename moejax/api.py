@@ -1,4 +1,4 @@
-"""The same lineage in a few lines of Python: a model in hand, and functions that return new ones."""
+"""The lineage in a few lines of Python: a model in hand, and functions that return new ones."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Model:
 
     @property
     def tokenizer(self):
-        """Text to ids and back (`moejax.io.tokenizer.Tokenizer`), None where the source had none."""
+        """Text to ids and back (`moejax.io.tokenizer.Tokenizer`); None where there was none."""
         return self.loaded.tokenizer
 
     @property

@@ -10,7 +10,7 @@ GIB = 2**30
 
 
 def available_bytes() -> int:
-    """Bytes that can be had without swapping, within the container's limit if there is one (Linux)."""
+    """Bytes that can be had without swapping and within the container's limit (Linux)."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
     available = fields.get("MemAvailable", fields["MemTotal"])

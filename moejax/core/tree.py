@@ -21,7 +21,7 @@ Tree = Any  # dict[str, Tree | array]
 
 
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
-    """Flattens nested dicts to ``{path: leaf}``, in the order of the dicts. Inverse: `unflatten`."""
+    """Flattens nested dicts to ``{path: leaf}``, in their order. Inverse: `unflatten`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
@@ -90,12 +90,12 @@ def join(first: Tree, second: Tree) -> Tree:
     left, right = flatten(first), flatten(second)
     both = left.keys() & right.keys()
     if both:
-        raise ValueError(f"both trees hold {sorted(both)[0]}: join takes trees with no path in common")
+        raise ValueError(f"both trees hold {min(both)}: join takes trees with no path in common")
     return unflatten(left | right)
 
 
 def lerp(a: Tree, b: Tree, t: float | jax.Array) -> Tree:
-    """``(1 - t) * a + t * b`` leaf by leaf in float32, cast back; 0 and 1 give the ends' own bits."""
+    """``(1 - t) * a + t * b`` leaf by leaf in float32, cast back; 0 and 1 give the ends' bits."""
     if isinstance(t, (int, float)) and t in (0, 1):
         return b if t else a
 
@@ -118,7 +118,7 @@ def unstack(tree: Tree) -> list[Tree]:
 
 
 def diff(a: Tree, b: Tree) -> list[str]:
-    """Says where two trees differ in paths, shapes, dtypes or bits; empty when they are the same."""
+    """Says where two trees differ in paths, shapes, dtypes or bits; empty when nowhere."""
     left, right = flatten(a), flatten(b)
     found = [f"{path}: only in the first" for path in left.keys() - right.keys()]
     found += [f"{path}: only in the second" for path in right.keys() - left.keys()]

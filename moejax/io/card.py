@@ -53,9 +53,9 @@ def model_card(loaded: Loaded, name: str, dtype: str) -> str:
     front += ["tags:", "- moejax", "---"]
     licence = loaded.license.name or "not stated by the source"
     body = [
-        f"# {name}",
+        f"# {_title(loaded) or name}",
         "",
-        f"Written by moejax {_version_of(loaded)}.",
+        f"Written by moejax (version {_version_of(loaded)}).",
         "",
         "| | |",
         "|---|---|",
@@ -73,6 +73,13 @@ def model_card(loaded: Loaded, name: str, dtype: str) -> str:
         "",
     ]
     return "\n".join([*front, "", *body, *_operations(loaded), ""])
+
+
+def _title(loaded: Loaded) -> str:
+    """Where the model comes from and what was done to it; empty when nothing is recorded."""
+    sources = [Path(i["path"]).name for entry in loaded.lineage for i in entry["inputs"]]
+    done = [entry["op"] for entry in loaded.lineage if entry["op"] not in ("import", "export")]
+    return ": ".join([sources[0], *([", ".join(done)] if done else [])]) if sources else ""
 
 
 def _operations(loaded: Loaded) -> list[str]:

@@ -53,8 +53,11 @@ def append(
 
 
 def input_of(path: str | os.PathLike[str]) -> dict[str, str]:
-    """An entry for `inputs`: the path as given, and the hash of the weights there."""
-    return {"path": str(path), "sha256": hash_path(path)}
+    """An entry for `inputs`: the path as given, and the hash of the weights there.
+
+    A hub id has no hash of its own: the import that comes first in its lineage has it.
+    """
+    return {"path": str(path), "sha256": hash_path(path) if Path(path).exists() else ""}
 
 
 def write(folder: str | os.PathLike[str], lineage: Iterable[dict[str, Any]]) -> None:

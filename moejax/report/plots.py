@@ -109,7 +109,7 @@ def curves_plot(curves: dict[str, Sequence[dict[str, float]]]) -> Figure:
     axes.set_ylabel("loss, nats per answer token")
     axes.set_title("Training loss (of each step's own batch)")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     return figure
 
 

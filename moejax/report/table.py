@@ -90,7 +90,7 @@ def difference_cells(report: Report) -> list[tuple[str, ...]]:
     table = []
     for entry in report["differences"]:
         cells = [f"{entry['model']} - {entry['minus']}"]
-        for metric, form in (("nll", "{:+.4f}".format), ("pass_at_1", points)):
+        for metric, form in (("nll", nats), ("pass_at_1", points)):
             d = entry[metric]
             if d is None:
                 cells += ["-", "-", ""]
@@ -103,6 +103,12 @@ def difference_cells(report: Report) -> list[tuple[str, ...]]:
 def interval(bounds: Sequence[float] | None, form: Callable[[float], str]) -> str:
     """'[low, high]', '-' for None."""
     return "-" if bounds is None else f"[{form(bounds[0])}, {form(bounds[1])}]"
+
+
+def nats(difference: float) -> str:
+    """A difference in nats: four decimals, or two digits of one that would show as 0."""
+    shows = abs(difference) >= 5e-5 or not difference
+    return f"{difference:+.4f}" if shows else f"{difference:+.1e}"
 
 
 def points(share: float) -> str:
