@@ -53,7 +53,7 @@ def moe_layer(
     params: {"router": ..., "experts": {name: [E, ...]}}; x_BTD is the normed input, y_BTD the
     layer's output before the residual. mask_BT is true on real tokens (all are computed, only
     real ones enter the statistics); rng turns the router's noise on; implementation names a
-    grouped matmul, None chooses one, or for up to FEW_TOKENS tokens every expert on every token.
+    grouped matmul, None chooses one, or every expert on every token where few tokens use most.
     Equals `moejax.moe.dense.dense_moe`.
     """
     assert params["experts"]["w_up"].shape[0] == config.num_experts
@@ -61,8 +61,12 @@ def moe_layer(
     mask_N = None if mask_BT is None else mask_BT.reshape(-1)
     routing = route(params["router"], x_ND, config, mask_N=mask_N, rng=rng)
 
-    is_few = implementation is None and x_ND.shape[0] <= FEW_TOKENS
-    mix = _mix_every_expert if is_few else functools.partial(_mix_chosen, implementation)
+    # Few tokens that still need most of the experts: see FEW_TOKENS.
+    num_tokens = x_ND.shape[0]
+    needed = min(num_tokens * config.top_k, config.num_experts)
+    all_experts = num_tokens <= FEW_TOKENS and 2 * needed >= config.num_experts
+    every = implementation is None and all_experts
+    mix = _mix_every_expert if every else functools.partial(_mix_chosen, implementation)
     y_ND = mix(params["experts"], x_ND, routing, activation)
     shared_weight = jnp.zeros((), jnp.float32)
     if routing.shared_weight_N is not None:
