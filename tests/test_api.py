@@ -61,7 +61,12 @@ def test_save_and_load_are_inverse(model, tmp_path):
 
 @pytest.mark.parametrize(
     "tokens,message",
-    [([[0, 67]], r"\[0, 67\), got 0 to 67"), ([[-1]], "got -1"), ([1, 2], r"\[2\]"), ([[0.5]], "float")],
+    [
+        ([[0, 67]], r"\[0, 67\), got 0 to 67"),
+        ([[-1]], "got -1"),
+        ([1, 2], r"\[2\]"),
+        ([[0.5]], "float"),
+    ],
 )
 def test_tokens_that_are_none(model, tokens, message):
     with pytest.raises(InputError, match=message):

@@ -24,7 +24,8 @@ def test_unflatten_is_the_inverse_of_flatten(t):
 def test_join_is_the_inverse_of_split(t, patterns):
     taken, rest = tree.split(t, patterns)
     assert tree.diff(tree.join(taken, rest), t) == []
-    assert set(tree.flatten(taken)) == {p for p, on in tree.flatten(tree.mask(t, patterns)).items() if on}
+    mask = tree.flatten(tree.mask(t, patterns))
+    assert set(tree.flatten(taken)) == {path for path, on in mask.items() if on}
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,9 @@ def test_matches(path, pattern, expected):
 
 
 def test_stack_and_unstack_are_inverse():
-    trees = [{"a": jnp.full((2,), i), "b": {"c": jnp.ones((1, i + 1))[:, :1] * i}} for i in range(3)]
+    trees = [
+        {"a": jnp.full((2,), i), "b": {"c": jnp.ones((1, i + 1))[:, :1] * i}} for i in range(3)
+    ]
     back = tree.unstack(tree.stack(trees))
     assert [tree.diff(x, y) for x, y in zip(trees, back, strict=True)] == [[], [], []]
 
@@ -74,5 +77,6 @@ def test_diff_names_paths_shapes_and_values():
 
 
 def test_sizes_of_abstract_trees():
-    t = {"a": jax.ShapeDtypeStruct((3, 5), jnp.bfloat16), "b": jax.ShapeDtypeStruct((), jnp.float32)}
+    shape = jax.ShapeDtypeStruct
+    t = {"a": shape((3, 5), jnp.bfloat16), "b": shape((), jnp.float32)}
     assert tree.num_params(t) == 16 and tree.num_bytes(t) == 34

@@ -42,4 +42,5 @@ def test_rms_norm_equals_its_equation():
     x = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
     scale = np.linspace(0.5, 2, 16, dtype=np.float32)
     expected = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6) * scale
-    np.testing.assert_allclose(rms_norm(jnp.asarray(x), jnp.asarray(scale), 1e-6), expected, rtol=1e-5)
+    got = rms_norm(jnp.asarray(x), jnp.asarray(scale), 1e-6)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)

@@ -23,12 +23,12 @@ def turned(x, positions, rope):
 def test_scores_depend_on_distance_alone(rope):
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
     positions = jnp.asarray([[0, 3, 10, 13]])
-    many = lambda x: jnp.broadcast_to(x, (1, 4, 1, 16))
-    tq, tk = turned(many(q), positions, rope), turned(many(k), positions, rope)
+    q, k = (jnp.broadcast_to(x, (1, 4, 1, 16)) for x in (q, k))
+    tq, tk = turned(q, positions, rope), turned(k, positions, rope)
     near = jnp.vdot(tq[0, 1], tk[0, 0])
     far = jnp.vdot(tq[0, 3], tk[0, 2])
     np.testing.assert_allclose(near, far, rtol=1e-5)
-    np.testing.assert_allclose(jnp.linalg.norm(tq), jnp.linalg.norm(many(q)), rtol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(tq), jnp.linalg.norm(q), rtol=1e-5)
 
 
 def test_default_frequencies_are_the_paper_s():
