@@ -22,7 +22,7 @@ from moejax.evals.nll import NllResult
 from moejax.evals.tasks_functions import PROMPT_FORMS, load_tasks
 from moejax.io.atomic import read_json, write_json
 from moejax.report import difference
-from moejax.serve.generate import GenerateConfig, generate
+from moejax.serve.generate import GenerateConfig, generate, prepare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Judge:
 
     def _run_form(self, model: Model, form: str) -> list[functions.Record]:
         stop = tuple(model.tokenizer.eos_ids)
-        params = _on_device(model)
+        params = prepare(_on_device(model))
 
         def complete(prompts, seed):
             config = GenerateConfig(self._config.max_new_tokens, stop_ids=stop, seed=seed)
