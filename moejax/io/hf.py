@@ -201,7 +201,7 @@ def export_folder(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Writes a folder that transformers and vLLM load: all of it, or nothing on a failure.
+    """Writes a folder that transformers loads (vLLM was not tried): all of it, or nothing.
 
     Args:
       target: the folder to make.

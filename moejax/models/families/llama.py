@@ -90,7 +90,7 @@ def rope_from_hf(fields: dict[str, Any], max_position: int) -> RopeConfig:
 
 
 def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
-    """config.json's rope fields, in transformers 4's spelling, which 5 and vLLM read as well."""
+    """config.json's rope fields, in transformers 4's spelling, which transformers 5 reads too."""
     if rope.kind == "default":
         return {"rope_theta": rope.theta, "rope_scaling": None}
     scaling: dict[str, Any] = {"rope_type": rope.kind, "type": rope.kind, "factor": rope.factor}
