@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from moejax.core import tree
 from moejax.models.cache import KVCache
 from moejax.models.config import LayerRun, ModelConfig
-from moejax.models.layers import ACTIVATION, mlp_shapes
+from moejax.models.layers import ACTIVATION
 from moejax.models.mha import AttentionInputs, attention_shapes, mha
-from moejax.moe.layer import MoEStats, abstract_router, moe_layer
-from moejax.ops.gated_ffn import gated_ffn
+from moejax.moe.layer import MoEStats, moe_layer, moe_shapes
+from moejax.ops.gated_ffn import ffn_shapes, gated_ffn
 from moejax.ops.norm import rms_norm
 from moejax.ops.rope import frequencies, rotation
 
@@ -71,8 +71,10 @@ def abstract_params(config: ModelConfig, dtype: Any = "float32") -> tree.Tree:
     shapes["final_norm/scale"] = (config.d_model,)
     if not config.tie_embeddings:
         shapes["lm_head/w"] = (config.d_model, config.vocab_size)
+    # A selection bias moves in steps of 0.001, which bfloat16 loses.
+    dtypes = {path: "float32" if path.endswith("/b_select") else dtype for path in shapes}
     return tree.unflatten(
-        {path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for path, shape in shapes.items()}
+        {path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in shapes.items()}
     )
 
 
@@ -81,14 +83,12 @@ def _layer_shapes(config: ModelConfig, run: LayerRun) -> dict[str, tuple[int, ..
     shapes: dict[str, tuple[int, ...]] = {"attn_norm/scale": (d,)}
     shapes |= {f"attn/{name}": shape for name, shape in attention_shapes(config).items()}
     shapes["mlp_norm/scale"] = (d,)
-    mlp = mlp_shapes(d, config.d_ff, config.mlp_bias)
     if run.kind == "dense":
+        mlp = ffn_shapes(d, config.d_ff, config.mlp_bias)
         return shapes | {f"mlp/{name}": shape for name, shape in mlp.items()}
     assert config.moe is not None
-    num_experts = config.moe.num_experts
-    shapes |= {f"moe/experts/{name}": (num_experts, *shape) for name, shape in mlp.items()}
-    router = abstract_router(d, config.moe)
-    return shapes | {f"moe/router/{name}": shape for name, shape in router.items()}
+    moe = moe_shapes(d, config.d_ff, config.moe, config.mlp_bias)
+    return shapes | {f"moe/{path}": shape for path, shape in moe.items()}
 
 
 def init_leaf(path: str, key: jax.Array, leaf: jax.ShapeDtypeStruct, scale: float) -> jax.Array:

@@ -1,7 +1,10 @@
 """The MoE layer by its definition: every expert on every token. The oracle for `moejax.moe.layer`.
 
-y_n = sum_e g_ne FFN_e(x_n), where g is zero for the experts that the router did not choose.
+y_n = sum_e g_ne FFN_e(x_n) + s_n FFN_shared(x_n), where g is zero for the experts that the router
+did not choose, and s is 1, sigmoid(x_n w_mix), or 0 without a shared network.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +15,27 @@ from moejax.ops.gated_ffn import Activation, gated_ffn
 
 
 def dense_moe(
-    params: dict[str, dict[str, jax.Array]],
+    params: dict[str, Any],
     x_BTD: jax.Array,
     config: MoEConfig,
     *,
     activation: Activation = jax.nn.silu,
+    mask_BT: jax.Array | None = None,
     rng: jax.Array | None = None,
 ) -> jax.Array:
     """Computes all E experts on all tokens and mixes them by the router's weights; [B, T, D]."""
-    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    routing = route(params["router"], x_ND, config, rng=rng)
-    chosen_NKE = jax.nn.one_hot(routing.experts_NK, config.num_experts)
-    weights_NE = jnp.einsum("nke,nk->ne", chosen_NKE, routing.weights_NK)
-    if routing.shared_weight_N is not None:
-        weights_NE = weights_NE.at[:, 0].set(routing.shared_weight_N)
+    num_sequences, _, d_model = x_BTD.shape
+    x_ND = x_BTD.reshape(-1, d_model)
+    mask_N = None if mask_BT is None else mask_BT.reshape(-1)
+    routing = route(
+        params["router"], x_ND, config, mask_N=mask_N, rng=rng, num_sequences=num_sequences
+    )
+    weights_NE = routing.dense_weights(x_ND.shape[0], config.num_experts)
     outputs_END = jax.vmap(lambda expert: gated_ffn(expert, x_ND, activation))(params["experts"])
-    y_ND = jnp.einsum("end,ne->nd", outputs_END, weights_NE).astype(x_BTD.dtype)
-    return y_ND.reshape(x_BTD.shape)
+    y_ND = jnp.einsum("end,ne->nd", outputs_END, weights_NE)
+    if config.shared_ffn:
+        shared_ND = gated_ffn(params["shared"], x_ND, activation)
+        if config.shared_gate:
+            shared_ND *= jax.nn.sigmoid(x_ND @ params["shared"]["w_mix"])
+        y_ND += shared_ND
+    return y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape)

@@ -11,9 +11,20 @@ from moejax.moe.config import MoEConfig
 from moejax.moe.dispatch import combine, dispatch, plan
 from moejax.moe.experts import ExpertParams, grouped_ffn
 from moejax.moe.routing import Routing, abstract_router, init_router, route
+from moejax.moe.shapes import init_moe, moe_shapes
 from moejax.ops.gated_ffn import Activation, gated_ffn
 
-__all__ = ["MoEStats", "abstract_router", "init_router", "moe_layer"]
+__all__ = [
+    "MoEStats",
+    "abstract_router",
+    "add_shared_expert",
+    "add_shared_network",
+    "init_moe",
+    "init_router",
+    "layer_stats",
+    "moe_layer",
+    "moe_shapes",
+]
 
 # Up to so many tokens, as in decoding, a block of the grouped matmul is as large as all of them:
 # leaving tokens out saves nothing, and slicing experts out of their stack copies weights. Measured
@@ -24,16 +35,18 @@ FEW_TOKENS = 64
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MoEStats:
-    """What a layer's router did in one forward pass, all float32.
+    """What a layer's router did in one forward pass, all float32, padding excluded.
 
-    counts_E: tokens per expert (a shared expert, index 0, gets them all), padding excluded.
-    balance_loss: the layer's balance losses, already times balance_weight.
+    counts_E: tokens per expert (a shared expert, index 0, gets them all).
+    balance_loss, z_loss: the layer's losses, already times balance_weight and z_weight.
     shared_weight: mean weight of the shared expert over tokens; 0 without one.
-    dropped: share of (token, expert) pairs that were not computed; always 0 here.
+    dropped: share of (token, expert) pairs that were not computed, 0 on one device; under expert
+        choice the share of tokens that no expert took.
     """
 
     counts_E: jax.Array
     balance_loss: jax.Array
+    z_loss: jax.Array
     shared_weight: jax.Array
     dropped: jax.Array
 
@@ -48,18 +61,21 @@ def moe_layer(
     rng: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, MoEStats]:
-    """y = g_0 E_0(x) + sum_i g_i E_i(x) over the chosen experts (XFT, arXiv 2404.15247).
+    """y = sum_i g_i E_i(x) over the chosen experts, plus the shared expert or network.
 
-    params: {"router": ..., "experts": {name: [E, ...]}}; x_BTD is the normed input, y_BTD the
-    layer's output before the residual. mask_BT is true on real tokens (all are computed, only
-    real ones enter the statistics); rng turns the router's noise on; implementation names a
-    grouped matmul, None chooses one, or every expert on every token where few tokens use most.
-    Equals `moejax.moe.dense.dense_moe`.
+    params: the tree of `moe_shapes`; x_BTD is the normed input, y_BTD the layer's output before
+    the residual. mask_BT is true on real tokens (all are computed, only real ones enter the
+    statistics, and expert choice takes those first); rng turns on what perturbs the router;
+    implementation names a grouped matmul, None chooses one, or every expert on every token where
+    few tokens use most. Equals `moejax.moe.dense.dense_moe`.
     """
     assert params["experts"]["w_up"].shape[0] == config.num_experts
-    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    num_sequences, _, d_model = x_BTD.shape
+    x_ND = x_BTD.reshape(-1, d_model)
     mask_N = None if mask_BT is None else mask_BT.reshape(-1)
-    routing = route(params["router"], x_ND, config, mask_N=mask_N, rng=rng)
+    routing = route(
+        params["router"], x_ND, config, mask_N=mask_N, rng=rng, num_sequences=num_sequences
+    )
 
     # Few tokens that still need most of the experts: see FEW_TOKENS.
     num_tokens = x_ND.shape[0]
@@ -68,16 +84,48 @@ def moe_layer(
     every = implementation is None and all_experts
     mix = _mix_every_expert if every else functools.partial(_mix_chosen, implementation)
     y_ND = mix(params["experts"], x_ND, routing, activation)
-    shared_weight = jnp.zeros((), jnp.float32)
-    if routing.shared_weight_N is not None:
-        shared_weight = _mean(routing.shared_weight_N, mask_N)
-    stats = MoEStats(
+    y_ND = add_shared_network(params, y_ND, x_ND, activation)
+    return y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape), layer_stats(routing)
+
+
+def add_shared_expert(
+    experts: ExpertParams,
+    y_ND: jax.Array,
+    x_ND: jax.Array,
+    routing: Routing,
+    activation: Activation,
+) -> jax.Array:
+    """y plus XFT's shared expert, the first of the stack, by its weight; y if there is none."""
+    if routing.shared_weight_N is None:
+        return y_ND
+    shared = {name: stack[0] for name, stack in experts.items()}
+    shared_ND = gated_ffn(shared, x_ND, activation)
+    return y_ND + (routing.shared_weight_N[:, None] * shared_ND).astype(y_ND.dtype)
+
+
+def add_shared_network(
+    params: dict[str, Any], y_ND: jax.Array, x_ND: jax.Array, activation: Activation
+) -> jax.Array:
+    """y plus the network beside the experts, times its gate if it has one; y if there is none."""
+    if "shared" not in params:
+        return y_ND
+    shared_ND = gated_ffn(params["shared"], x_ND, activation)
+    if "w_mix" in params["shared"]:
+        w_mix = params["shared"]["w_mix"].astype(x_ND.dtype)
+        mix_N1 = jnp.matmul(x_ND, w_mix, preferred_element_type=jnp.float32)
+        shared_ND = (jax.nn.sigmoid(mix_N1) * shared_ND).astype(shared_ND.dtype)
+    return y_ND + shared_ND
+
+
+def layer_stats(routing: Routing) -> MoEStats:
+    """What of the routing the caller keeps."""
+    return MoEStats(
         counts_E=routing.counts_E,
         balance_loss=routing.balance_loss,
-        shared_weight=shared_weight,
-        dropped=jnp.zeros((), jnp.float32),
+        z_loss=routing.z_loss,
+        shared_weight=routing.shared_weight,
+        dropped=routing.dropped,
     )
-    return y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape), stats
 
 
 def _mix_chosen(
@@ -91,33 +139,23 @@ def _mix_chosen(
     # The whole stack goes to the grouped matmul, with no rows for a shared expert: cutting the
     # routed experts out of it would copy them.
     moves = plan(routing.experts_NK, experts["w_up"].shape[0])
-    rows_RD = dispatch(x_ND, moves)
+    taken_ND = x_ND if routing.token_N is None else x_ND[routing.token_N]
+    rows_RD = dispatch(taken_ND, moves)
     rows_RD = grouped_ffn(experts, rows_RD, moves.group_sizes_E, activation, implementation)
     y_ND = combine(rows_RD, routing.weights_NK, moves)
-    if routing.shared_weight_N is None:
-        return y_ND
-    shared = {name: stack[0] for name, stack in experts.items()}
-    shared_ND = gated_ffn(shared, x_ND, activation)
-    return y_ND + (routing.shared_weight_N[:, None] * shared_ND).astype(y_ND.dtype)
+    if routing.token_N is not None:  # rows are pairs, and a token has any number of them
+        sums_ND = jax.ops.segment_sum(y_ND.astype(jnp.float32), routing.token_N, x_ND.shape[0])
+        y_ND = sums_ND.astype(y_ND.dtype)
+    return add_shared_expert(experts, y_ND, x_ND, routing, activation)
 
 
 def _mix_every_expert(
     experts: ExpertParams, x_ND: jax.Array, routing: Routing, activation: Activation
 ) -> jax.Array:
     """Computes all experts on all tokens in three batched products, which read each weight once."""
-    num_experts = experts["w_up"].shape[0]
+    num_tokens, num_experts = x_ND.shape[0], experts["w_up"].shape[0]
     stacks = {name: w[:, None] if name.startswith("b_") else w for name, w in experts.items()}
     x_END = jnp.broadcast_to(x_ND, (num_experts, *x_ND.shape))
     y_END = gated_ffn(stacks, x_END, activation)
-    chosen_NKE = jax.nn.one_hot(routing.experts_NK, num_experts)
-    weights_NE = jnp.einsum("nke,nk->ne", chosen_NKE, routing.weights_NK)
-    if routing.shared_weight_N is not None:
-        weights_NE = weights_NE.at[:, 0].set(routing.shared_weight_N)
+    weights_NE = routing.dense_weights(num_tokens, num_experts)
     return jnp.einsum("end,ne->nd", y_END, weights_NE).astype(x_ND.dtype)
-
-
-def _mean(values_N: jax.Array, mask_N: jax.Array | None) -> jax.Array:
-    if mask_N is None:
-        return values_N.mean()
-    kept_N = mask_N.astype(jnp.float32)
-    return (values_N * kept_N).sum() / jnp.maximum(kept_N.sum(), 1.0)

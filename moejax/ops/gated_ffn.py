@@ -22,3 +22,15 @@ def gated_ffn(params: dict[str, Any], x: jax.Array, activation: Activation) -> j
         return y + params[f"b_{name}"].astype(x.dtype) if f"b_{name}" in params else y
 
     return affine(activation(affine(x, "gate")) * affine(x, "up"), "down")
+
+
+def ffn_shapes(d_model: int, d_ff: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the params of `gated_ffn`."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "w_gate": (d_model, d_ff),
+        "w_up": (d_model, d_ff),
+        "w_down": (d_ff, d_model),
+    }
+    if bias:
+        shapes |= {"b_gate": (d_ff,), "b_up": (d_ff,), "b_down": (d_model,)}
+    return shapes

@@ -6,15 +6,10 @@ import numpy as np
 import pytest
 
 from moejax.moe.config import MoEConfig
-from moejax.moe.routing import (
-    abstract_router,
-    cv_squared,
-    gate_logits,
-    init_router,
-)
-from moejax.moe.routing import (
-    route as plain_route,
-)
+from moejax.moe.losses import cv_squared
+from moejax.moe.routing import abstract_router, init_router
+from moejax.moe.routing import route as plain_route
+from moejax.moe.scores import gate_logits
 from tests.draws import normal, router_params
 
 D = 6
