@@ -11,11 +11,16 @@ from moejax.core.errors import InputError
 from moejax.ops.grouped_matmul_cpu import grouped_matmul_cpu
 from moejax.ops.grouped_matmul_ref import grouped_matmul_ref
 
-Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# (lhs, rhs, group_sizes, groups) -> out, with a gradient of its own.
+Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 _log = logging.getLogger(__name__)
 
 
-def _ragged_dot(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def _ragged_dot(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, groups: jax.Array | None
+) -> jax.Array:
+    if groups is not None:  # jax's own gradient does the work of every group all the same
+        rhs = jnp.where(groups[:, None, None], rhs, jax.lax.stop_gradient(rhs))
     accum = jnp.promote_types(lhs.dtype, jnp.float32)
     out = jax.lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=accum)
     return out.astype(lhs.dtype)
@@ -35,6 +40,7 @@ def grouped_matmul(
     group_sizes: jax.Array,
     *,
     implementation: str | None = None,
+    groups: jax.Array | None = None,
 ) -> jax.Array:
     """Multiplies consecutive groups of rows each by its own matrix, as `jax.lax.ragged_dot` does.
 
@@ -42,10 +48,12 @@ def grouped_matmul(
     and pass no gradient. Sums are at least float32, the result has the operands' dtype.
 
     lhs [R, K], rhs [E, K, N], group_sizes [E] integers >= 0 -> [R, N]. Differentiable in lhs and
-    rhs. implementation: a name in IMPLEMENTATIONS, never replaced by another; None takes the one
+    rhs. groups: bool [E] or None (all); where false the gradient of rhs[e] is zero and, but for
+    `ref` and `ragged_dot`, no work is done for it; the output and the gradient of lhs stay whole.
+    implementation: a name in IMPLEMENTATIONS, never replaced by another; None takes the one
     for the default backend and logs it once. Raises ValueError for shapes that do not fit.
     """
-    _check(lhs, rhs, group_sizes)
+    _check(lhs, rhs, group_sizes, groups)
     if implementation is None:
         implementation = _choose(jax.default_backend())
     if implementation not in _KERNELS:
@@ -55,7 +63,7 @@ def grouped_matmul(
         )
     dtype = jnp.result_type(lhs, rhs)
     return _KERNELS[implementation](
-        lhs.astype(dtype), rhs.astype(dtype), group_sizes.astype(jnp.int32)
+        lhs.astype(dtype), rhs.astype(dtype), group_sizes.astype(jnp.int32), groups
     )
 
 
@@ -66,7 +74,9 @@ def _choose(backend: str) -> str:
     return name
 
 
-def _check(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> None:
+def _check(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, groups: jax.Array | None
+) -> None:
     if lhs.ndim != 2 or rhs.ndim != 3 or group_sizes.ndim != 1:
         raise InputError(
             "grouped_matmul takes lhs [R, K], rhs [E, K, N] and group_sizes [E], not shapes "
@@ -84,3 +94,8 @@ def _check(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> None:
         )
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise InputError(f"grouped_matmul: group_sizes are {group_sizes.dtype}; give integers.")
+    if groups is not None and (groups.shape != group_sizes.shape or groups.dtype != jnp.bool_):
+        raise InputError(
+            f"grouped_matmul: groups is {groups.dtype}{list(groups.shape)} for "
+            f"{rhs.shape[0]} matrices; give bool[{rhs.shape[0]}]."
+        )

@@ -13,24 +13,29 @@ import jax.numpy as jnp
 # Fewer rows make a matmul slow, more of them are too often another group's.
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 32, 128
 
-Saved = tuple[jax.Array, jax.Array, jax.Array]
+Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
 @jax.custom_vjp
-def grouped_matmul_cpu(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def grouped_matmul_cpu(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, groups: jax.Array | None = None
+) -> jax.Array:
     """See `moejax.ops.grouped_matmul.grouped_matmul`."""
     return _multiply(lhs, rhs, group_sizes, rhs_dim=1)
 
 
-def _forward(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> tuple[jax.Array, Saved]:
+def _forward(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, groups: jax.Array | None
+) -> tuple[jax.Array, Saved]:
     # Only the operands are kept: no block outlives its own matmul.
-    return grouped_matmul_cpu(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+    return _multiply(lhs, rhs, group_sizes, rhs_dim=1), (lhs, rhs, group_sizes, groups)
 
 
-def _backward(saved: Saved, d_out: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    lhs, rhs, group_sizes = saved
+def _backward(saved: Saved, d_out: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
+    lhs, rhs, group_sizes, groups = saved
     d_lhs = _multiply(d_out, rhs, group_sizes, rhs_dim=2)
-    return d_lhs, _outer(lhs, d_out, group_sizes).astype(rhs.dtype), None
+    d_rhs = _outer(lhs, d_out, group_sizes, groups).astype(rhs.dtype)
+    return d_lhs, d_rhs, None, None
 
 
 grouped_matmul_cpu.defvjp(_forward, _backward)
@@ -64,12 +69,15 @@ def _multiply(
     return jax.lax.scan(group, out, (w_EKN, starts, ends))[0]
 
 
-def _outer(x_RK: jax.Array, y_RN: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """Per group, the sum over its rows of x[r] y[r]^T: [E, K, N], float32 or wider."""
+def _outer(
+    x_RK: jax.Array, y_RN: jax.Array, group_sizes: jax.Array, groups: jax.Array | None
+) -> jax.Array:
+    """Per wanted group, the sum over its rows of x[r] y[r]^T: [E, K, N], float32 or wider."""
     num_rows, num_groups = x_RK.shape[0], group_sizes.shape[0]
     block = _block_rows(num_rows, num_groups)
     ends = jnp.minimum(jnp.cumsum(group_sizes), num_rows)
     starts = ends - group_sizes
+    num_blocks = _num_wanted_blocks(ends - starts, groups, block)
     dims = (((0,), (0,)), ((), ()))
     accum = jnp.promote_types(x_RK.dtype, jnp.float32)
 
@@ -83,10 +91,16 @@ def _outer(x_RK: jax.Array, y_RN: jax.Array, group_sizes: jax.Array) -> jax.Arra
             kept = jax.lax.dynamic_index_in_dim(total, e, 0, keepdims=True)
             return jax.lax.dynamic_update_slice_in_dim(total, kept + product, e, 0)
 
-        return jax.lax.fori_loop(0, -(-(ends[e] - starts[e]) // block), one_block, total)
+        return jax.lax.fori_loop(0, num_blocks[e], one_block, total)
 
     total = jnp.zeros((num_groups, x_RK.shape[1], y_RN.shape[1]), accum)
     return jax.lax.fori_loop(0, num_groups, group, total)
+
+
+def _num_wanted_blocks(sizes: jax.Array, groups: jax.Array | None, block: int) -> jax.Array:
+    """Blocks that each group takes, none where it is not wanted: [E]."""
+    num_blocks = -(-sizes // block)
+    return num_blocks if groups is None else jnp.where(groups, num_blocks, 0)
 
 
 def _block_rows(num_rows: int, num_groups: int) -> int:

@@ -4,8 +4,12 @@ import jax
 import jax.numpy as jnp
 
 
-def grouped_matmul_ref(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def grouped_matmul_ref(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, groups: jax.Array | None = None
+) -> jax.Array:
     """out[r] = sum_e [row r lies in group e] lhs[r] @ rhs[e]; E times the work, no tricks."""
+    if groups is not None:
+        rhs = jnp.where(groups[:, None, None], rhs, jax.lax.stop_gradient(rhs))
     ends_E = jnp.cumsum(group_sizes)
     rows_R1 = jnp.arange(lhs.shape[0])[:, None]
     inside_RE = (rows_R1 >= ends_E - group_sizes) & (rows_R1 < ends_E)

@@ -11,6 +11,7 @@ from jax.test_util import check_grads
 
 from moejax.core.precision import TOLERANCE
 from moejax.ops import grouped_matmul as module
+from moejax.ops import grouped_matmul_cpu as cpu
 from moejax.ops.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
 
 # Group sizes in 300 rows; what they leave over is rows past the last group.
@@ -55,17 +56,18 @@ def assert_close(got, wanted, dtype):
 
 
 @functools.partial(jax.jit, static_argnums=0)  # compiled once per shape, not once per case
-def pulled_back(implementation, lhs, rhs, sizes, weight):
-    out, pull = jax.vjp(
-        lambda x, w: grouped_matmul(x, w, sizes, implementation=implementation), lhs, rhs
-    )
+def pulled_back(implementation, lhs, rhs, sizes, weight, groups=None):
+    def multiply(x, w):
+        return grouped_matmul(x, w, sizes, implementation=implementation, groups=groups)
+
+    out, pull = jax.vjp(multiply, lhs, rhs)
     return out, *pull(weight)
 
 
-def value_and_gradients(implementation, lhs, rhs, sizes):
+def value_and_gradients(implementation, lhs, rhs, sizes, groups=None):
     rng = np.random.default_rng(9)
     weight = jnp.asarray(rng.normal(size=(lhs.shape[0], rhs.shape[2])), lhs.dtype)
-    return pulled_back(implementation, lhs, rhs, sizes, weight)
+    return pulled_back(implementation, lhs, rhs, sizes, weight, groups)
 
 
 @pytest.mark.parametrize("sizes", CASES.values(), ids=CASES)
@@ -77,6 +79,25 @@ def test_equals_the_definition_with_gradients(implementation, sizes):
     for ours, oracle in zip(got, value_and_gradients("ref", lhs, rhs, group_sizes), strict=True):
         assert ours.shape == oracle.shape and ours.dtype == oracle.dtype
         assert_close(ours, oracle, "float32")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_only_the_wanted_groups_get_a_gradient(implementation):
+    """The output and the gradient of the rows do not change; the other matrices' is exactly 0."""
+    lhs, rhs, sizes = operands([80, 0, 20, 71, 100], NUM_ROWS)
+    whole = value_and_gradients("ref", lhs, rhs, sizes)
+    for groups in ([True, True, False, True, False], [False] * 5, [True] * 5):
+        wanted = jnp.asarray(groups)
+        out, d_lhs, d_rhs = value_and_gradients(implementation, lhs, rhs, sizes, wanted)
+        assert_close(out, whole[0], "float32")
+        assert_close(d_lhs, whole[1], "float32")
+        assert_close(d_rhs, jnp.where(wanted[:, None, None], whole[2], 0), "float32")
+        np.testing.assert_array_equal(d_rhs[~wanted], 0)
+
+
+def test_the_cpu_kernel_does_no_work_for_an_unwanted_group():
+    num_blocks = cpu._num_wanted_blocks(jnp.array([5, 0, 9]), jnp.array([True, True, False]), 4)
+    np.testing.assert_array_equal(num_blocks, [2, 0, 0])
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 7])
@@ -171,6 +192,12 @@ def test_bad_operands_are_named_with_both_numbers(change, words):
     with pytest.raises(ValueError) as caught:
         grouped_matmul(*change(*operands([2, 3, 4])))
     assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("groups", [jnp.ones(2, bool), jnp.ones(3, jnp.int32)])
+def test_a_mask_of_groups_that_does_not_fit(groups):
+    with pytest.raises(ValueError, match=r"3 matrices; give bool\[3\]"):
+        grouped_matmul(*operands([2, 3, 4]), groups=groups)
 
 
 def test_an_unknown_implementation_lists_the_known():
