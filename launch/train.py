@@ -42,6 +42,7 @@ from moejax.models.config import ModelConfig
 from moejax.train.loop import FitResult, RunInfo, TrainConfig, fit, load_best
 from moejax.train.loss import lm_loss
 from moejax.train.peak import measure_gemm_peak
+from moejax.train.selection_bias import selection_bias_update
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, or one like them.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; resumed if it is there.")
@@ -105,6 +106,7 @@ def train(
         workdir,
         make_eval(config, model, rows.heldout),
         RunInfo("train", identity, step_flops, peak, donate=True),
+        selection_bias_update(model),
     )
     best = settings.best_metric and result.best_step != result.step
     tuned = load_best(workdir, result.params) if best else result.params

@@ -25,6 +25,16 @@ def moe_config(config: ModelConfig, moe: MoEConfig) -> ModelConfig:
             f"this model already has {config.moe.num_experts} experts: upcycling starts from a "
             "dense model."
         )
+    if moe.expert_ffn not in (None, config.d_ff):
+        raise InputError(
+            f"expert_ffn={moe.expert_ffn}: experts are copies of feed-forward layers of width "
+            f"{config.d_ff}: leave expert_ffn out or choose {config.d_ff}."
+        )
+    if moe.shared_ffn:
+        raise InputError(
+            f"shared_ffn={moe.shared_ffn}: upcycling has no weights for a network beside the "
+            "experts: choose shared_ffn=0."
+        )
     return dataclasses.replace(config, moe=moe)
 
 

@@ -37,7 +37,7 @@ from moejax.train.log import (
 from moejax.train.optim import OptimConfig, make_optimizer, make_schedule
 from moejax.train.peak import Peak
 from moejax.train.state import TrainState, init_state
-from moejax.train.step import LossFn, make_train_step
+from moejax.train.step import Adjust, LossFn, make_train_step
 
 Batches = Callable[[int], Mapping[str, np.ndarray]]
 EvalFn = Callable[[tree.Tree, tree.Tree], Mapping[str, float]]
@@ -130,6 +130,7 @@ def fit(
     workdir: str | os.PathLike[str],
     eval_fn: EvalFn | None = None,
     info: RunInfo = RunInfo(),
+    adjust: Adjust | None = None,
 ) -> FitResult:
     """Trains `trainable` from where `workdir` stands to `config.steps`.
 
@@ -142,6 +143,7 @@ def fit(
       workdir: made if missing.
       eval_fn: (trainable, frozen) -> {name: float}.
       info: what to say of the run.
+      adjust: see `moejax.train.step.make_train_step`.
 
     Errors: InputError for a work directory of another config, rows that `accumulation` does not
     divide, a loss that is not finite. KeyboardInterrupt after ctrl-C, once the state is saved.
@@ -149,7 +151,9 @@ def fit(
     workdir = Path(workdir)
     identity = {"train": dataclasses.asdict(config), **info.identity}
     claim_folder(workdir, identity, free=[f"train.{name}" for name in FREE])
-    run = _Run(config, loss_fn, eval_fn, workdir, info)
+    optimizer = make_optimizer(config.optim, config.steps)
+    update = make_train_step(loss_fn, optimizer, config.accumulation, adjust)
+    run = _Run(config, (optimizer, update), eval_fn, workdir, info)
     state = run.start(trainable)
     del trainable
     if run.step < config.steps:
@@ -202,11 +206,10 @@ def load_best(workdir: str | os.PathLike[str], like: tree.Tree) -> tree.Tree:
 class _Run:
     """One start of a run: its checkpoints, its compiled step, how far it is."""
 
-    def __init__(self, config: TrainConfig, loss_fn, eval_fn, workdir: Path, info: RunInfo):
+    def __init__(self, config: TrainConfig, stepping, eval_fn, workdir: Path, info: RunInfo):
         self._config, self._eval_fn, self._workdir, self._info = config, eval_fn, workdir, info
-        self._optimizer = make_optimizer(config.optim, config.steps)
+        self._optimizer, self._update = stepping
         self._schedule = make_schedule(config.optim, config.steps)
-        self._update = make_train_step(loss_fn, self._optimizer, config.accumulation)
         self._checkpoints = Checkpoints(workdir / "ckpt", keep_last=config.keep_last)
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self.step = 0

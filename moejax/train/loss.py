@@ -90,10 +90,11 @@ def lm_loss(
     options: ForwardOptions = DEFAULT_OPTIONS,
     max_logit_bytes: int = MAX_LOGIT_BYTES,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean nll of the counted tokens, plus for an MoE the balance losses summed over layers.
+    """Mean nll of the counted tokens, plus for an MoE the router's losses summed over layers.
 
     metrics: nll; target_count (tokens counted), token_count (tokens that are not padding); for an
-    MoE also balance_loss, shared_weight and expert_count [L, J], tokens per routed expert.
+    MoE also balance_loss, shared_weight and expert_count [L, J], tokens per routed expert, and
+    z_loss where the router has one.
     """
     output = _forward(params, config, batch, rng, options)
     total, count = next_token_loss(params, config, output.hidden_BTD, batch, max_logit_bytes)
@@ -106,7 +107,11 @@ def lm_loss(
     metrics["balance_loss"] = balance_loss
     metrics["shared_weight"] = jnp.mean(output.stats.shared_weight)
     metrics["expert_count"] = output.stats.counts_E[:, config.moe.num_shared :]
-    return nll + balance_loss, metrics
+    loss = nll + balance_loss
+    if config.moe.z_weight:
+        metrics["z_loss"] = jnp.sum(output.stats.z_loss)
+        loss += metrics["z_loss"]
+    return loss, metrics
 
 
 def example_nll(

@@ -16,6 +16,8 @@ Metrics = dict[str, jax.Array]
 # (trainable, frozen, batch, rng) -> (loss, metrics). The loss is a mean over
 # metrics["target_count"] things; metrics named *_count are sums, all others means like the loss.
 LossFn = Callable[[tree.Tree, tree.Tree, Any, jax.Array], tuple[jax.Array, Metrics]]
+# (parameters before the step, after it, its metrics) -> parameters.
+Adjust = Callable[[tree.Tree, tree.Tree, Metrics], tree.Tree]
 WEIGHT = "target_count"
 
 
@@ -25,7 +27,10 @@ def is_sum(name: str) -> bool:
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, accumulation: int = 1
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    accumulation: int = 1,
+    adjust: Adjust | None = None,
 ) -> Callable[[TrainState, tree.Tree, Any, jax.Array], tuple[TrainState, Metrics]]:
     """Builds ``step(state, frozen, batch, key) -> (state, metrics)``; `state` is donated.
 
@@ -33,6 +38,7 @@ def make_train_step(
     sum_i n_i grad_i / sum_i n_i with n_i the target tokens of microbatch i: what one big batch
     gives for a mean over tokens. (A loss that is no such mean, as the balance loss over a batch,
     is averaged with the same weights.)  Microbatch i of step s draws fold_in(fold_in(key, s), i).
+    `adjust` has the last word on the parameters, for what is not learned by gradients.
     """
 
     def step(state, frozen, batch, key):
@@ -44,6 +50,8 @@ def make_train_step(
         metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if adjust is not None:
+            params = adjust(state.params, params, metrics)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)

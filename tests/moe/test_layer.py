@@ -1,15 +1,20 @@
 """The MoE layer equals its definition, forward and gradient, for every weighting and kernel."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.core import tree
 from moejax.core.precision import TOLERANCE
-from moejax.moe.config import MoEConfig
+from moejax.moe.config import CONVENTIONS, MoEConfig
 from moejax.moe.dense import dense_moe
 from moejax.moe.dispatch import combine, dispatch, plan
 from moejax.moe.layer import moe_layer as plain_layer
+from moejax.moe.layer import moe_shapes
 from moejax.moe.routing import abstract_router
 from moejax.ops.gated_ffn import gated_ffn
 from moejax.ops.grouped_matmul import IMPLEMENTATIONS
@@ -17,29 +22,52 @@ from tests.draws import normal, router_params
 
 D, F = 8, 12
 moe_layer = jax.jit(plain_layer, static_argnames=("config", "activation", "implementation"))
-CONFIGS = {
+XFT = {
     "normalized": MoEConfig(4, 3),
     "unnormalized": MoEConfig(8, 6, weighting="unnormalized", gate="linear"),
     "selected": MoEConfig(5, 2, num_shared=0, weighting="selected"),
     "every_expert": MoEConfig(4, 4),
     "one_routed": MoEConfig(2, 2),
 }
+GROUPS: dict[str, Any] = {"num_groups": 4, "top_groups": 2, "scale": 2.5, "shared_ffn": 10}
+
+
+def like(name: str, **fields: Any) -> MoEConfig:
+    return MoEConfig(8, 3, **(CONVENTIONS[name] | fields))
+
+
+FAMILIES = {
+    "mixtral": like("mixtral", jitter=0.1, soft_cap=2.0, z_weight=0.1),
+    "olmoe": like("olmoe", noise=True, balance="cv_squared"),
+    "qwen2_moe": like("qwen2_moe", shared_ffn=10, expert_ffn=6),
+    "deepseek_v2": like("deepseek_v2", **GROUPS),
+    "deepseek_v3": like("deepseek_v3", **GROUPS, gate="mlp"),
+    "expert_choice": like("expert_choice", capacity_factor=1.25),
+}
+CONFIGS = XFT | FAMILIES
 
 
 def make_params(config, bias=True, equal=False):
-    lead = 1 if equal else config.num_experts
-    shapes = {"w_gate": (D, F), "w_up": (D, F), "w_down": (F, D)}
-    if bias:
-        shapes |= {"b_gate": (F,), "b_up": (F,), "b_down": (D,)}
-    experts = {
-        name: jnp.broadcast_to(normal((lead, *shape), seed, 0.4), (config.num_experts, *shape))
-        for seed, (name, shape) in enumerate(shapes.items())
-    }
-    return {"router": router_params(D, config, seed=10), "experts": experts}
+    params = {}
+    for seed, (path, shape) in enumerate(moe_shapes(D, F, config, bias).items()):
+        part, name = path.split("/")
+        if part == "router":
+            continue
+        if part == "experts" and equal:
+            one = normal((1, *shape[1:]), seed, 0.4)
+            params.setdefault(part, {})[name] = jnp.broadcast_to(one, shape)
+        else:
+            params.setdefault(part, {})[name] = normal(shape, seed, 0.4)
+    return params | {"router": router_params(D, config, seed=10)}
 
 
 def tokens():
     return normal((2, 25, D), seed=20)
+
+
+def mask():
+    """25 real tokens and 10."""
+    return jnp.arange(25)[None, :] < jnp.array([[25], [10]])
 
 
 def assert_close(got, wanted):
@@ -54,59 +82,89 @@ def outputs_and_gradients(layer, config):
     weight = normal(x.shape, seed=30)
 
     def loss(params, x):
-        y = layer(params, x, config, rng=jax.random.key(1))
+        y = layer(params, x, config, mask_BT=mask(), rng=jax.random.key(1))
         return jnp.sum(weight * y), y
 
     return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
 
 
-# Every kernel once, every kind of layer with the CPU's (the kernels have a suite of their own) and
-# with none: so few tokens go through every expert.
-@pytest.mark.parametrize(
-    ("name", "implementation"),
-    [("normalized", kernel) for kernel in IMPLEMENTATIONS]
-    + [(name, "cpu") for name in CONFIGS if name != "normalized"]
-    + [(name, None) for name in CONFIGS],
-)
+@functools.cache
+def definition(name):
+    return outputs_and_gradients(dense_moe, CONFIGS[name])
+
+
+# Every kernel for one router of each way to choose, every router with the CPU's (the kernels have a
+# suite of their own) and with none: so few tokens go through every expert.
+KERNELS = [name for name in IMPLEMENTATIONS if name != "cpu"]
+ONCE = ("normalized", "expert_choice")
+PAIRS = [(name, kernel) for name in CONFIGS for kernel in ("cpu", None)]
+PAIRS += [(name, kernel) for name in ONCE for kernel in KERNELS]
+SLOW_PAIRS = [(name, kernel) for name in CONFIGS if name not in ONCE for kernel in KERNELS]
+
+
+@pytest.mark.parametrize(("name", "implementation"), PAIRS)
 def test_equals_the_definition(name, implementation):
     def layer(*args, **kwargs):
-        return moe_layer(*args, **kwargs, implementation=implementation)[0]
+        return plain_layer(*args, **kwargs, implementation=implementation)[0]
 
-    wanted = outputs_and_gradients(dense_moe, CONFIGS[name])
-    assert_close(outputs_and_gradients(layer, CONFIGS[name]), wanted)
+    assert_close(outputs_and_gradients(layer, CONFIGS[name]), definition(name))
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_equal_experts_are_one_dense_layer_if_weights_sum_to_one(config):
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "implementation"), SLOW_PAIRS)
+def test_equals_the_definition_for_every_other_pair(name, implementation):
+    test_equals_the_definition(name, implementation)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_reach_all_that_is_learned(name):
+    (d_params, d_x), _ = definition(name)
+    for path, gradient in tree.flatten(d_params).items():
+        learned = path != "router/b_select"
+        assert (np.abs(gradient).max() > 0) == learned, path
+    assert np.abs(d_x).max() > 0
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not CONFIGS[name].shared_ffn])
+def test_equal_experts_are_one_dense_layer_if_weights_sum_to_one(name):
+    config = CONFIGS[name]
     params, x = make_params(config, equal=True), tokens()
     y, _ = moe_layer(params, x, config)
     one = {name: stack[0] for name, stack in params["experts"].items()}
     dense = gated_ffn(one, x.reshape(-1, D), jax.nn.silu).reshape(x.shape)
     if config.has_unit_weights:
         assert_close(y, dense)
-    else:
-        ratio = y / dense
-        assert (ratio >= 1 - 1e-4).all() and (ratio > 1.01).any()
+        return
+    total = np.asarray(jnp.sum(y * dense, axis=-1) / jnp.sum(dense * dense, axis=-1))
+    assert_close(y, total[..., None] * dense)
+    assert np.abs(total - 1).max() > 0.01
+    if config.weighting == "unnormalized":
+        assert (total >= 1 - 1e-4).all()
 
 
 def test_statistics():
     config, x = CONFIGS["normalized"], tokens()
     params = make_params(config)
-    mask = jnp.arange(25)[None, :] < jnp.array([[25], [10]])
-    _, stats = moe_layer(params, x, config, mask_BT=mask)
+    _, stats = moe_layer(params, x, config, mask_BT=mask())
     assert stats.counts_E[0] == 35 and stats.counts_E[1:].sum() == 70
     assert 0 < stats.shared_weight < 1 and stats.dropped == 0 and stats.balance_loss > 0
     _, stats = moe_layer(make_params(CONFIGS["selected"]), x, CONFIGS["selected"])
     assert stats.shared_weight == 0 and stats.counts_E.sum() == 100
 
 
-def test_what_padding_holds_does_not_move_a_real_token():
-    config, x = CONFIGS["normalized"], tokens()
-    params = make_params(config)
-    other = x.at[1, 10:].set(1e3)
-    first, again = (moe_layer(params, t, config)[0] for t in (x, other))
-    np.testing.assert_allclose(again[0], first[0], atol=1e-4)
-    np.testing.assert_allclose(again[1, :10], first[1, :10], atol=1e-4)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_padding_holds_moves_neither_a_real_token_nor_a_statistic(name):
+    params, x, key = make_params(CONFIGS[name]), tokens(), jax.random.key(2)
+    other = x.at[1, 10:].set(1e3 * x[1, 10:][::-1])
+
+    @jax.jit
+    def run(x):
+        return plain_layer(params, x, CONFIGS[name], mask_BT=mask(), rng=key, implementation="cpu")
+
+    (first, stats), (again, other_stats) = run(x), run(other)
+    assert_close(again[0], first[0])
+    assert_close(again[1, :10], first[1, :10])
+    assert_close(other_stats, stats)
 
 
 def test_dispatch_and_combine_are_inverse_and_transposed():
