@@ -10,15 +10,106 @@ from moejax.moe.config import MoEConfig
 from moejax.ops.rope import RopeConfig
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+QK_NORMS = ("none", "head", "all")
+NORM_KINDS = ("rms", "rms_delta", "layer", "layer_plain")
+PLACEMENTS = ("pre", "post", "sandwich")
+POSITIONS = ("rope", "learned")
+
+
+def _check_name(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"{what} {value!r} is unknown: use one of {', '.join(known)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """What may differ between one attention layer and another.
+
+    Attributes:
+      windows: layer i sees its last windows[i % len(windows)] tokens, itself included; 0: all.
+      scale: factor of the scores; None is head_size^-1/2.
+      soft_cap: scores become soft_cap * tanh(scores / soft_cap); None: they do not.
+      qk_norm: RMS norm of queries and keys before rope: "none", of each "head", or of "all" heads
+        of a token together.
+      output_bias: whether the output projection has a bias; None: if the others have.
+    """
+
+    windows: tuple[int, ...] = (0,)
+    scale: float | None = None
+    soft_cap: float | None = None
+    qk_norm: str = "none"
+    output_bias: bool | None = None
+
+    def __post_init__(self):
+        if not self.windows or any(not isinstance(w, int) or w < 0 for w in self.windows):
+            raise InputError(f"windows must be numbers of tokens, 0 for all: got {self.windows!r}")
+        for name in ("scale", "soft_cap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"attention {name} must be above 0, got {value!r}")
+        _check_name("qk_norm", self.qk_norm, QK_NORMS)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormConfig:
+    """Which norms a block has, and where.
+
+    Attributes:
+      kind: "rms" (times scale); "rms_delta" (times 1 + delta, Gemma's); "layer" (times scale plus
+        bias); "layer_plain" (neither).
+      placement: "pre" x + f(norm(x)); "post" norm(x + f(x)); "sandwich" x + norm(f(norm(x))).
+      final: whether there is one more after the last layer.
+    """
+
+    kind: str = "rms"
+    placement: str = "pre"
+    final: bool = True
+
+    def __post_init__(self):
+        _check_name("norm kind", self.kind, NORM_KINDS)
+        _check_name("norm placement", self.placement, PLACEMENTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingConfig:
+    """How tokens enter and logits leave.
+
+    Attributes:
+      positions: "rope", or "learned": a table of max_position + position_offset vectors that are
+        added to the tokens', position p in row p + position_offset.
+      position_offset: see there.
+      scaled: tokens' vectors are multiplied by sqrt(D).
+      size: of a token's vector where it is not D: two matrices then lead to D and back.
+      logit_soft_cap: logits become cap * tanh(logits / cap); None: they do not.
+    """
+
+    positions: str = "rope"
+    position_offset: int = 0
+    scaled: bool = False
+    size: int | None = None
+    logit_soft_cap: float | None = None
+
+    def __post_init__(self):
+        _check_name("positions", self.positions, POSITIONS)
+        if self.position_offset < 0:
+            raise InputError(f"position_offset must be 0 or more, got {self.position_offset}")
+        if self.size is not None and self.size < 1:
+            raise InputError(f"embedding size must be 1 or more, got {self.size}")
+        if self.logit_soft_cap is not None and not self.logit_soft_cap > 0:
+            raise InputError(f"logit_soft_cap must be above 0, got {self.logit_soft_cap!r}")
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerRun:
-    """Consecutive layers of one shape, stacked in the tree under ``layers/<name>``."""
+    """Consecutive layers of one shape, stacked in the tree under ``layers/<name>``.
+
+    Their windows may differ: those are numbers that a scan carries along, not shapes.
+    """
 
     name: str
     num_layers: int
     kind: str  # "dense" or "moe"
+    windows: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +119,18 @@ class ModelConfig:
     Attributes:
       family: whose config mapping and name table it came with (`moejax.models.families`); the
         decoder never reads it.
-      vocab_size: V, rows of the embedding. num_layers: L. d_model: D. d_ff: F, of one expert.
-      num_heads: H. num_kv_heads: G, divides H. head_size: C, even.
-      norm_eps: of every RMSNorm. rope: positions. max_position: tokens the model is said to read.
+      vocab_size: V, rows of the embedding. num_layers: L. d_model: D. d_ff: F, of a dense layer,
+        and of one expert unless `moe.expert_ffn` says otherwise.
+      num_heads: H. num_kv_heads: G, divides H. head_size: C, even with rope.
+      norm_eps: of every norm. rope: positions. max_position: tokens the model is said to read.
       tie_embeddings: the head is the transposed embedding.
       attention_bias, mlp_bias: whether these projections have biases.
-      activation: of the gated feed-forward layer.
+      activation: of the feed-forward layer.
       moe: None for a dense model, else every layer's feed-forward is a mixture of experts.
       initializer_range: standard deviation of random weights.
+      gated: whether the feed-forward layer is act(x Wg) * (x Wu), else act(x Wu).
+      num_dense_layers: how many layers of an MoE, the first ones, are dense.
+      attention, norms, embedding: what fewer families need.
     """
 
     family: str
@@ -55,6 +150,11 @@ class ModelConfig:
     activation: str = "silu"
     moe: MoEConfig | None = None
     initializer_range: float = 0.02
+    gated: bool = True
+    num_dense_layers: int = 0
+    attention: AttentionConfig = AttentionConfig()
+    norms: NormConfig = NormConfig()
+    embedding: EmbeddingConfig = EmbeddingConfig()
 
     def __post_init__(self):
         sizes = ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads")
@@ -67,17 +167,41 @@ class ModelConfig:
                 f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads: "
                 "num_heads must be a multiple of num_kv_heads"
             )
-        if self.head_size % 2:
+        if self.head_size % 2 and self.embedding.positions == "rope":
             raise InputError(f"head_size must be even for rotary positions, got {self.head_size}")
-        if self.activation not in ACTIVATIONS:
+        _check_name("activation", self.activation, ACTIVATIONS)
+        dense = self.num_dense_layers
+        if not 0 <= dense <= (self.num_layers - 1 if self.moe else 0):
             raise InputError(
-                f"activation {self.activation!r} is unknown: use one of {', '.join(ACTIVATIONS)}"
+                f"num_dense_layers must leave a layer of experts: got {dense} of {self.num_layers} "
+                f"layers{'' if self.moe else ' of a model without experts'}"
             )
+        if self.moe and not self.gated:
+            raise InputError("experts are gated feed-forward layers, and this model's are not")
 
     @property
     def runs(self) -> tuple[LayerRun, ...]:
         """The homogeneous runs of layers, first to last."""
-        return (LayerRun("0", self.num_layers, "moe" if self.moe else "dense"),)
+        dense = self.num_dense_layers if self.moe else self.num_layers
+        sizes = (("dense", dense), ("moe", self.num_layers - dense))
+        pattern, found, first = self.attention.windows, [], 0
+        for kind, size in sizes:
+            if size:
+                windows = tuple(pattern[i % len(pattern)] for i in range(first, first + size))
+                found.append(LayerRun(str(len(found)), size, kind, windows))
+                first += size
+        return tuple(found)
+
+    @property
+    def embed_size(self) -> int:
+        """Size of a token's vector in the embedding table."""
+        return self.embedding.size or self.d_model
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether attention's output projection has a bias."""
+        chosen = self.attention.output_bias
+        return self.attention_bias if chosen is None else chosen
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict for a JSON file. Inverse: `from_json`."""
@@ -90,7 +214,21 @@ class ModelConfig:
         try:
             if fields.get("moe") is not None:
                 fields["moe"] = MoEConfig(**fields["moe"])
-            fields["rope"] = RopeConfig(**fields.get("rope", {}))
+            for name, kind in _PARTS.items():
+                part = {key: _tuple(value) for key, value in fields.get(name, {}).items()}
+                fields[name] = kind(**part)
             return cls(**fields)
         except TypeError as error:
             raise InputError(f"this model config is not of this version: {error}") from error
+
+
+_PARTS: dict[str, Any] = {
+    "rope": RopeConfig,
+    "attention": AttentionConfig,
+    "norms": NormConfig,
+    "embedding": EmbeddingConfig,
+}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

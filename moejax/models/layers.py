@@ -1,10 +1,16 @@
-"""Activations by name."""
+"""The small parts of a block: activations, norms and feed-forward layers, chosen by the config."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+from moejax.models.config import ModelConfig
+from moejax.ops.gated_ffn import Activation, ffn_shapes, gated_ffn
+from moejax.ops.norm import layer_norm, rms_norm, rms_norm_delta
 
 ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -12,3 +18,43 @@ ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
+_NORM_LEAVES = {
+    "rms": ("scale",),
+    "rms_delta": ("delta",),
+    "layer": ("scale", "bias"),
+    "layer_plain": (),
+}
+
+
+def norm_shapes(kind: str, size: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of a norm's parameters; a plain one has none."""
+    return {name: (size,) for name in _NORM_LEAVES[kind]}
+
+
+def norm(kind: str, params: dict[str, Any], x: jax.Array, eps: float) -> jax.Array:
+    """The norm of this kind (`NormConfig`) over the last dim of x."""
+    if kind == "rms":
+        return rms_norm(x, params["scale"], eps)
+    if kind == "rms_delta":
+        return rms_norm_delta(x, params["delta"], eps)
+    return layer_norm(x, eps, params.get("scale"), params.get("bias"))
+
+
+def feed_forward_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of a dense layer's feed-forward parameters."""
+    shapes = ffn_shapes(config.d_model, config.d_ff, config.mlp_bias)
+    if config.gated:
+        return shapes
+    return {name: shape for name, shape in shapes.items() if not name.endswith("_gate")}
+
+
+def feed_forward(params: dict[str, Any], x: jax.Array, activation: Activation) -> jax.Array:
+    """`gated_ffn`, or ``act(x W_up + b_up) W_down + b_down`` where there is no gate."""
+    if "w_gate" in params:
+        return gated_ffn(params, x, activation)
+
+    def affine(x: jax.Array, name: str) -> jax.Array:
+        y = jnp.matmul(x, params[f"w_{name}"], preferred_element_type=jnp.float32).astype(x.dtype)
+        return y + params[f"b_{name}"] if f"b_{name}" in params else y
+
+    return affine(activation(affine(x, "up")), "down")

@@ -1,4 +1,4 @@
-"""Multi-head attention with rotary positions and grouped keys and values."""
+"""Multi-head attention with grouped keys and values, and rotary positions where there are any."""
 
 from __future__ import annotations
 
@@ -9,25 +9,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.ops.attention import attention
+from moejax.ops.attention import AttentionSpec, attention
+from moejax.ops.attention_spec import Visible, Window
+from moejax.ops.norm import rms_norm
 from moejax.ops.rope import apply_rope
 
 # Takes this call's keys and values and gives back all that the queries may see, plus new state.
 Extend = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, Any]]
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionInputs:
-    """What every layer's attention shares: cos, sin [B, T, C/2] and the bool mask [B, T, S]."""
+    """What every layer's attention shares.
 
-    cos: jax.Array
-    sin: jax.Array
-    mask_BTS: jax.Array
+    Attributes:
+      turn: cosines and sines of the positions, each [B, T, C/2]; None without rope.
+      visible: which keys a query sees, windows aside.
+      spec: scale, soft cap, and how to compute.
+      norm_eps: of the norms of queries and keys.
+    """
+
+    turn: tuple[jax.Array, jax.Array] | None
+    visible: Visible
+    spec: AttentionSpec
+    norm_eps: float
 
 
 def attention_shapes(config) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of one layer's attention parameters."""
+    """Path -> shape of one layer's attention parameters."""
     d, h, g, c = config.d_model, config.num_heads, config.num_kv_heads, config.head_size
     shapes: dict[str, tuple[int, ...]] = {
         "w_q": (d, h, c),
@@ -36,23 +45,41 @@ def attention_shapes(config) -> dict[str, tuple[int, ...]]:
         "w_o": (h, c, d),
     }
     if config.attention_bias:
-        shapes |= {"b_q": (h, c), "b_k": (g, c), "b_v": (g, c), "b_o": (d,)}
+        shapes |= {"b_q": (h, c), "b_k": (g, c), "b_v": (g, c)}
+    if config.output_bias:
+        shapes["b_o"] = (d,)
+    if config.attention.qk_norm == "head":
+        shapes |= {"q_norm/scale": (c,), "k_norm/scale": (c,)}
+    if config.attention.qk_norm == "all":
+        shapes |= {"q_norm/scale": (h, c), "k_norm/scale": (g, c)}
     return shapes
 
 
 def mha(
-    params: dict[str, Any], x_BTD: jax.Array, inputs: AttentionInputs, extend: Extend
+    params: dict[str, Any],
+    x_BTD: jax.Array,
+    inputs: AttentionInputs,
+    extend: Extend,
+    window: Window = 0,
 ) -> tuple[jax.Array, Any]:
     """Projects, rotates, attends, projects back. Returns ([B, T, D], extend's new state)."""
 
     def project(name):
         y = jnp.einsum("btd,dhc->bthc", x_BTD, params[f"w_{name}"])
-        return y + params[f"b_{name}"] if f"b_{name}" in params else y
+        y = y + params[f"b_{name}"] if f"b_{name}" in params else y
+        return y if f"{name}_norm" not in params else _normed(params[f"{name}_norm"]["scale"], y)
 
-    q_BTHC = apply_rope(project("q"), inputs.cos, inputs.sin)
-    k_BTGC = apply_rope(project("k"), inputs.cos, inputs.sin)
+    def _normed(scale, y):
+        if scale.ndim == 1:
+            return rms_norm(y, scale, inputs.norm_eps)
+        together = y.reshape(*y.shape[:2], -1)
+        return rms_norm(together, scale.reshape(-1), inputs.norm_eps).reshape(y.shape)
+
+    q_BTHC, k_BTGC = project("q"), project("k")
+    if inputs.turn is not None:
+        q_BTHC, k_BTGC = (apply_rope(x, *inputs.turn) for x in (q_BTHC, k_BTGC))
     k_BGSC, v_BGSC, state = extend(jnp.swapaxes(k_BTGC, 1, 2), jnp.swapaxes(project("v"), 1, 2))
-    mixed_BTHC = attention(q_BTHC, k_BGSC, v_BGSC, inputs.mask_BTS)
+    mixed_BTHC = attention(q_BTHC, k_BGSC, v_BGSC, inputs.visible, window, inputs.spec)
     # One product over H * C: for an einsum over two dims XLA transposes the weights first.
     w_o = params["w_o"].reshape(-1, x_BTD.shape[-1])
     out_BTD = mixed_BTHC.reshape(*x_BTD.shape[:2], -1) @ w_o

@@ -14,14 +14,19 @@ import jax
 import jax.numpy as jnp
 
 from moejax.core import tree
+from moejax.core.errors import InputError
 from moejax.models.cache import KVCache
-from moejax.models.config import LayerRun, ModelConfig
-from moejax.models.layers import ACTIVATION
-from moejax.models.mha import AttentionInputs, attention_shapes, mha
-from moejax.moe.layer import MoEStats, moe_layer, moe_shapes
-from moejax.ops.gated_ffn import ffn_shapes, gated_ffn
-from moejax.ops.norm import rms_norm
+from moejax.models.config import ModelConfig
+from moejax.models.layers import ACTIVATION, feed_forward, norm
+from moejax.models.mha import AttentionInputs, mha
+from moejax.models.params import abstract_params, init_leaf, init_params
+from moejax.moe.layer import MoEStats, moe_layer
+from moejax.ops.attention import AttentionSpec, Visible, Window, shared_mask, soft_capped
 from moejax.ops.rope import frequencies, rotation
+
+__all__ = ["abstract_params", "init_leaf", "init_params"]  # of the tree, from params.py
+__all__ += ["ForwardOptions", "Output", "Transformer", "forward", "logits", "split_layers"]
+__all__ += ["unembed"]
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -37,11 +42,13 @@ class ForwardOptions:
       compute_dtype: dtype of the arithmetic (routers and norms' statistics stay float32).
       remat: "none", "dots" (keep matrix products) or "full" (keep block inputs only).
       moe_implementation: a name of `moejax.ops.grouped_matmul.IMPLEMENTATIONS`, None chooses.
+      attention: a name of `moejax.ops.attention.IMPLEMENTATIONS`, None chooses.
     """
 
     compute_dtype: str = "float32"
     remat: str = "none"
     moe_implementation: str | None = None
+    attention: str | None = None
 
     def __post_init__(self):
         if self.remat not in ("none", *REMAT_POLICIES):
@@ -56,61 +63,6 @@ class Output:
     hidden_BTD: jax.Array
     cache: KVCache | None
     stats: MoEStats | None
-
-
-def abstract_params(config: ModelConfig, dtype: Any = "float32") -> tree.Tree:
-    """Shapes and dtypes of the whole tree, before any array exists.
-
-    ``embed/tokens [V, D]``, ``layers/<run>/{attn_norm,attn,mlp_norm,mlp|moe}/...`` stacked on a
-    leading L, ``final_norm/scale [D]``, and ``lm_head/w [D, V]`` unless tied.
-    """
-    shapes: dict[str, tuple[int, ...]] = {"embed/tokens": (config.vocab_size, config.d_model)}
-    for run in config.runs:
-        for path, shape in _layer_shapes(config, run).items():
-            shapes[f"layers/{run.name}/{path}"] = (run.num_layers, *shape)
-    shapes["final_norm/scale"] = (config.d_model,)
-    if not config.tie_embeddings:
-        shapes["lm_head/w"] = (config.d_model, config.vocab_size)
-    # A selection bias moves in steps of 0.001, which bfloat16 loses.
-    dtypes = {path: "float32" if path.endswith("/b_select") else dtype for path in shapes}
-    return tree.unflatten(
-        {path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in shapes.items()}
-    )
-
-
-def _layer_shapes(config: ModelConfig, run: LayerRun) -> dict[str, tuple[int, ...]]:
-    d = config.d_model
-    shapes: dict[str, tuple[int, ...]] = {"attn_norm/scale": (d,)}
-    shapes |= {f"attn/{name}": shape for name, shape in attention_shapes(config).items()}
-    shapes["mlp_norm/scale"] = (d,)
-    if run.kind == "dense":
-        mlp = ffn_shapes(d, config.d_ff, config.mlp_bias)
-        return shapes | {f"mlp/{name}": shape for name, shape in mlp.items()}
-    assert config.moe is not None
-    moe = moe_shapes(d, config.d_ff, config.moe, config.mlp_bias)
-    return shapes | {f"moe/{path}": shape for path, shape in moe.items()}
-
-
-def init_leaf(path: str, key: jax.Array, leaf: jax.ShapeDtypeStruct, scale: float) -> jax.Array:
-    """Random weights N(0, scale^2); norm scales one; biases and the router's noise zero."""
-    name = path.rsplit("/", 1)[-1]
-    if name == "scale":
-        return jnp.ones(leaf.shape, leaf.dtype)
-    if name.startswith("b_") or name == "w_noise":
-        return jnp.zeros(leaf.shape, leaf.dtype)
-    return (scale * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
-
-
-def init_params(config: ModelConfig, key: jax.Array, dtype: Any = "float32") -> tree.Tree:
-    """Random parameters for training from scratch."""
-    flat = tree.flatten(abstract_params(config, dtype))
-    keys = jax.random.split(key, len(flat))
-    return tree.unflatten(
-        {
-            path: init_leaf(path, k, leaf, config.initializer_range)
-            for k, (path, leaf) in zip(keys, flat.items(), strict=True)
-        }
-    )
 
 
 def forward(
@@ -142,16 +94,17 @@ def forward(
     With "dynamic" rope a row's frequencies follow its longest position (with a cache: its
     `rope_length_B`), so packed rows share those of their longest segment.
     """
-    inputs = _attention_inputs(config, tokens_BT, positions_BT, segment_ids_BT, cache)
+    positions_BT = _positions(config, tokens_BT, positions_BT, cache)
+    inputs = _attention_inputs(config, options, positions_BT, segment_ids_BT, cache)
     mask_BT = None if segment_ids_BT is None else segment_ids_BT > 0
     if cache is not None:
         slots = cache.length + jnp.arange(tokens_BT.shape[1])
         mask_BT = slots[None, :] >= cache.start_B[:, None]
-    x_BTD = params["embed"]["tokens"][tokens_BT].astype(options.compute_dtype)
+    x_BTD = _embed(params["embed"], config, tokens_BT, positions_BT, options.compute_dtype)
     new_k, new_v, stats = {}, {}, []
     for index, run in enumerate(config.runs):
         slot = None if cache is None else cache.length
-        context = _Context(config, options, inputs, mask_BT, slot)
+        context = _Context(config, options, inputs, mask_BT, slot, run.windows)
         state = None if cache is None else (cache.k[run.name], cache.v[run.name])
         key = None if rng is None else jax.random.fold_in(rng, index)
         layers = params["layers"][run.name]
@@ -161,7 +114,9 @@ def forward(
             new_k[run.name], new_v[run.name] = state
         if run_stats is not None:
             stats.append(run_stats)
-    hidden = rms_norm(x_BTD, params["final_norm"]["scale"], config.norm_eps)
+    hidden = x_BTD
+    if config.norms.final:
+        hidden = norm(config.norms.kind, params.get("final_norm", {}), x_BTD, config.norm_eps)
     if cache is not None:
         length = cache.length + tokens_BT.shape[1]
         cache = dataclasses.replace(cache, k=new_k, v=new_v, length=length)
@@ -171,11 +126,16 @@ def forward(
 
 def unembed(params: tree.Tree, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """Float32 logits [..., V] of hidden states [..., D]."""
+    embed = params["embed"]
+    if config.embedding.size is not None:
+        hidden = hidden @ embed["w_out"].astype(hidden.dtype)
     if config.tie_embeddings:
-        head = params["embed"]["tokens"].astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
-    head = params["lm_head"]["w"].astype(hidden.dtype)
-    return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+        head, form = embed["tokens"], "...d,vd->...v"
+    else:
+        head, form = params["lm_head"]["w"], "...d,dv->...v"
+    head = head.astype(hidden.dtype)
+    found = jnp.einsum(form, hidden, head, preferred_element_type=jnp.float32)
+    return soft_capped(found, config.embedding.logit_soft_cap)
 
 
 def logits(params: tree.Tree, config: ModelConfig, tokens_BT: jax.Array, **kwargs) -> jax.Array:
@@ -201,67 +161,113 @@ class _Context:
     inputs: AttentionInputs
     mask_BT: jax.Array | None
     slot: jax.Array | None
+    windows: tuple[int, ...]
 
 
-def _attention_inputs(config, tokens_BT, positions_BT, segment_ids_BT, cache) -> AttentionInputs:
+def _positions(config, tokens_BT, positions_BT, cache) -> jax.Array:
     num_batch, num_tokens = tokens_BT.shape
-    index_T = jnp.arange(num_tokens)
     if cache is not None:
-        slots_T = cache.length + index_T
-        positions_BT = jnp.maximum(slots_T[None, :] - cache.start_B[:, None], 0)
-        num_slots = jax.tree.leaves(cache.k)[0].shape[-2]
-        slots_S = jnp.arange(num_slots)
-        mask = slots_S[None, None, :] <= slots_T[None, :, None]
-        mask = mask & (slots_S[None, None, :] >= cache.start_B[:, None, None])
+        slots_T = cache.length + jnp.arange(num_tokens)
+        return jnp.maximum(slots_T[None, :] - cache.start_B[:, None], 0)
+    if positions_BT is not None:
+        return positions_BT
+    if config.embedding.positions == "learned" and num_tokens > config.max_position:
+        raise InputError(
+            f"a text of {num_tokens} tokens, but the model has learned {config.max_position} "
+            "positions: cut it"
+        )
+    return jnp.broadcast_to(jnp.arange(num_tokens), (num_batch, num_tokens))
+
+
+def _embed(embed, config: ModelConfig, tokens_BT, positions_BT, dtype) -> jax.Array:
+    """What enters the first block, [B, T, D]."""
+    x = embed["tokens"][tokens_BT].astype(dtype)
+    if config.embedding.scaled:
+        x = x * jnp.asarray(config.d_model**0.5, dtype)
+    if config.embedding.size is not None:
+        x = x @ embed["w_in"].astype(dtype)
+    if config.embedding.positions == "learned":
+        rows_BT = positions_BT + config.embedding.position_offset
+        x = x + embed["positions"][rows_BT].astype(dtype)
+    return x
+
+
+def _attention_inputs(config, options, positions_BT, segment_ids_BT, cache) -> AttentionInputs:
+    if cache is not None:
         length = cache.rope_length_B
+        visible = Visible(slot=cache.length, start_B=cache.start_B)
+        num_keys = jax.tree.leaves(cache.k)[0].shape[-2]
     else:
-        if positions_BT is None:
-            positions_BT = jnp.broadcast_to(index_T, (num_batch, num_tokens))
-        mask = (index_T[:, None] >= index_T[None, :])[None]
-        if segment_ids_BT is not None:
-            mask = mask & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
         length = jnp.max(positions_BT, axis=1) + 1
-    freqs = frequencies(config.rope, config.head_size, length)
-    cos, sin = rotation(positions_BT, freqs)
-    mask = jnp.broadcast_to(mask, (num_batch, *mask.shape[1:]))
-    return AttentionInputs(cos, sin, mask)
+        visible = Visible(segments_BT=segment_ids_BT)
+        num_keys = positions_BT.shape[1]
+    turn = None
+    if config.embedding.positions == "rope":
+        freqs = frequencies(config.rope, config.head_size, length)
+        turn = rotation(positions_BT, freqs, config.rope.amplitude)
+    kind = config.attention
+    spec = AttentionSpec(kind.scale, kind.soft_cap, kind.windows, options.attention)
+    shape = (*positions_BT.shape, config.num_heads)
+    visible, spec = shared_mask(visible, spec, shape, num_keys)
+    return AttentionInputs(turn, visible, spec, config.norm_eps)
 
 
-def _block(layer, x_BTD, rng, extend, context: _Context):
-    """One pre-norm block: attention, then the feed-forward layer or the experts."""
+def _block(layer, x_BTD, rng, extend, context: _Context, window: Window):
+    """One block: attention, then the feed-forward layer or the experts, each with its norms."""
     config, options = context.config, context.options
-    dtype = options.compute_dtype
     # Routers keep their own precision; everything else is computed in compute_dtype.
     cast = tree.map_with_path(
-        lambda path, w: w if path.startswith("moe/router") else w.astype(dtype), layer
+        lambda path, w: w if path.startswith("moe/router") else w.astype(options.compute_dtype),
+        layer,
     )
-    normed = rms_norm(x_BTD, cast["attn_norm"]["scale"], config.norm_eps)
-    attended, state = mha(cast["attn"], normed, context.inputs, extend)
-    x_BTD = x_BTD + attended
-    normed = rms_norm(x_BTD, cast["mlp_norm"]["scale"], config.norm_eps)
-    activation = ACTIVATION[config.activation]
-    if "mlp" in cast:
-        return x_BTD + gated_ffn(cast["mlp"], normed, activation), state, None
-    assert config.moe is not None
-    mixed, stats = moe_layer(
-        cast["moe"],
-        normed,
-        config.moe,
-        activation=activation,
-        mask_BT=context.mask_BT,
-        rng=rng,
-        implementation=options.moe_implementation,
-    )
-    return x_BTD + mixed, state, stats
+
+    def attend(x):
+        return mha(cast["attn"], x, context.inputs, extend, window)
+
+    def feed(x):
+        if "mlp" in cast:
+            return feed_forward(cast["mlp"], x, ACTIVATION[config.activation]), None
+        assert config.moe is not None
+        return moe_layer(
+            cast["moe"],
+            x,
+            config.moe,
+            activation=ACTIVATION[config.activation],
+            mask_BT=context.mask_BT,
+            rng=rng,
+            implementation=options.moe_implementation,
+        )
+
+    x_BTD, state = _residual(cast, "attn", x_BTD, attend, config)
+    x_BTD, stats = _residual(cast, "mlp", x_BTD, feed, config)
+    return x_BTD, state, stats
+
+
+def _residual(layer, name: str, x_BTD, branch, config: ModelConfig):
+    """x plus a branch of it, with the norms where `NormConfig.placement` has them."""
+
+    def normed(which, x):
+        return norm(config.norms.kind, layer.get(which, {}), x, config.norm_eps)
+
+    if config.norms.placement == "post":
+        y_BTD, rest = branch(x_BTD)
+        return normed(f"{name}_norm", x_BTD + y_BTD), rest
+    y_BTD, rest = branch(normed(f"{name}_norm", x_BTD))
+    if config.norms.placement == "sandwich":
+        y_BTD = normed(f"{name}_post_norm", y_BTD)
+    return x_BTD + y_BTD, rest
 
 
 def _run_scanned(layers, x_BTD, state, rng, context: _Context):
     """Scans a run of stacked layers; the cache rides in the carry, so it is updated in place."""
     num_layers = jax.tree.leaves(layers)[0].shape[0]
+    # One window is a constant of the program; several ride along with the layers.
+    same = len(set(context.windows)) == 1
+    windows = None if same else jnp.asarray(context.windows, jnp.int32)
 
     def body(carry, xs):
         x_BTD, state = carry
-        layer, index = xs
+        layer, index, window = xs
         key = None if rng is None else jax.random.fold_in(rng, index)
 
         def extend(k, v):
@@ -276,14 +282,16 @@ def _run_scanned(layers, x_BTD, state, rng, context: _Context):
             seen = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in both)
             return *(c.astype(k.dtype) for c in seen), both
 
-        x_BTD, new_state, stats = _block(layer, x_BTD, key, extend, context)
+        window = context.windows[0] if same else window
+        x_BTD, new_state, stats = _block(layer, x_BTD, key, extend, context, window)
         return (x_BTD, new_state), stats
 
     if context.options.remat != "none":
         body = jax.checkpoint(
             body, policy=REMAT_POLICIES[context.options.remat], prevent_cse=False
         )
-    (x_BTD, state), stats = jax.lax.scan(body, (x_BTD, state), (layers, jnp.arange(num_layers)))
+    xs = (layers, jnp.arange(num_layers), windows)
+    (x_BTD, state), stats = jax.lax.scan(body, (x_BTD, state), xs)
     return x_BTD, state, stats
 
 
@@ -293,7 +301,8 @@ def _run_split(layers, x_BTD, state, rng, context: _Context):
     for index, layer in enumerate(layers):
         key = None if rng is None else jax.random.fold_in(rng, index)
         extend = functools.partial(_extend_split, state, index, context.slot)
-        x_BTD, new, layer_stats = _block(layer, x_BTD, key, extend, context)
+        window = context.windows[index]
+        x_BTD, new, layer_stats = _block(layer, x_BTD, key, extend, context, window)
         if new is not None:
             new_k.append(new[0])
             new_v.append(new[1])

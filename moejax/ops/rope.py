@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from moejax.core.errors import InputError
 
-KINDS = ("default", "linear", "dynamic", "llama3")
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +21,15 @@ class RopeConfig:
       theta: base of the geometric series of wavelengths.
       kind: "default"; "linear" (positions divided by `factor`); "dynamic" (NTK: theta grows once
         the text is longer than `original_max_position`); "llama3" (long wavelengths stretched,
-        short ones kept, a ramp between).
+        short ones kept, a ramp between); "yarn" (the same with a ramp over channels, and queries
+        and keys made longer, Peng et al. 2023, arXiv 2309.00071).
       factor: how far the context is stretched.
       low_freq_factor, high_freq_factor: llama3 only, the ends of its ramp.
-      original_max_position: tokens the base model was trained on ("dynamic" and "llama3").
+      original_max_position: tokens the base model was trained on (all but "default", "linear").
+      beta_fast, beta_slow: yarn only, the ends of its ramp, in turns over the original length.
+      attention_factor: yarn only, by how much queries and keys are longer; None: see `amplitude`.
+      mscale, mscale_all_dim: yarn only, DeepSeek's part in `amplitude`; 0: not used.
+      truncate: yarn only, whether the ramp begins and ends at whole channels.
     """
 
     theta: float = 10000.0
@@ -33,15 +38,57 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise InputError(f"rope scaling {self.kind!r} is unknown: use {', '.join(KINDS)}")
-        if self.kind in ("dynamic", "llama3") and self.original_max_position < 1:
+        if not self.theta > 0:
+            raise InputError(f"rope theta must be above 0, got {self.theta}")
+        if self.kind != "default" and not self.factor >= 1:
+            raise InputError(f"rope scaling {self.kind!r} needs factor >= 1, got {self.factor}")
+        if self.kind not in ("default", "linear") and self.original_max_position < 1:
             raise InputError(
                 f"rope scaling {self.kind!r} needs original_max_position >= 1, "
                 f"got {self.original_max_position}"
             )
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise InputError(
+                f"rope scaling 'llama3' needs 0 < low_freq_factor < high_freq_factor, got "
+                f"{self.low_freq_factor} and {self.high_freq_factor}"
+            )
+        if self.kind == "yarn" and not 0 < self.beta_slow <= self.beta_fast:
+            raise InputError(
+                f"rope scaling 'yarn' needs 0 < beta_slow <= beta_fast, got {self.beta_slow} and "
+                f"{self.beta_fast}"
+            )
+
+    @property
+    def amplitude(self) -> float:
+        """What cosines and sines are multiplied with; 1 for all kinds but yarn.
+
+        yarn: 0.1 ln(factor) + 1 (arXiv 2309.00071, eq. 22), or DeepSeek's quotient of two such
+        numbers, one with mscale and one with mscale_all_dim in front of the logarithm.
+        """
+        if self.kind != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return yarn_scale(self.factor, self.mscale) / yarn_scale(
+                self.factor, self.mscale_all_dim
+            )
+        return yarn_scale(self.factor)
+
+
+def yarn_scale(factor: float, mscale: float = 1.0) -> float:
+    """0.1 mscale ln(factor) + 1 for a factor above 1, else 1."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def frequencies(rope: RopeConfig, head_size: int, length: jax.Array | int = 0) -> jax.Array:
@@ -65,6 +112,8 @@ def frequencies(rope: RopeConfig, head_size: int, length: jax.Array | int = 0) -
         return freqs / rope.factor
     if rope.kind == "llama3":
         return _llama3(rope, freqs)
+    if rope.kind == "yarn":
+        return _yarn(rope, freqs, head_size)
     return freqs
 
 
@@ -89,12 +138,34 @@ def _llama3(rope: RopeConfig, freqs: jax.Array) -> jax.Array:
     return jnp.where(wavelength < original / rope.high_freq_factor, freqs, scaled)
 
 
-def rotation(positions_BT: jax.Array, freqs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32 [B, T, C/2], of positions times [C/2] or [B, C/2] frequencies."""
+def _yarn(rope: RopeConfig, freqs: jax.Array, head_size: int) -> jax.Array:
+    """Channels that turn beta_fast times or more over n0 are kept, up to beta_slow stretched."""
+
+    def channel(turns: float) -> float:
+        wavelength = rope.original_max_position / (turns * 2 * math.pi)
+        return head_size * math.log(wavelength) / (2 * math.log(rope.theta))
+
+    low, high = channel(rope.beta_fast), channel(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_size - 1)
+    width = high - low or 0.001  # a ramp without width would divide by zero
+    ramp = jnp.clip((jnp.arange(head_size // 2, dtype=jnp.float32) - low) / width, 0, 1)
+    return freqs / rope.factor * ramp + freqs * (1 - ramp)
+
+
+def rotation(
+    positions_BT: jax.Array, freqs: jax.Array, amplitude: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, float32 [B, T, C/2], of positions times [C/2] or [B, C/2] frequencies.
+
+    amplitude: what both are multiplied with (`RopeConfig.amplitude`).
+    """
     if freqs.ndim == 2:
         freqs = freqs[:, None, :]
     angles = positions_BT[..., None].astype(jnp.float32) * freqs
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if amplitude == 1.0 else (cos * amplitude, sin * amplitude)
 
 
 def apply_rope(x_BTHC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -1,0 +1,66 @@
+"""Splash attention: JAX's own Pallas kernel for TPUs, which leaves empty blocks out."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as kernel,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as masks,
+)
+
+from moejax.ops.attention_spec import Visible, Window
+
+LANES = 128
+MAX_BLOCK = 512
+
+
+def splash_can(num_queries: int, num_keys: int, visible: Visible) -> bool:
+    """Whether the kernel takes these: no cache, no padding on the left, whole blocks of tokens."""
+    plain = visible.slot is None and visible.start_B is None
+    return plain and num_queries == num_keys and num_queries % LANES == 0
+
+
+def splash_attention(
+    q_BTHC: jax.Array,
+    k_BGSC: jax.Array,
+    v_BGSC: jax.Array,
+    visible: Visible,
+    window: Window,
+    scale: float,
+    soft_cap: float | None,
+    interpret: bool | None = None,
+) -> jax.Array:
+    """`moejax.ops.attention.attention` by the kernel; memory linear in the length of the text.
+
+    window: an int, for it decides which blocks exist. interpret runs the kernel's program on any
+    backend, slowly; by default where there is no TPU.
+    """
+    if not splash_can(q_BTHC.shape[1], k_BGSC.shape[2], visible):
+        raise NotImplementedError(
+            f"attention 'splash' takes whole texts of a multiple of {LANES} tokens, got "
+            f"{q_BTHC.shape[1]} queries and {k_BGSC.shape[2]} keys"
+            + (" in a cache" if visible.slot is not None else "")
+        )
+    assert isinstance(window, int)
+    num_tokens, num_heads = q_BTHC.shape[1:3]
+    block = next(size for size in (MAX_BLOCK, 256, LANES) if num_tokens % size == 0)
+    shape = (num_tokens, num_tokens)
+    mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
+    attend = kernel.make_splash_mha(
+        mask=masks.MultiHeadMask([mask] * num_heads),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=soft_cap,
+        block_sizes=kernel.BlockSizes(*[block] * 8),
+        interpret=jax.default_backend() != "tpu" if interpret is None else interpret,
+    )
+    segments = None
+    if visible.segments_BT is not None:
+        segments = kernel.SegmentIds(visible.segments_BT, visible.segments_BT)
+    q_BHTC = jnp.swapaxes(q_BTHC * jnp.asarray(scale, q_BTHC.dtype), 1, 2)
+    axes = (0, 0, 0, None if segments is None else 0)
+    out_BHTC = jax.vmap(attend, in_axes=axes)(q_BHTC, k_BGSC, v_BGSC, segments)
+    return jnp.swapaxes(out_BHTC, 1, 2).astype(q_BTHC.dtype)
