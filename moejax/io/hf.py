@@ -99,12 +99,12 @@ def import_params(
     for weight in table:
         value = source.read(weight.hf_name)
         part = leaves[weight.path]
-        if weight.layer is None:
+        if not weight.index:
             part = leaves[weight.path] = host.aligned(weight.from_hf(value), part.dtype)
         else:
-            if isinstance(part, jax.ShapeDtypeStruct):  # the first layer of its stack
+            if isinstance(part, jax.ShapeDtypeStruct):  # the first of its stack
                 part = leaves[weight.path] = host.empty(part.shape, part.dtype)
-            part = part[weight.layer]
+            part = part[weight.index]
             with np.errstate(over="ignore"):
                 part[...] = weight.from_hf(value)
         _check_finite(value, part, f"{place}: tensor {weight.hf_name}")
@@ -117,13 +117,13 @@ def import_params(
 def _abstract_leaves(
     source: TensorSource, table: list[Weight], dtype: str
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every leaf; layers stored in several types meet in the widest."""
+    """Shape and dtype of every leaf; parts stored in several types meet in the widest."""
     stacks: dict[str, list[Weight]] = {}
     for weight in table:
         stacks.setdefault(weight.path, []).append(weight)
     leaves = {}
     for path, stack in stacks.items():
-        leading = () if stack[0].layer is None else (len(stack),)
+        leading = tuple(1 + last for last in max(weight.index for weight in stack))
         stored = {source.infos[weight.hf_name].dtype for weight in stack}
         kept = stored.pop() if len(stored) == 1 else np.dtype(jnp.promote_types(*stored))
         kept = kept if dtype == "keep" else dtype_named(dtype)
@@ -250,7 +250,7 @@ def export_entries(params: tree.Tree, config: ModelConfig, dtype: str) -> Iterat
 def _maker(leaf, weight: Weight, dtype: np.dtype):
     def make() -> np.ndarray:
         value = np.asarray(leaf)  # no copy of a numpy array, nor of a jax one on the CPU
-        value = value if weight.layer is None else value[weight.layer]
+        value = value[weight.index] if weight.index else value
         with np.errstate(over="ignore"):
             cast = weight.to_hf(value).astype(dtype, copy=False)
         _check_finite(value, cast, f"tensor {weight.hf_name}")

@@ -19,8 +19,9 @@ class Weight:
     Attributes:
       path: of the leaf in our tree.
       layer: index into the leaf's leading dim, None for a leaf that is not stacked.
+      expert: index into the next one, of a leaf with a stack of experts in every layer.
       hf_name: the tensor's name.
-      shape: of our leaf, without the leading L.
+      shape: of our leaf, without the leading dims of layers and experts.
       in_dims: how many of our leading dims are inputs of a linear map. Torch stores a linear map
         as [out, in], ours is [in..., out...]; 0 means the tensor is stored as it is.
     """
@@ -30,6 +31,12 @@ class Weight:
     hf_name: str
     shape: tuple[int, ...]
     in_dims: int
+    expert: int | None = None
+
+    @property
+    def index(self) -> tuple[int, ...]:
+        """Where the tensor lies in its leaf; () is the whole leaf."""
+        return tuple(i for i in (self.layer, self.expert) if i is not None)
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
