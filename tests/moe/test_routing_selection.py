@@ -196,7 +196,7 @@ def test_jitter_scales_the_router_s_input_and_only_in_training():
     shaken = route(router, x, config, rng=jax.random.key(0))
     first = np.asarray(shaken.weights_NK[:, 0], np.float64)
     u = np.log(first * (E - 1) / (1 - first)) / 4
-    assert (u > 0.8 - 1e-4).all() and (u < 1.2 + 1e-4).all() and u.std() > 0.05
+    assert (u > 0.8 - 1e-4).all() and (u < 1.2 + 1e-4).all() and u.min() < 0.95 and u.max() > 1.05
 
 
 def test_a_soft_cap_bounds_large_logits_and_leaves_small_ones():
