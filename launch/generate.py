@@ -268,7 +268,8 @@ def _show_plan(loaded: Loaded, prompts: Sequence[Prompt], settings: GenerateConf
     config = loaded.config
     itemsize = 4 if DTYPE.value == "float32" else 2
     rows = min(len(prompts) or 1, settings.batch_size)
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_size * itemsize
+    kept = sum(heads * size for heads, size in config.cache_shapes)
+    per_token = config.num_layers * kept * itemsize
     num_params = tree.num_params(loaded.params)
     kind = f"{config.moe.num_experts} experts, top {config.moe.top_k}" if config.moe else "dense"
     print(

@@ -18,6 +18,8 @@ class KVCache:
     Attributes:
       k, v: per run of layers, [L, B, G, S, C], or a tuple of L arrays [B, G, S, C] when the
         parameters are split by layer (`transformer.split_layers`), which spares a CPU the copies.
+        With `moejax.models.mla` k is [L, B, 1, S, R + P], what keys and values are made of, and v
+        has size 0.
       length: int32 scalar, slots in use.
       start_B: int32 [B], the slot of each row's first real token; slot s has position s - start.
       rope_length_B: int32 [B], the length for which "dynamic" rope fixes a row's frequencies.
@@ -52,17 +54,18 @@ def init_cache(
     """
     num_batch = start_B.shape[0]
 
-    def empty(run):
-        shape = (num_batch, config.num_kv_heads, num_slots, config.head_size)
+    def empty(run, num_heads, size):
+        shape = (num_batch, num_heads, num_slots, size)
         if split:
             return tuple(jnp.zeros(shape, dtype) for _ in range(run.num_layers))
         return jnp.zeros((run.num_layers, *shape), dtype)
 
     if rope_length_B is None:
         rope_length_B = num_slots - start_B
+    k_shape, v_shape = config.cache_shapes
     return KVCache(
-        k={run.name: empty(run) for run in config.runs},
-        v={run.name: empty(run) for run in config.runs},
+        k={run.name: empty(run, *k_shape) for run in config.runs},
+        v={run.name: empty(run, *v_shape) for run in config.runs},
         length=jnp.zeros((), jnp.int32),
         start_B=start_B.astype(jnp.int32),
         rope_length_B=rope_length_B.astype(jnp.int32),

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from moejax.core.errors import InputError
+from moejax.models.mla import MLAConfig
 from moejax.moe.config import MoEConfig
 from moejax.ops.rope import RopeConfig
 
@@ -32,6 +33,7 @@ class AttentionConfig:
       qk_norm: RMS norm of queries and keys before rope: "none", of each "head", or of "all" heads
         of a token together.
       output_bias: whether the output projection has a bias; None: if the others have.
+      clip: queries, keys and values, after their norms, are kept within -clip and clip.
     """
 
     windows: tuple[int, ...] = (0,)
@@ -39,11 +41,12 @@ class AttentionConfig:
     soft_cap: float | None = None
     qk_norm: str = "none"
     output_bias: bool | None = None
+    clip: float | None = None
 
     def __post_init__(self):
         if not self.windows or any(not isinstance(w, int) or w < 0 for w in self.windows):
             raise InputError(f"windows must be numbers of tokens, 0 for all: got {self.windows!r}")
-        for name in ("scale", "soft_cap"):
+        for name in ("scale", "soft_cap", "clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"attention {name} must be above 0, got {value!r}")
@@ -131,6 +134,7 @@ class ModelConfig:
       gated: whether the feed-forward layer is act(x Wg) * (x Wu), else act(x Wu).
       num_dense_layers: how many layers of an MoE, the first ones, are dense.
       attention, norms, embedding: what fewer families need.
+      mla: attention is DeepSeek-V2's, with these sizes; head_size is `mla.head_size` then.
     """
 
     family: str
@@ -155,6 +159,7 @@ class ModelConfig:
     attention: AttentionConfig = AttentionConfig()
     norms: NormConfig = NormConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()
+    mla: MLAConfig | None = None
 
     def __post_init__(self):
         sizes = ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads")
@@ -167,8 +172,10 @@ class ModelConfig:
                 f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads: "
                 "num_heads must be a multiple of num_kv_heads"
             )
-        if self.head_size % 2 and self.embedding.positions == "rope":
-            raise InputError(f"head_size must be even for rotary positions, got {self.head_size}")
+        if self.mla is not None:
+            self._check_mla(self.mla)
+        if self.rope_size % 2 and self.embedding.positions == "rope":
+            raise InputError(f"head_size must be even for rotary positions, got {self.rope_size}")
         _check_name("activation", self.activation, ACTIVATIONS)
         dense = self.num_dense_layers
         if not 0 <= dense <= (self.num_layers - 1 if self.moe else 0):
@@ -178,6 +185,27 @@ class ModelConfig:
             )
         if self.moe and not self.gated:
             raise InputError("experts are gated feed-forward layers, and this model's are not")
+
+    def _check_mla(self, mla: MLAConfig) -> None:
+        needs = {"head_size": mla.head_size, "num_kv_heads": self.num_heads}
+        for name, needed in needs.items():
+            if getattr(self, name) != needed:
+                raise InputError(f"with mla {name} must be {needed}, got {getattr(self, name)}")
+        plain = AttentionConfig(self.attention.windows, self.attention.scale)
+        if self.attention != plain or self.embedding.positions != "rope":
+            raise InputError("mla has rope, and neither soft cap, qk_norm, output_bias nor clip")
+
+    @property
+    def rope_size(self) -> int:
+        """Channels of a head that rope turns."""
+        return self.head_size if self.mla is None else self.mla.rope_size
+
+    @property
+    def cache_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(heads, size) of what a cache keeps as keys, and as values, of a token and layer."""
+        if self.mla is None:
+            return ((self.num_kv_heads, self.head_size),) * 2
+        return (1, self.mla.latent_size), (1, 0)
 
     @property
     def runs(self) -> tuple[LayerRun, ...]:
@@ -212,8 +240,9 @@ class ModelConfig:
         """Reads `to_json`'s dict; an unknown or missing field is an InputError that names it."""
         fields = dict(fields)
         try:
-            if fields.get("moe") is not None:
-                fields["moe"] = MoEConfig(**fields["moe"])
+            for name, kind in (("moe", MoEConfig), ("mla", MLAConfig)):
+                if fields.get(name) is not None:
+                    fields[name] = kind(**fields[name])
             for name, kind in _PARTS.items():
                 part = {key: _tuple(value) for key, value in fields.get(name, {}).items()}
                 fields[name] = kind(**part)

@@ -27,12 +27,14 @@ class AttentionInputs:
       visible: which keys a query sees, windows aside.
       spec: scale, soft cap, and how to compute.
       norm_eps: of the norms of queries and keys.
+      clip: bound of queries, keys and values; None: none.
     """
 
     turn: tuple[jax.Array, jax.Array] | None
     visible: Visible
     spec: AttentionSpec
     norm_eps: float
+    clip: float | None = None
 
 
 def attention_shapes(config) -> dict[str, tuple[int, ...]]:
@@ -67,7 +69,8 @@ def mha(
     def project(name):
         y = jnp.einsum("btd,dhc->bthc", x_BTD, params[f"w_{name}"])
         y = y + params[f"b_{name}"] if f"b_{name}" in params else y
-        return y if f"{name}_norm" not in params else _normed(params[f"{name}_norm"]["scale"], y)
+        y = y if f"{name}_norm" not in params else _normed(params[f"{name}_norm"]["scale"], y)
+        return y if inputs.clip is None else jnp.clip(y, -inputs.clip, inputs.clip)
 
     def _normed(scale, y):
         if scale.ndim == 1:

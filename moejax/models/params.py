@@ -11,6 +11,7 @@ from moejax.core import tree
 from moejax.models.config import LayerRun, ModelConfig
 from moejax.models.layers import feed_forward_shapes, norm_shapes
 from moejax.models.mha import attention_shapes
+from moejax.models.mla import mla_shapes
 from moejax.moe.layer import moe_shapes
 
 
@@ -48,7 +49,12 @@ def _below(part: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int
 
 def _layer_shapes(config: ModelConfig, run: LayerRun) -> dict[str, tuple[int, ...]]:
     norm = norm_shapes(config.norms.kind, config.d_model)
-    shapes = _below("attn_norm", norm) | _below("attn", attention_shapes(config))
+    if config.mla is None:
+        attention = attention_shapes(config)
+    else:
+        bias = config.attention_bias
+        attention = mla_shapes(config.d_model, config.num_heads, config.mla, bias)
+    shapes = _below("attn_norm", norm) | _below("attn", attention)
     shapes |= _below("mlp_norm", norm)
     if config.norms.placement == "sandwich":
         shapes |= _below("attn_post_norm", norm) | _below("mlp_post_norm", norm)

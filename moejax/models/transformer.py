@@ -19,6 +19,7 @@ from moejax.models.cache import KVCache
 from moejax.models.config import ModelConfig
 from moejax.models.layers import ACTIVATION, feed_forward, norm
 from moejax.models.mha import AttentionInputs, mha
+from moejax.models.mla import mla
 from moejax.models.params import abstract_params, init_leaf, init_params
 from moejax.moe.layer import MoEStats, moe_layer
 from moejax.ops.attention import AttentionSpec, Visible, Window, shared_mask, soft_capped
@@ -203,13 +204,13 @@ def _attention_inputs(config, options, positions_BT, segment_ids_BT, cache) -> A
         num_keys = positions_BT.shape[1]
     turn = None
     if config.embedding.positions == "rope":
-        freqs = frequencies(config.rope, config.head_size, length)
+        freqs = frequencies(config.rope, config.rope_size, length)
         turn = rotation(positions_BT, freqs, config.rope.amplitude)
     kind = config.attention
     spec = AttentionSpec(kind.scale, kind.soft_cap, kind.windows, options.attention)
     shape = (*positions_BT.shape, config.num_heads)
     visible, spec = shared_mask(visible, spec, shape, num_keys)
-    return AttentionInputs(turn, visible, spec, config.norm_eps)
+    return AttentionInputs(turn, visible, spec, config.norm_eps, kind.clip)
 
 
 def _block(layer, x_BTD, rng, extend, context: _Context, window: Window):
@@ -222,6 +223,8 @@ def _block(layer, x_BTD, rng, extend, context: _Context, window: Window):
     )
 
     def attend(x):
+        if config.mla is not None:
+            return mla(config.mla, cast["attn"], x, context.inputs, extend, window)
         return mha(cast["attn"], x, context.inputs, extend, window)
 
     def feed(x):
