@@ -22,7 +22,7 @@ from moejax.io.load import Loaded, load_any, main_dtype, save_any
 from moejax.methods.upcycle import moe_config, upcycle
 from moejax.models import flops, transformer
 from moejax.models.config import ModelConfig
-from moejax.moe.config import GATES, WEIGHTINGS, MoEConfig
+from moejax.moe.config import GATES, WEIGHTINGS, XFT_WEIGHTINGS, MoEConfig
 
 SOURCE = flags.DEFINE_string(
     "source", None, "Dense model: folder, .gguf file or hub id.", required=True
@@ -35,8 +35,9 @@ WEIGHTING = flags.DEFINE_enum(
     "weighting",
     "normalized",
     WEIGHTINGS,
-    "XFT's weights; its ablation whose weights sum to more than one; or plain sparse upcycling, "
-    "which has no shared expert.",
+    "XFT's weights; its ablation whose weights sum to more than one; or without a shared expert: "
+    "softmax over the chosen (plain sparse upcycling), or softmax over all experts as it is, or "
+    "divided by the sum over the chosen.",
 )
 NOISE = flags.DEFINE_bool("noise", True, "Learned noise on the router's logits while training.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the routers' first weights.")
@@ -48,7 +49,7 @@ def main(argv) -> None:
     moe = MoEConfig(
         num_experts=EXPERTS.value,
         top_k=TOP_K.value,
-        num_shared=0 if WEIGHTING.value == "selected" else 1,
+        num_shared=1 if WEIGHTING.value in XFT_WEIGHTINGS else 0,
         gate=GATE.value,
         weighting=WEIGHTING.value,
         noise=NOISE.value,
@@ -102,7 +103,7 @@ def show_plan(source: Loaded, config: ModelConfig) -> int:
         f"{flops.forward_flops_per_token(source.config, 1) / 1e9:.3f}"
     )
     if not config.moe.has_unit_weights:
-        print("note     these weights sum to more than one: step 0 is not the dense model")
+        print("note     these weights do not sum to one: step 0 is not the dense model")
     for path, leaf in tree.flatten(abstract).items():
         if "/moe/" in path and cli.DRY_RUN.value:
             print(f"         {path} {list(leaf.shape)}")

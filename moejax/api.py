@@ -22,7 +22,7 @@ from moejax.methods.merge import MergeConfig
 from moejax.methods.upcycle import upcycle as upcycle_params
 from moejax.models import transformer
 from moejax.models.config import ModelConfig
-from moejax.moe.config import MoEConfig
+from moejax.moe.config import XFT_WEIGHTINGS, MoEConfig
 from moejax.serve.generate import GenerateConfig, generate
 from moejax.serve.sampling import SamplingConfig
 
@@ -138,9 +138,9 @@ def upcycle(
     """A mixture of `experts` experts that computes what the dense model computes (XFT, 3.1).
 
     `experts` and `top_k` count the shared expert. Further keywords are fields of `MoEConfig`
-    (gate, weighting, noise, ...); weighting="selected" has no shared expert.
+    (gate, weighting, noise, ...); only XFT's weightings have a shared expert.
     """
-    if moe.get("weighting") == "selected":
+    if moe.get("weighting", "normalized") not in XFT_WEIGHTINGS:
         moe.setdefault("num_shared", 0)
     moe_config = MoEConfig(num_experts=experts, top_k=top_k, **moe)
     params, config = upcycle_params(model.params, model.config, moe_config, jax.random.key(seed))

@@ -243,4 +243,11 @@ def _expert_weights(
 def _require_moe(config: ModelConfig) -> MoEConfig:
     if config.moe is None:
         raise InputError("this model has no experts: merging starts from a mixture of experts.")
-    return config.moe
+    moe = config.moe
+    if moe.expert_ffn not in (None, config.d_ff) or moe.shared_ffn:
+        raise InputError(
+            f"merging mixes experts of the dense layer's width d_ff={config.d_ff}; this model has "
+            f"expert_ffn={moe.expert_ffn} and shared_ffn={moe.shared_ffn}: only an upcycled model "
+            "can be merged."
+        )
+    return moe

@@ -170,9 +170,9 @@ def _weigh(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Weights of the chosen, what each adds to its expert's importance, the shared weight."""
     if config.weighting == "selected":
-        weights_NK = jax.nn.softmax(jnp.take_along_axis(logits_NJ, chosen_NK, axis=1), axis=1)
+        weights_NK = jax.nn.softmax(_pick(logits_NJ, chosen_NK), axis=1)
         return weights_NK, weights_NK, None
-    scores_NK = jnp.take_along_axis(scores_NJ, chosen_NK, axis=1)
+    scores_NK = _pick(scores_NJ, chosen_NK)
     if config.weighting == "scores":
         return scores_NK, scores_NK, None
     if config.weighting == "renormalized":
@@ -184,6 +184,12 @@ def _weigh(
     if config.weighting == "normalized":
         weights_NK = largest_N[:, None] * jax.nn.softmax(scores_NK, axis=1)
     return weights_NK, scores_NK, 1.0 - largest_N
+
+
+def _pick(values_NJ: jax.Array, chosen_NK: jax.Array) -> jax.Array:
+    """values[n, chosen[n, k]]. No gather, whose gradient would be a scatter: this fuses."""
+    at_NKJ = chosen_NK[:, :, None] == jnp.arange(values_NJ.shape[1])
+    return jnp.sum(jnp.where(at_NKJ, values_NJ[:, None, :], 0.0), axis=2)
 
 
 def _by_expert(chosen_NK, importance_NK, token_N, num_tokens, config) -> tuple:

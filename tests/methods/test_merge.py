@@ -225,6 +225,8 @@ def test_learning_lambda_starts_at_lam_and_warns(caplog):
         (lambda: merging.dense_config(DENSE), "no experts"),
         (lambda: init_coefficients(plain_config(), MergeConfig(learn_lambda=True)), "num_shared=0"),
         (lambda: merging.shared_only({}, plain_config()), "num_shared=0"),
+        (lambda: merging.dense_config(plain_config(expert_ffn=5)), "expert_ffn=5"),
+        (lambda: merging.dense_config(plain_config(shared_ffn=7)), "shared_ffn=7"),
     ],
 )
 def test_bad_input_is_named(act, words):
@@ -232,5 +234,5 @@ def test_bad_input_is_named(act, words):
         act()
 
 
-def plain_config():
-    return dataclasses.replace(DENSE, moe=PLAIN)
+def plain_config(**fields):
+    return dataclasses.replace(DENSE, moe=dataclasses.replace(PLAIN, **fields))

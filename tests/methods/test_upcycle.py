@@ -13,7 +13,7 @@ from moejax.core.precision import TOLERANCE
 from moejax.methods.upcycle import upcycle
 from moejax.models.config import ModelConfig
 from moejax.models.transformer import abstract_params, logits
-from moejax.moe.config import MoEConfig
+from moejax.moe.config import CONVENTIONS, MoEConfig
 from moejax.ops.rope import RopeConfig
 from tests.draws import model_params
 
@@ -34,6 +34,8 @@ MOES = {
     "normalized": MoEConfig(4, 3),
     "linear": MoEConfig(8, 6, gate="linear", noise=False),
     "selected": MoEConfig(4, 2, num_shared=0, weighting="selected"),
+    "mixtral": MoEConfig(4, 2, **CONVENTIONS["mixtral"]),
+    "sigmoid": MoEConfig(4, 2, **CONVENTIONS["deepseek_v3"]),
 }
 UNNORMALIZED = MoEConfig(4, 3, weighting="unnormalized")
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 13))
@@ -116,3 +118,13 @@ def test_a_model_with_experts_is_refused():
     moe_params, config = upcycle(*dense(), MOES["normalized"], jax.random.key(0))
     with pytest.raises(InputError, match="already has 4 experts"):
         upcycle(moe_params, config, MOES["normalized"], jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [({"expert_ffn": 12}, "expert_ffn=12.*width 24"), ({"shared_ffn": 8}, "shared_ffn=8")],
+)
+def test_what_a_dense_model_has_no_weights_for_is_refused(fields, words):
+    moe = dataclasses.replace(MOES["mixtral"], **fields)
+    with pytest.raises(InputError, match=words):
+        upcycle({}, TINY, moe, jax.random.key(0))
