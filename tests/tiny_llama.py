@@ -1,9 +1,10 @@
-"""Llamas small enough for a test, one per option of the family, in Hugging Face's layout."""
+"""Models small enough for a test, as Hugging Face lays them out; Llamas, one per option."""
 
 from __future__ import annotations
 
 import copy
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,15 +76,18 @@ def fields_of(case: str) -> dict[str, Any]:
 
 
 def tensors_of(fields: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
-    """Random float32 weights by Hugging Face name, large enough that every option shows."""
-    family = by_architecture("LlamaForCausalLM")
-    rng = np.random.default_rng(seed)
+    """Random float32 weights by Hugging Face name, large enough that every option shows.
+
+    Any family's; a tensor's values depend on its name and shape alone.
+    """
+    family = by_architecture(fields["architectures"][0])
     tensors = {}
     for weight in family.name_table(family.config_from_hf(dict(fields))):
+        rng = np.random.default_rng([seed, zlib.crc32(weight.hf_name.encode())])
         value = rng.random(weight.hf_shape, dtype=np.float32) * 2 - 1
-        if weight.path.endswith("scale"):
-            value = 1 + value / 2
-        elif len(weight.hf_shape) > 1:
+        if weight.path.endswith(("/scale", "/delta")):
+            value = float(weight.path.endswith("/scale")) + value / 2
+        elif len(weight.hf_shape) > 1 and not weight.path.startswith("embed/pos"):
             value *= 3 / np.sqrt(np.float32(weight.hf_shape[1]))
         tensors[weight.hf_name] = value.astype(np.float32)
     return tensors

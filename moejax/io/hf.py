@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,9 @@ import numpy as np
 
 from moejax.core import tree
 from moejax.core.errors import InputError
-from moejax.io import atomic, card, host, lineage
+from moejax.io import atomic, card, host, lineage, stream
 from moejax.io.loaded import Loaded, Progress, Reading, main_dtype
-from moejax.io.safetensors import (
-    Entry,
-    Info,
-    SafetensorsFolder,
-    TensorSource,
-    dtype_named,
-    write_folder,
-)
+from moejax.io.safetensors import SafetensorsFolder, TensorSource, dtype_named, write_folder
 from moejax.io.tokenizer import Tokenizer
 from moejax.models.config import ModelConfig
 from moejax.models.families import Weight, by_architecture, by_name
@@ -31,8 +24,6 @@ from moejax.models.families import Weight, by_architecture, by_name
 MAX_SHARD_BYTES = 5 * 10**9
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-# Buffers that old checkpoints store and every reader computes.
-_COMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 def import_folder(folder: str | os.PathLike[str], reading: Reading = Reading()) -> Loaded:
@@ -48,7 +39,8 @@ def import_folder(folder: str | os.PathLike[str], reading: Reading = Reading()) 
     fields = read_fields(folder)
     config = read_config(fields, folder)
     _refuse_pickles(folder)
-    params = import_params(SafetensorsFolder(folder), config, str(folder), reading)
+    source = SafetensorsFolder(folder)
+    params = import_params(source, config, str(folder), reading)
     has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None
     if tokenizer is not None:
@@ -61,6 +53,7 @@ def import_folder(folder: str | os.PathLike[str], reading: Reading = Reading()) 
         lineage.read(folder),
         str(folder),
         card.read_license(folder),
+        source if reading.abstract else None,
     )
 
 
@@ -78,6 +71,8 @@ def read_config(fields: dict[str, Any], place: str | os.PathLike[str]) -> ModelC
     if not isinstance(names, (list, tuple)) or len(names) != 1:
         raise InputError(f"{place}: config.json must name one architecture, it names {names!r}")
     family = by_architecture(names[0])
+    if fields.get("quantization_config"):
+        raise InputError(f"{place}: config.json says that the weights are quantised: not read")
     try:
         return family.config_from_hf(fields)
     except InputError as error:
@@ -90,8 +85,9 @@ def import_params(
     source: TensorSource, config: ModelConfig, place: str, reading: Reading
 ) -> tree.Tree:
     """Reads every tensor of a model into our tree, each straight into its stacked leaf."""
-    table = by_name(config.family).name_table(config)
-    _check_tensors(source, table, config, place)
+    family = by_name(config.family)
+    table = family.name_table(config)
+    _check_tensors(source, table, config, place, family.computed)
     leaves: dict[str, Any] = dict(_abstract_leaves(source, table, reading.dtype))
     total, done = tree.num_bytes(leaves), 0
     if reading.abstract:
@@ -107,7 +103,7 @@ def import_params(
             part = part[weight.index]
             with np.errstate(over="ignore"):
                 part[...] = weight.from_hf(value)
-        _check_finite(value, part, f"{place}: tensor {weight.hf_name}")
+        stream.check_finite(value, part, f"{place}: tensor {weight.hf_name}")
         done += part.nbytes
         if reading.progress is not None:
             reading.progress(done, total)
@@ -131,7 +127,9 @@ def _abstract_leaves(
     return leaves
 
 
-def _check_tensors(source, table: list[Weight], config: ModelConfig, place: str) -> None:
+def _check_tensors(
+    source, table: list[Weight], config: ModelConfig, place: str, computed: str
+) -> None:
     infos = source.infos
     for weight in table:
         if weight.hf_name not in infos:
@@ -143,9 +141,10 @@ def _check_tensors(source, table: list[Weight], config: ModelConfig, place: str)
                 f"config.json asks for {list(weight.hf_shape)}"
             )
     extra = sorted(infos.keys() - {weight.hf_name for weight in table})
-    extra = [name for name in extra if not _COMPUTED.fullmatch(name)]
+    extra = [name for name in extra if not re.fullmatch(computed, name)]
     if extra == ["lm_head.weight"] and config.tie_embeddings:
-        if not _is_same(source, "lm_head.weight", "model.embed_tokens.weight"):
+        embedding = next(weight for weight in table if weight.path == "embed/tokens")
+        if not _is_same(source, "lm_head.weight", embedding.hf_name):
             raise InputError(
                 f"{place}: lm_head.weight differs from the embedding, but config.json ties them: "
                 "set tie_word_embeddings to false"
@@ -159,18 +158,10 @@ def _check_tensors(source, table: list[Weight], config: ModelConfig, place: str)
 
 
 def _is_same(source: TensorSource, first: str, second: str) -> bool:
-    return source.infos[first] == source.infos[second] and np.array_equal(
-        source.read(first), source.read(second)
+    return source.infos[first] == source.infos[second] and all(
+        np.array_equal(source.read(first, rows), source.read(second, rows))
+        for rows in stream.row_ranges(source.infos[first])
     )
-
-
-def _check_finite(stored: np.ndarray, ours: np.ndarray, what: str) -> None:
-    if np.isfinite(ours).all():
-        return
-    bad = int(stored.size - np.isfinite(stored).sum())
-    if bad:
-        raise InputError(f"{what} has {bad} values that are NaN or infinite")
-    raise InputError(f"{what} does not fit {ours.dtype}: use --dtype=bfloat16 or float32")
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -200,6 +191,7 @@ def export_folder(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     progress: Progress | None = None,
+    finish: Callable[[Loaded], Loaded] = lambda loaded: loaded,
 ) -> None:
     """Writes a folder that transformers loads (vLLM was not tried): all of it, or nothing.
 
@@ -209,51 +201,53 @@ def export_folder(
       dtype: of the tensors; "keep" leaves each as it is.
       max_shard_bytes: above it the weights are sharded, with an index.
       overwrite: replace a model folder that is there.
-      progress: told after every tensor.
+      progress: told after every part of a tensor.
+      finish: gives the model the lineage to write, when the weights have been.
     """
     config = loaded.config
     if config.moe is not None:
         raise InputError(
             "a mixture of experts of this kind has no class in transformers: use --format=orbax"
         )
+    fields = config_fields(config)
     if loaded.tokenizer is not None:
         loaded.tokenizer.check_fits(config.vocab_size)
-    entries = list(export_entries(loaded.params, config, dtype))
+    table = by_name(config.family).name_table(config)
+    entries = list(stream.entries(tensors_of(loaded, table), table, dtype))
     atomic.check_target(target, overwrite)
     atomic.require_disk(target, sum(entry.num_bytes for entry in entries) + (16 << 20))
     with atomic.atomic_dir(target, overwrite) as folder:
         write_folder(folder, entries, max_shard_bytes, progress)
         stored = main_dtype(loaded.params) if dtype == "keep" else dtype_named(dtype)
         special = {n: loaded.generation[n] for n in SPECIAL_TOKENS if n in loaded.generation}
-        fields = by_name(config.family).config_to_hf(config)
         atomic.write_json(folder / "config.json", fields | special | {"torch_dtype": stored.name})
         if loaded.generation:
             atomic.write_json(folder / "generation_config.json", loaded.generation)
         if loaded.tokenizer is not None:
             loaded.tokenizer.save(folder)
+        loaded = finish(loaded)
         lineage.write(folder, loaded.lineage)
         card.write_license(folder, loaded.license)
         name = Path(target).name
         atomic.write_text(folder / "README.md", card.model_card(loaded, name, stored.name))
 
 
-def export_entries(params: tree.Tree, config: ModelConfig, dtype: str) -> Iterator[Entry]:
-    """Every Hugging Face tensor of our tree, made when it is written."""
-    flat = tree.flatten(params)
-    wanted = None if dtype == "keep" else dtype_named(dtype)
-    for weight in by_name(config.family).name_table(config):
-        leaf = flat[weight.path]
-        kept = np.dtype(leaf.dtype) if wanted is None else wanted
-        yield Entry(weight.hf_name, Info(weight.hf_shape, kept), _maker(leaf, weight, kept))
+def config_fields(config: ModelConfig) -> dict[str, Any]:
+    """config.json's fields; InputError for what the family's class in transformers cannot be."""
+    family = by_name(config.family)
+    fields = family.config_to_hf(config)
+    again = family.config_from_hf(fields).to_json()
+    for name, value in config.to_json().items():
+        if again[name] != value:
+            raise InputError(
+                f"{family.architecture} has no place for {name}={value}: it would be read back as "
+                f"{again[name]}"
+            )
+    return {"architectures": [family.architecture], "model_type": family.model_type} | fields
 
 
-def _maker(leaf, weight: Weight, dtype: np.dtype):
-    def make() -> np.ndarray:
-        value = np.asarray(leaf)  # no copy of a numpy array, nor of a jax one on the CPU
-        value = value[weight.index] if weight.index else value
-        with np.errstate(over="ignore"):
-            cast = weight.to_hf(value).astype(dtype, copy=False)
-        _check_finite(value, cast, f"tensor {weight.hf_name}")
-        return cast
-
-    return make
+def tensors_of(loaded: Loaded, table: list[Weight]) -> TensorSource:
+    """The model's tensors in Hugging Face's layout: on disk where they still are, or in memory."""
+    if loaded.tensors is not None:
+        return loaded.tensors
+    return stream.TreeSource(loaded.params, table)

@@ -11,11 +11,13 @@ from moejax.core.precision import TOLERANCE
 from moejax.io import hf
 from moejax.io.load import load_any
 from moejax.models import transformer
+from tests.parity import cases as families
 from tests.parity.make_goldens import GOLDENS, SMOLLM2_TEXT, checksum
 from tests.tiny_llama import CASES, TOKENS, fields_of, tensors_of, write_llama
 from tests.tiny_tokenizer import smollm2_gguf
 
 CONFIGS = json.loads((GOLDENS / "llama.json").read_text())
+CHECKSUMS = json.loads((GOLDENS / "families.json").read_text())
 
 
 def logits(loaded, tokens) -> np.ndarray:
@@ -32,6 +34,18 @@ def test_a_tiny_llama_has_the_reference_logits(case, tmp_path):
         expected = goldens[case]
     gap = np.max(np.abs(logits(loaded, TOKENS) - expected))
     assert gap < TOLERANCE["float32"] * np.max(np.abs(expected))
+
+
+@pytest.mark.parametrize("name", families.CASES)
+def test_a_tiny_model_of_every_family_has_the_reference_logits(name, tmp_path):
+    fields = families.fields_of(name)
+    tensors = tensors_of(fields)
+    assert checksum(tensors) == CHECKSUMS[name], "numpy draws other weights: make goldens"
+    loaded = load_any(write_llama(tmp_path, fields, tensors))
+    with np.load(GOLDENS / "families.npz") as goldens:
+        expected = goldens[name]
+    found = logits(loaded, families.TOKENS)[:, families.GOLDEN_POSITIONS]
+    assert np.max(np.abs(found - expected)) < TOLERANCE["float32"] * np.max(np.abs(expected))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -52,4 +66,4 @@ def test_smollm2_has_the_reference_logits():
 
 
 def test_goldens_are_small():
-    assert sum(path.stat().st_size for path in Path(GOLDENS).iterdir()) < 400_000
+    assert sum(path.stat().st_size for path in Path(GOLDENS).iterdir()) < 800_000

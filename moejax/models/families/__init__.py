@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from moejax.core.errors import InputError
 from moejax.models.families.family import Family, Weight
+from moejax.models.families.gemma2 import GEMMA2
+from moejax.models.families.gpt_neo import GPT_NEO
 from moejax.models.families.llama import LLAMA
+from moejax.models.families.opt import OPT
+from moejax.models.families.qwen import QWEN2, QWEN3
 
-FAMILIES: tuple[Family, ...] = (LLAMA,)
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, GEMMA2, OPT, GPT_NEO)
 
 __all__ = ["FAMILIES", "Family", "Weight", "by_architecture", "by_name"]
 

@@ -42,7 +42,7 @@ class Weight:
     def hf_shape(self) -> tuple[int, ...]:
         """Shape of the Hugging Face tensor."""
         if not self.in_dims:
-            return self.shape if self.path == "embed/tokens" else (math.prod(self.shape),)
+            return self.shape if self.path.startswith("embed/") else (math.prod(self.shape),)
         inputs, outputs = self.shape[: self.in_dims], self.shape[self.in_dims :]
         return (math.prod(outputs), math.prod(inputs))
 
@@ -67,6 +67,7 @@ class Family:
       name_table: every Hugging Face tensor of a config with its place in our tree.
       presets: named configs.
       gguf_architecture: llama.cpp's name for it, None when GGUF files of it are not read.
+      computed: a pattern of the tensors that old checkpoints store and every reader computes.
     """
 
     name: str
@@ -77,3 +78,4 @@ class Family:
     name_table: Callable[[ModelConfig], list[Weight]]
     presets: dict[str, ModelConfig]
     gguf_architecture: str | None = None
+    computed: str = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"

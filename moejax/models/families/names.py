@@ -57,7 +57,8 @@ def name_table(config: ModelConfig, modules: Mapping[str, str]) -> list[Weight]:
 
 def _weight(path, local, shape, modules, layer=(None, None), expert=None) -> Weight:
     module, suffix = _module(local)
-    pattern = modules.get(local) or f"{modules[module]}.{suffix}"
+    whole = modules.get(local) if local != module else None
+    pattern = whole or f"{modules[module]}.{suffix}"
     index, number = layer
     name = pattern.format(i=number, e=expert)
     return Weight(path, index, name, tuple(shape), _in_dims(local), expert)
