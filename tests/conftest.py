@@ -1,6 +1,6 @@
 """What every test shares: one CPU device set-up, and a spoken reason for each test that is skipped.
 
-`slow` and `parity` tests are skipped here and not deselected, so that the closing summary of
+`slow`, `parity` and `aot` tests are skipped here and not deselected, so that the closing summary of
 pytest (-ra) names each with its reason.
 """
 
@@ -30,6 +30,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 PARITY_DIR = Path(__file__).parent / "parity"
 MISSING = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
 PARITY_REASON = f"parity: {' and '.join(MISSING)} not installed (BUILD.md, 'Live parity', says how)"
+LACKS_LIBTPU = importlib.util.find_spec("libtpu") is None
+AOT_REASON = "aot: libtpu not installed (tests/run --aot makes an environment that has it)"
 SLOW_REASON = "slow: run with --slow"
 
 
@@ -40,11 +42,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail, and do not skip, where torch or transformers is missing",
     )
+    parser.addoption(
+        "--require_aot", action="store_true", help="fail, and do not skip, where libtpu is missing"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--require_parity") and MISSING:
         raise pytest.UsageError(f"--require_parity: {' and '.join(MISSING)} not installed")
+    if config.getoption("--require_aot") and LACKS_LIBTPU:
+        raise pytest.UsageError("--require_aot: libtpu not installed")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -53,5 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.parity)
         if MISSING and item.get_closest_marker("parity"):
             item.add_marker(pytest.mark.skip(reason=PARITY_REASON))
+        if LACKS_LIBTPU and item.get_closest_marker("aot"):
+            item.add_marker(pytest.mark.skip(reason=AOT_REASON))
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason=SLOW_REASON))

@@ -1,0 +1,1 @@
+"""What a TPU pod or a GPU host would do with a program, compiled here without one."""
