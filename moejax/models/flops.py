@@ -1,22 +1,24 @@
 """Parameters and floating-point operations of a model, counted from its config.
 
-A product of [m, k] and [k, n] counts 2 m k n. Per token of a sequence of T tokens, layer by layer:
+A product of [m, k] and [k, n] counts 2 m k n, so a matrix costs a token twice its parameters:
 
-    attention projections   2 (2 D H C + 2 D G C)
-    scores and mixing       4 H C (T + 1) / 2        causal: a token sees (T + 1) / 2 on average
-    feed-forward            2 * 3 D F                times K active experts in an MoE
-    router                  2 (D J + J J) "mlp" gate, 2 D J "linear"; plus 2 D J for its noise
+    attention, feed-forward, router, head    2 per parameter; experts times K / E
+    scores and mixing                        2 H (C + Cv) s, in a text of T tokens
 
-and 2 D V for the head. Norms, rope, softmax, activations and the sorting of tokens are left out: on
-a model worth training they are below 1%. What remat computes twice is not counted either, so a
-rate in these FLOPs says how fast useful work is done.
+where s is how many tokens one sees on average: (T + 1) / 2, or with a window of w < T the mean of
+min(t, w) over t = 1 .. T. A router's noise is there in training only. Norms, rope, softmax,
+activations, the embedding's look-up and the sorting of tokens are left out: on a model worth
+training they are below 1%. What remat computes twice is not counted either, so a rate in these
+FLOPs says how fast useful work is done.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from moejax.core import tree
 from moejax.models.config import ModelConfig
-from moejax.models.transformer import abstract_params
+from moejax.models.params import abstract_params
 
 
 def num_params(config: ModelConfig) -> int:
@@ -35,11 +37,9 @@ def active_params(config: ModelConfig) -> int:
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """One forward pass with the head, per token of sequences of `seq_len`; no router noise."""
-    return (
-        config.num_layers
-        * (_attention_flops(config, seq_len) + _ffn_flops(config) + _router_flops(config))
-        + 2 * config.d_model * config.vocab_size
-    )
+    scores = sum(_score_flops(config, seq_len, w) for run in config.runs for w in run.windows)
+    head = 2 * config.embed_size * config.vocab_size
+    return _matrix_flops(config) + scores + head
 
 
 def train_flops(config: ModelConfig, num_tokens: int, seq_len: int) -> float:
@@ -47,9 +47,7 @@ def train_flops(config: ModelConfig, num_tokens: int, seq_len: int) -> float:
 
     The backward pass has two products (for inputs, for weights) where the forward one has one.
     """
-    noise = 0
-    if config.moe is not None and config.moe.noise:
-        noise = 2 * config.d_model * config.moe.num_routed * config.num_layers
+    noise = _flops_of(config, lambda path: path.endswith("/w_noise"))
     return 3.0 * num_tokens * (forward_flops_per_token(config, seq_len) + noise)
 
 
@@ -61,29 +59,53 @@ def merge_flops(config: ModelConfig, num_tokens: int, seq_len: int, num_steps: i
     to mix, the same again for the inner products of the backward pass.
     """
     assert config.moe is not None
-    dense = forward_flops_per_token(config, seq_len) - config.num_layers * (
-        _router_flops(config) + _ffn_flops(config) * (1 - 1 / config.moe.top_k)
-    )
-    ffn = config.num_layers * _ffn_flops(config) / config.moe.top_k
-    experts, _ = tree.split(abstract_params(config), "**/experts/**")
-    routed = tree.num_params(experts) / config.moe.num_experts * config.moe.num_routed
+    experts = _flops_of(config, _is_expert)
+    router = _flops_of(config, _is_router)
+    ffn = experts / config.moe.num_experts
+    active = experts * _active_share(config)
+    dense = forward_flops_per_token(config, seq_len) - router - active + ffn
+    stacks, _ = tree.split(abstract_params(config), "**/experts/**")
+    routed = tree.num_params(stacks) / config.moe.num_experts * config.moe.num_routed
     return num_tokens * (2 * dense + ffn) + 6.0 * num_steps * routed
 
 
-def _attention_flops(config: ModelConfig, seq_len: int) -> float:
-    heads, kv_heads = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
-    projections = 4 * config.d_model * (heads + kv_heads)
-    return projections + 2 * heads * (seq_len + 1)
+def _matrix_flops(config: ModelConfig) -> float:
+    """All products with matrices but the head's, per token."""
+    experts = _flops_of(config, _is_expert)
+    others = _flops_of(config, _is_matrix) - experts
+    return others + experts * _active_share(config)
 
 
-def _ffn_flops(config: ModelConfig) -> float:
-    active = config.moe.top_k if config.moe else 1
-    return 6 * config.d_model * config.d_ff * active
+def _flops_of(config: ModelConfig, wanted: Callable[[str], bool]) -> float:
+    flat = tree.flatten(abstract_params(config))
+    return 2.0 * sum(tree.num_params(leaf) for path, leaf in flat.items() if wanted(path))
 
 
-def _router_flops(config: ModelConfig) -> float:
+def _is_matrix(path: str) -> bool:
+    return path.rsplit("/", 1)[1].startswith("w_") and not path.endswith("/w_noise")
+
+
+def _is_expert(path: str) -> bool:
+    return "/experts/" in path and _is_matrix(path)
+
+
+def _is_router(path: str) -> bool:
+    return "/router/" in path and _is_matrix(path)
+
+
+def _active_share(config: ModelConfig) -> float:
+    """Share of the experts that a token uses, on average."""
     if config.moe is None:
-        return 0
-    num_routed = config.moe.num_routed
-    gate = config.d_model * num_routed
-    return 2 * (gate + num_routed**2 if config.moe.gate == "mlp" else gate)
+        return 0.0
+    active = float(config.moe.top_k)
+    if config.moe.selection == "expert_choice":
+        active *= config.moe.capacity_factor
+    return active / config.moe.num_experts
+
+
+def _score_flops(config: ModelConfig, seq_len: int, window: int) -> float:
+    seen = (seq_len + 1) / 2
+    if 0 < window < seq_len:
+        seen = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
+    value_size = config.head_size if config.mla is None else config.mla.v_size
+    return 2 * config.num_heads * (config.head_size + value_size) * seen

@@ -10,7 +10,7 @@ import pytest
 
 from moejax.core import tree
 from moejax.models import transformer
-from moejax.models.config import ModelConfig
+from moejax.models.config import AttentionConfig, ModelConfig
 from moejax.models.flops import (
     active_params,
     forward_flops_per_token,
@@ -73,6 +73,18 @@ def test_flops_are_what_xla_counts():
     causal = 2 * 4 * 32 * (seq_len - 1)
     expected = 2 * seq_len * (forward_flops_per_token(config, seq_len) + causal)
     assert counted == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("window", [5, 16, 99])
+def test_a_window_is_counted_pair_by_pair(window):
+    config = ModelConfig(
+        "gemma2", 64, 2, 16, 32, 4, 2, 6, attention=AttentionConfig((window, 0)), gated=False
+    )
+    seq_len = 16
+    seen = sum(min(t, window) + t for t in range(1, seq_len + 1)) / seq_len
+    matrices = 2 * (2 * 16 * 4 * 6 + 2 * 16 * 2 * 6 + 2 * 16 * 32) + 16 * 64
+    expected = 2 * matrices + 4 * 4 * 6 * seen
+    assert forward_flops_per_token(config, seq_len) == pytest.approx(expected)
 
 
 def test_training_is_three_forward_passes():

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +12,42 @@ from moejax.core.errors import InputError
 from moejax.core.precision import TOLERANCE
 from moejax.models import transformer as tf
 from moejax.models.cache import init_cache
-from moejax.models.config import ModelConfig
+from moejax.models.config import AttentionConfig, EmbeddingConfig, ModelConfig, NormConfig
 from moejax.moe.config import MoEConfig
 from moejax.ops.rope import RopeConfig
 
 TINY = ModelConfig("llama", 61, 2, 24, 40, 4, 2, 6, rope=RopeConfig(1e4), max_position=64)
 CONFIGS = {
     "gqa": TINY,
-    "tied-biases": dataclasses.replace(
-        TINY, tie_embeddings=True, attention_bias=True, mlp_bias=True
+    "tied-biases-llama3": dataclasses.replace(
+        TINY,
+        tie_embeddings=True,
+        attention_bias=True,
+        mlp_bias=True,
+        num_kv_heads=4,
+        rope=RopeConfig(1e4, "llama3", 8.0, original_max_position=16),
     ),
-    "linear-mha": dataclasses.replace(TINY, num_kv_heads=4, rope=RopeConfig(1e4, "linear", 4.0)),
-    "llama3": dataclasses.replace(
-        TINY, rope=RopeConfig(1e4, "llama3", 8.0, original_max_position=16)
+    "windows-caps-sandwich": dataclasses.replace(
+        TINY,
+        num_layers=3,
+        attention=AttentionConfig((3, 0), 0.3, 5.0, "all"),
+        norms=NormConfig("rms_delta", "sandwich"),
+        embedding=EmbeddingConfig(scaled=True, logit_soft_cap=4.0),
+    ),
+    "learned-post-plain": dataclasses.replace(
+        TINY,
+        head_size=7,
+        attention=AttentionConfig((0, 2), qk_norm="head", output_bias=True),
+        norms=NormConfig("layer", "post", final=False),
+        embedding=EmbeddingConfig("learned", 2, size=10),
+        gated=False,
+    ),
+    "dense-first-moe": dataclasses.replace(
+        TINY,
+        num_layers=3,
+        moe=MoEConfig(4, 3, noise=False),
+        num_dense_layers=1,
+        attention=AttentionConfig((0, 3)),
     ),
     "moe-biases": dataclasses.replace(TINY, mlp_bias=True, moe=MoEConfig(4, 3)),
 }
@@ -159,6 +183,9 @@ def test_bfloat16_is_near_float32(model):
         ({"head_size": 7}, "must be even"),
         ({"vocab_size": 0}, "vocab_size must be a positive integer, got 0"),
         ({"activation": "selu"}, "silu, gelu"),
+        ({"num_dense_layers": 1}, "got 1 of 2 layers of a model without experts"),
+        ({"num_dense_layers": 2, "moe": MoEConfig(4, 3)}, "got 2 of 2 layers"),
+        ({"gated": False, "moe": MoEConfig(4, 3)}, "experts are gated"),
     ],
 )
 def test_configs_that_cannot_work_are_refused(change, message):
@@ -166,9 +193,36 @@ def test_configs_that_cannot_work_are_refused(change, message):
         dataclasses.replace(TINY, **change)
 
 
+def test_layers_of_one_shape_are_one_run_whatever_their_windows():
+    runs = CONFIGS["dense-first-moe"].runs
+    shapes = [(run.name, run.num_layers, run.kind) for run in runs]
+    assert shapes == [("0", 1, "dense"), ("1", 2, "moe")]
+    assert [run.windows for run in runs] == [(0,), (3, 0)]
+    (run,) = CONFIGS["windows-caps-sandwich"].runs
+    assert run.windows == (3, 0, 3)
+
+
+@pytest.mark.parametrize("name", ["windows-caps-sandwich", "learned-post-plain"])
+def test_attention_in_blocks_changes_nothing(name):
+    config = dataclasses.replace(CONFIGS[name], initializer_range=0.3)
+    params = tf.init_params(config, jax.random.key(0))
+    tokens = tokens_of((2, 21))
+    options = tf.ForwardOptions(attention="blockwise")
+    found = run(params, config, tokens, options=options).hidden_BTD
+    assert_close(found, run(params, config, tokens).hidden_BTD)
+
+
+def test_a_text_longer_than_the_learned_positions_is_refused():
+    config = CONFIGS["learned-post-plain"]
+    params = tf.abstract_params(config)
+    tokens = jax.ShapeDtypeStruct((1, 65), jnp.int32)
+    with pytest.raises(InputError, match="65 tokens, but the model has learned 64 positions"):
+        jax.eval_shape(lambda p, t: tf.logits(p, config, t), params, tokens)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_json_round_trip(name):
     config = CONFIGS[name]
-    assert ModelConfig.from_json(config.to_json()) == config
+    assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     with pytest.raises(InputError, match="num_wings"):
         ModelConfig.from_json(config.to_json() | {"num_wings": 2})
