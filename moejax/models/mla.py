@@ -13,7 +13,7 @@ from moejax.models.mha import AttentionInputs, Extend
 from moejax.ops.attention import AttentionSpec, attention
 from moejax.ops.attention_spec import Window
 from moejax.ops.norm import rms_norm
-from moejax.ops.rope import apply_rope
+from moejax.ops.rope import RopeConfig, apply_rope, yarn_scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,22 @@ def mla_shapes(
             shapes["b_q_down"] = (config.q_rank,)
         shapes |= {"b_kv_down": (config.latent_size,), "b_o": (d_model,)}
     return shapes
+
+
+def yarn_softmax_scale(rope: RopeConfig, head_size: int) -> float | None:
+    """DeepSeek's factor of the scores under yarn: head_size^-1/2 (0.1 mscale_all_dim ln f + 1)^2.
+
+    None, which is head_size^-1/2, without mscale_all_dim. InputError where only one of mscale and
+    mscale_all_dim is there: the released code and transformers then make different things of it.
+    """
+    if bool(rope.mscale) != bool(rope.mscale_all_dim):
+        raise InputError(
+            f"rope scaling has mscale {rope.mscale} and mscale_all_dim {rope.mscale_all_dim}: "
+            "give both or neither (0 is none)"
+        )
+    if not rope.mscale_all_dim:
+        return None
+    return head_size**-0.5 * yarn_scale(rope.factor, rope.mscale_all_dim) ** 2
 
 
 def mla(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moejax.core import tree
+from moejax.core.errors import InputError
 from moejax.models.config import ModelConfig
 from moejax.models.families.family import Weight
 from moejax.models.params import abstract_params
@@ -58,6 +59,10 @@ def name_table(config: ModelConfig, modules: Mapping[str, str]) -> list[Weight]:
 def _weight(path, local, shape, modules, layer=(None, None), expert=None) -> Weight:
     module, suffix = _module(local)
     whole = modules.get(local) if local != module else None
+    if whole is None and module not in modules:
+        raise InputError(
+            f"{path} has no name in this family's Hugging Face class: use --format=orbax"
+        )
     pattern = whole or f"{modules[module]}.{suffix}"
     index, number = layer
     name = pattern.format(i=number, e=expert)
