@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from moejax.ops.attention_spec import Visible, Window, block_mask, in_window, limit_of, soft_capped
 
-BLOCK = 512
+BLOCK = 256
 _LOW = -1e30  # finite: the difference of two of them is a number
 
 

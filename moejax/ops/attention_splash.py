@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -31,12 +33,11 @@ def splash_attention(
     window: Window,
     scale: float,
     soft_cap: float | None,
-    interpret: bool | None = None,
 ) -> jax.Array:
     """`moejax.ops.attention.attention` by the kernel; memory linear in the length of the text.
 
-    window: an int, for it decides which blocks exist. interpret runs the kernel's program on any
-    backend, slowly; by default where there is no TPU.
+    window: an int, for it decides which blocks exist. Compiled for anything but a TPU the kernel's
+    program is interpreted, slowly.
     """
     if not splash_can(q_BTHC.shape[1], k_BGSC.shape[2], visible):
         raise NotImplementedError(
@@ -49,18 +50,31 @@ def splash_attention(
     block = next(size for size in (MAX_BLOCK, 256, LANES) if num_tokens % size == 0)
     shape = (num_tokens, num_tokens)
     mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
-    attend = kernel.make_splash_mha(
-        mask=masks.MultiHeadMask([mask] * num_heads),
-        head_shards=1,
-        q_seq_shards=1,
-        attn_logits_soft_cap=soft_cap,
-        block_sizes=kernel.BlockSizes(*[block] * 8),
-        interpret=jax.default_backend() != "tpu" if interpret is None else interpret,
-    )
     segments = None
     if visible.segments_BT is not None:
         segments = kernel.SegmentIds(visible.segments_BT, visible.segments_BT)
+
+    def attend(q, k, v, segments, *, interpret: bool):
+        one_row = kernel.make_splash_mha(
+            mask=masks.MultiHeadMask([mask] * num_heads),
+            head_shards=1,
+            q_seq_shards=1,
+            attn_logits_soft_cap=soft_cap,
+            block_sizes=kernel.BlockSizes(*[block] * 8),
+            interpret=interpret,
+        )
+        return jax.vmap(one_row, in_axes=(0, 0, 0, None if segments is None else 0))(
+            q, k, v, segments
+        )
+
     q_BHTC = jnp.swapaxes(q_BTHC * jnp.asarray(scale, q_BTHC.dtype), 1, 2)
-    axes = (0, 0, 0, None if segments is None else 0)
-    out_BHTC = jax.vmap(attend, in_axes=axes)(q_BHTC, k_BGSC, v_BGSC, segments)
+    # Decided when it is lowered: a program may be compiled for a TPU that is not here.
+    out_BHTC = jax.lax.platform_dependent(
+        q_BHTC,
+        k_BGSC,
+        v_BGSC,
+        segments,
+        tpu=functools.partial(attend, interpret=False),
+        default=functools.partial(attend, interpret=True),
+    )
     return jnp.swapaxes(out_BHTC, 1, 2).astype(q_BTHC.dtype)

@@ -155,8 +155,12 @@ def test_a_row_that_sees_nothing_is_finite():
 def test_which_way_is_chosen_and_which_is_refused():
     cached = Visible(slot=jnp.int32(0))
     assert choose((1, 128, 8), 128, Visible(), "cpu") == "dense"
-    assert choose((1, 32768, 8), 32768, Visible(), "cpu") == "blockwise"
+    assert choose((1, 512, 8), 512, Visible(), "cpu") == "blockwise"
+    assert choose((1, 512, 8), 512, cached, "cpu") == "dense"
+    assert choose((1, 512, 8), 512, Visible(), "gpu") == "dense"
+    assert choose((1, 32768, 8), 32768, Visible(), "gpu") == "blockwise"
     assert choose((1, 4096, 8), 4096, Visible(), "tpu") == "splash"
+    assert choose((1, 4096, 8), 4096, Visible(), "tpu", 8) == "dense"
     assert choose((1, 4096, 8), 4096, cached, "tpu") == "dense"
     visible, spec = shared_mask(Visible(), AttentionSpec(), (1, 4, 8), 4)
     assert spec.implementation == "dense" and visible.mask_BTS.shape == (1, 4, 4)
