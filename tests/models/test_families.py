@@ -53,6 +53,126 @@ PARAMETERS = {
     "gpt-neo-1.3b": 1_315_575_808,
     "gpt-neo-2.7b": 2_651_307_520,
 }
+# config.json as the hub has it, dtype and special tokens left out.
+HUB = {
+    "llama-3.2-1b": {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+        "vocab_size": 128256,
+    },
+    "deepseek-coder-6.7b": {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 16384,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {"factor": 4.0, "type": "linear"},
+        "rope_theta": 100000,
+        "tie_word_embeddings": False,
+        "vocab_size": 32256,
+    },
+    "qwen2.5-0.5b": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "hidden_size": 896,
+        "initializer_range": 0.02,
+        "intermediate_size": 4864,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 24,
+        "num_attention_heads": 14,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": True,
+        "use_mrope": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "gemma-2-2b": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "attention_bias": False,
+        "attn_logit_softcapping": 50.0,
+        "cache_implementation": "hybrid",
+        "final_logit_softcapping": 30.0,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 2304,
+        "initializer_range": 0.02,
+        "intermediate_size": 9216,
+        "max_position_embeddings": 8192,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 26,
+        "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "vocab_size": 256000,
+    },
+    "opt-350m": {
+        "architectures": ["OPTForCausalLM"],
+        "activation_function": "relu",
+        "attention_dropout": 0.0,
+        "do_layer_norm_before": False,
+        "dropout": 0.1,
+        "ffn_dim": 4096,
+        "hidden_size": 1024,
+        "init_std": 0.02,
+        "layerdrop": 0.0,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "prefix": "</s>",
+        "vocab_size": 50272,
+        "word_embed_proj_dim": 512,
+    },
+    "gpt-neo-1.3b": {
+        "architectures": ["GPTNeoForCausalLM"],
+        "activation_function": "gelu_new",
+        "attention_layers": ["global", "local"] * 12,
+        "attention_types": [[["global", "local"], 12]],
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": None,
+        "layer_norm_epsilon": 1e-05,
+        "max_position_embeddings": 2048,
+        "num_heads": 16,
+        "num_layers": 24,
+        "vocab_size": 50257,
+        "window_size": 256,
+    },
+}
 PRESETS = {name: config for family in FAMILIES for name, config in family.presets.items()}
 
 
@@ -67,6 +187,11 @@ def test_a_preset_survives_both_kinds_of_config_file(name):
     fields = json.loads(json.dumps(hf.config_fields(config)))
     assert hf.read_config(fields, name) == config
     assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_preset_is_what_the_hub_s_config_says(name):
+    assert hf.read_config(HUB[name], name) == PRESETS[name]
 
 
 @pytest.mark.parametrize("name", CASES)
