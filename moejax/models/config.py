@@ -212,7 +212,8 @@ class ModelConfig:
         """The homogeneous runs of layers, first to last."""
         dense = self.num_dense_layers if self.moe else self.num_layers
         sizes = (("dense", dense), ("moe", self.num_layers - dense))
-        pattern, found, first = self.attention.windows, [], 0
+        pattern, first = self.attention.windows, 0
+        found: list[LayerRun] = []
         for kind, size in sizes:
             if size:
                 windows = tuple(pattern[i % len(pattern)] for i in range(first, first + size))

@@ -173,7 +173,7 @@ def _block_scores(scores: _Scores, q_i, k, visible: Visible, window, index):
     first = i * scores.q_block
     queries = first + jnp.arange(scores.q_block) + (0 if visible.slot is None else visible.slot)
     keys = j * scores.k_block + jnp.arange(scores.k_block)
-    parts = (None, None)
+    parts: tuple[jax.Array | None, ...] = (None, None)
     if visible.segments_BT is not None:
         # No padded key is earlier than a real query: what its segment is called does not matter.
         blocks = (scores.q_block, scores.k_block)

@@ -25,6 +25,19 @@ def splash_can(num_queries: int, num_keys: int, visible: Visible) -> bool:
     return plain and num_queries == num_keys and num_queries % LANES == 0
 
 
+def _blocks(size: int) -> kernel.BlockSizes:
+    return kernel.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_kv_compute=size,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_kv_dkv_compute=size,
+        block_q_dq=size,
+        block_kv_dq=size,
+    )
+
+
 def splash_attention(
     q_BTHC: jax.Array,
     k_BGSC: jax.Array,
@@ -60,7 +73,7 @@ def splash_attention(
             head_shards=1,
             q_seq_shards=1,
             attn_logits_soft_cap=soft_cap,
-            block_sizes=kernel.BlockSizes(*[block] * 8),
+            block_sizes=_blocks(block),
             interpret=interpret,
         )
         return jax.vmap(one_row, in_axes=(0, 0, 0, None if segments is None else 0))(

@@ -177,7 +177,7 @@ def windows_from_hf(fields: Mapping[str, Any], default: Sequence[str]) -> tuple[
 
     default: what layer_types would be ("full_attention" or "sliding_attention" each).
     """
-    num_layers, window = fields["num_hidden_layers"], fields.get("sliding_window")
+    num_layers, window = fields["num_hidden_layers"], fields.get("sliding_window") or 0
     kinds = fields.get("layer_types") or default
     if len(kinds) != num_layers:
         raise InputError(
@@ -188,7 +188,8 @@ def windows_from_hf(fields: Mapping[str, Any], default: Sequence[str]) -> tuple[
         raise InputError(f"config.json: layer type {unknown[0]!r} is not one that moejax knows")
     if any(_KINDS[kind] for kind in kinds) and not window:
         raise InputError(
-            f"config.json: layer_types has sliding_attention layers, but sliding_window is {window}"
+            "config.json: layer_types has sliding_attention layers, but sliding_window is "
+            f"{fields.get('sliding_window')}"
         )
     return shortest_pattern(tuple(window if _KINDS[kind] else 0 for kind in kinds))
 

@@ -90,25 +90,23 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     )
 
 
-def _preset(*sizes: int, scalar: int = 256) -> ModelConfig:
-    attention = AttentionConfig((4096, 0), scalar**-0.5, 50.0)
-    return ModelConfig(
-        "gemma2",
-        *sizes,
-        max_position=8192,
-        tie_embeddings=True,
-        activation="gelu_tanh",
-        attention=attention,
-        norms=NORMS,
-        embedding=EmbeddingConfig(scaled=True, logit_soft_cap=30.0),
-    )
-
-
-# V, L, D, F, H, G, C
+_gemma2 = functools.partial(
+    ModelConfig,
+    "gemma2",
+    256000,
+    max_position=8192,
+    tie_embeddings=True,
+    activation="gelu_tanh",
+    norms=NORMS,
+    embedding=EmbeddingConfig(scaled=True, logit_soft_cap=30.0),
+)
+_SMALL = AttentionConfig((4096, 0), 256**-0.5, 50.0)
+_LARGE = AttentionConfig((4096, 0), 144**-0.5, 50.0)
+# L, D, F, H, G, C
 PRESETS = {
-    "gemma-2-2b": _preset(256000, 26, 2304, 9216, 8, 4, 256),
-    "gemma-2-9b": _preset(256000, 42, 3584, 14336, 16, 8, 256),
-    "gemma-2-27b": _preset(256000, 46, 4608, 36864, 32, 16, 128, scalar=144),
+    "gemma-2-2b": _gemma2(26, 2304, 9216, 8, 4, 256, attention=_SMALL),
+    "gemma-2-9b": _gemma2(42, 3584, 14336, 16, 8, 256, attention=_SMALL),
+    "gemma-2-27b": _gemma2(46, 4608, 36864, 32, 16, 128, attention=_LARGE),
 }
 
 GEMMA2 = Family(

@@ -74,13 +74,19 @@ def qwen3_to_hf(config: ModelConfig) -> dict[str, Any]:
     return qwen2_to_hf(config) | {"attention_bias": config.attention_bias}
 
 
-_BIASED = {"attention_bias": True, "attention": AttentionConfig(output_bias=False)}
-_NORMED = {"attention": AttentionConfig(qk_norm="head")}
-_qwen2 = functools.partial(ModelConfig, "qwen2", norm_eps=1e-6, rope=RopeConfig(1e6), **_BIASED)
-_qwen3 = functools.partial(ModelConfig, "qwen3", norm_eps=1e-6, rope=RopeConfig(1e6), **_NORMED)
-_SHORT = {"max_position": 32768}
-_LONG = {"max_position": 131072}
-_LONG3 = {"max_position": 40960}
+_qwen2 = functools.partial(
+    ModelConfig,
+    "qwen2",
+    rope=RopeConfig(1e6),
+    attention_bias=True,
+    attention=AttentionConfig(output_bias=False),
+)
+_qwen3 = functools.partial(
+    ModelConfig, "qwen3", rope=RopeConfig(1e6), attention=AttentionConfig(qk_norm="head")
+)
+_SHORT: dict[str, Any] = {"max_position": 32768}
+_LONG: dict[str, Any] = {"max_position": 131072}
+_LONG3: dict[str, Any] = {"max_position": 40960}
 # V, L, D, F, H, G, C
 QWEN2_PRESETS = {
     "qwen2-0.5b": _qwen2(151936, 24, 896, 4864, 14, 2, 64, tie_embeddings=True, **_LONG),
