@@ -207,6 +207,8 @@ def test_every_tensor_has_one_place_and_every_leaf_is_filled(name):
     config = hf.read_config(fields_of(name), name)
     table = by_name(config.family).name_table(config)
     assert len({weight.hf_name for weight in table}) == len(table)
+    heads = [weight for weight in table if weight.hf_name == "lm_head.weight"]
+    assert len(heads) == (0 if config.tie_embeddings else 1)
     assert len({(weight.path, weight.index) for weight in table}) == len(table)
     assert {weight.path for weight in table} == tree.flatten(abstract_params(config)).keys()
     assert sum(math.prod(weight.hf_shape) for weight in table) == num_params(config)
