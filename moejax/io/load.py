@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from moejax.core.errors import InputError
@@ -38,18 +39,29 @@ def load_any(
 
     Errors: InputError, one line, that names what is missing, broken or does not fit.
     """
+    path = find_source(source)
+    reading = Reading(dtype, abstract, progress)
+    loaded = _load_gguf(path, reading) if path.is_file() else _load_folder(path, reading)
+    loaded = dataclasses.replace(loaded, source=str(source))
+    if not abstract and not loaded.lineage:
+        loaded = _imported(loaded, lineage.hash_path(path), dtype)
+    return loaded
+
+
+def find_source(source: str | os.PathLike[str]) -> Path:
+    """The folder or file that is meant, fetched from the hub when it is a hub id."""
     path = Path(source)
     if not path.exists() and _HUB_ID.fullmatch(str(source)):
         path = _download(str(source))
     if not path.exists():
         raise InputError(f"{source} is missing: name a model folder, a .gguf file or a hub id")
-    reading = Reading(dtype, abstract, progress)
-    loaded = _load_gguf(path, reading) if path.is_file() else _load_folder(path, reading)
-    operations = loaded.lineage
-    if not operations and not abstract:
-        read = {"path": str(source), "sha256": lineage.hash_path(loaded.source)}
-        operations = lineage.append((), "import", [read], {"dtype": dtype})
-    return dataclasses.replace(loaded, lineage=operations, source=str(source))
+    return path
+
+
+def _imported(loaded: Loaded, sha256: str, dtype: str) -> Loaded:
+    read = {"path": loaded.source, "sha256": sha256}
+    operations = lineage.append((), "import", [read], {"dtype": dtype})
+    return dataclasses.replace(loaded, lineage=operations)
 
 
 def save_any(
@@ -60,13 +72,36 @@ def save_any(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Saves a model as a Hugging Face folder ("hf", dense only) or in our own format ("orbax")."""
+    """Saves a model as a Hugging Face folder ("hf") or in our own format ("orbax").
+
+    A model whose weights were left on disk (`load_any(..., abstract=True)`) is streamed to "hf";
+    our own format is written from memory.
+    """
     if format not in FORMATS:
         raise InputError(f"format {format!r} is unknown: use one of {', '.join(FORMATS)}")
-    operations = lineage.append(loaded.lineage, "export", (), {"format": format, "dtype": dtype})
-    loaded = dataclasses.replace(loaded, lineage=operations)
-    writer = hf.export_folder if format == "hf" else native.export_folder
-    writer(target, loaded, dtype, overwrite=overwrite, progress=progress)
+    if format == "orbax":
+        loaded = load_any(loaded.source) if loaded.tensors is not None else loaded
+        native.export_folder(
+            target, _exported(loaded, format, dtype), dtype, overwrite=overwrite, progress=progress
+        )
+        return
+    with ThreadPoolExecutor(1) as pool:
+        # Beside the writing: hashing waits for the same bytes, and another core does it.
+        unknown = loaded.tensors is not None and not loaded.lineage
+        digest = pool.submit(lineage.hash_path, find_source(loaded.source)) if unknown else None
+
+        def finish(loaded: Loaded) -> Loaded:
+            known = loaded if digest is None else _imported(loaded, digest.result(), "keep")
+            return _exported(known, format, dtype)
+
+        hf.export_folder(
+            target, loaded, dtype, overwrite=overwrite, progress=progress, finish=finish
+        )
+
+
+def _exported(loaded: Loaded, format: str, dtype: str) -> Loaded:
+    args = {"format": format, "dtype": dtype}
+    return dataclasses.replace(loaded, lineage=lineage.append(loaded.lineage, "export", (), args))
 
 
 def _load_folder(path: Path, reading: Reading) -> Loaded:
@@ -100,7 +135,8 @@ def _load_gguf(path: Path, reading: Reading) -> Loaded:
     if tokenizer is not None and len(tokenizer.eos_ids) > 1:
         generation["eos_token_id"] = list(tokenizer.eos_ids)
     license = card.named_license(file.metadata.get("general.license"))
-    return Loaded(params, config, tokenizer, generation, (), str(path), license)
+    tensors = file if reading.abstract else None
+    return Loaded(params, config, tokenizer, generation, (), str(path), license, tensors)
 
 
 def _download(hub_id: str) -> Path:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moejax.core import tree
+from moejax.io.safetensors import TensorSource
 from moejax.io.tokenizer import Tokenizer
 from moejax.models.config import ModelConfig
 
@@ -33,6 +34,8 @@ class Loaded:
       lineage: the operations that made it, first to last.
       source: where it was read from.
       license: carried into every folder that is written from it.
+      tensors: of a model whose parameters were left on disk (`params` is abstract), in Hugging
+        Face's layout: it can be written elsewhere part by part. None for one in memory.
     """
 
     params: Any
@@ -42,6 +45,7 @@ class Loaded:
     lineage: tuple[dict[str, Any], ...] = ()
     source: str = ""
     license: License = License()
+    tensors: TensorSource | None = None
 
 
 # Called with (bytes done, bytes in all) after every tensor.

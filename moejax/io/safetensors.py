@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -45,16 +45,20 @@ class Info(NamedTuple):
     dtype: np.dtype
 
 
+# First and last but one of consecutive rows, or columns; None is all of them.
+Range = tuple[int, int] | None
+
+
 class TensorSource(Protocol):
-    """Named tensors on disk: what they are at once, what they hold one at a time."""
+    """Named tensors: what they are at once, what they hold in pieces of the caller's size."""
 
     @property
     def infos(self) -> Mapping[str, Info]:
         """Shape and dtype of every tensor."""
         ...
 
-    def read(self, name: str) -> np.ndarray:
-        """Returns one tensor, in memory of its own."""
+    def read(self, name: str, rows: Range = None, columns: Range = None) -> np.ndarray:
+        """Returns one tensor, or these rows and columns of it (of a vector: rows only)."""
         ...
 
 
@@ -75,18 +79,40 @@ class SafetensorsFolder:
                     raise InputError(f"tensor {name} is in two shards of {folder}")
                 self.infos[name] = info
                 self._places[name] = (path, offset)
-        _check_index(folder, self.infos)
+        size = sum(math.prod(i.shape) * i.dtype.itemsize for i in self.infos.values())
+        _check_index(folder, self._places, size)
 
-    def read(self, name: str) -> np.ndarray:
-        """Returns one tensor, in memory of its own."""
+    def read(self, name: str, rows: Range = None, columns: Range = None) -> np.ndarray:
+        """Returns one tensor, or these rows and columns; no other byte of it is read."""
         (path, offset), info = self._places[name], self.infos[name]
-        value = host.empty(info.shape, info.dtype)
+        if not info.shape:
+            rows = columns = None
+        first, last = rows or (0, info.shape[0] if info.shape else 1)
+        row_size = math.prod(info.shape[1:]) * info.dtype.itemsize
+        start = offset + first * row_size
+        shape = (last - first, *info.shape[1:]) if info.shape else ()
         # Read, not mapped: pages of a mapped file count as this process's memory.
-        with open(path, "rb") as file:
-            file.seek(offset)
-            num_read = file.readinto(value.reshape(-1).view(np.uint8).data)
-        assert num_read == value.nbytes, (name, num_read, value.nbytes)
+        with open(path, "rb", buffering=0) as file:
+            if columns in (None, (0, info.shape[-1] if info.shape else 1)):
+                value = host.empty(shape, info.dtype)
+                _fill(file, value, start, name)
+                return value
+            left, right = columns
+            value = host.empty((last - first, right - left), info.dtype)
+            for number, row in enumerate(value):
+                _fill(file, row, start + number * row_size + left * info.dtype.itemsize, name)
         return value
+
+
+def _fill(file, value: np.ndarray, offset: int, name: str) -> None:
+    """Reads an array's bytes from `offset` on; a shard that shrank meanwhile is an InputError."""
+    file.seek(offset)
+    view = memoryview(value.reshape(-1).view(np.uint8).data)
+    while view.nbytes:
+        num_read = file.readinto(view)
+        if not num_read:
+            raise InputError(f"{file.name} ends {view.nbytes} bytes too early for tensor {name}")
+        view = view[num_read:]
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -112,12 +138,28 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(folder: Path, infos: Mapping[str, Info]) -> None:
-    if not (folder / INDEX).exists():
+def _check_index(folder: Path, places: Mapping[str, tuple[Path, int]], size: int) -> None:
+    """Raises InputError unless the index says where each tensor is, and how large all are."""
+    path = folder / INDEX
+    if not path.exists():
         return
-    absent = sorted(_weight_map(folder).keys() - infos.keys())
-    if absent:
-        raise InputError(f"{folder / INDEX} names tensor {absent[0]}, which no shard holds")
+    for name, file in _weight_map(folder).items():
+        if name not in places:
+            raise InputError(f"{path} names tensor {name}, which no shard holds")
+        if places[name][0].name != file:
+            raise InputError(
+                f"{path} says that tensor {name} is in {file}, but {places[name][0].name} holds it"
+            )
+    unnamed = sorted(places.keys() - _weight_map(folder).keys())
+    if unnamed:
+        raise InputError(f"{path} does not name tensor {unnamed[0]}, which a shard holds")
+    metadata = atomic.read_json(path).get("metadata")
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if said is not None and said != size:
+        raise InputError(
+            f"{path} says that all tensors take {said} bytes, in the shards they take {size}: "
+            "fetch the shards and the index again, or correct total_size"
+        )
 
 
 def _read_header(path: Path) -> dict[str, tuple[Info, int]]:
@@ -151,15 +193,24 @@ def _info(name: str, tensor: Mapping[str, Any], path: Path) -> Info:
 
 
 class Entry(NamedTuple):
-    """A tensor to write: its bytes are asked for only when their turn comes."""
+    """A tensor to write; `make` gives it, or parts whose bytes in turn are its own, when asked."""
 
     name: str
     info: Info
-    make: Callable[[], np.ndarray]
+    make: Callable[[], np.ndarray | Iterable[np.ndarray]]
 
     @property
     def num_bytes(self) -> int:
         return math.prod(self.info.shape) * self.info.dtype.itemsize
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """The tensor's parts; checks that together they are as large as was said."""
+        made, size = self.make(), 0
+        for part in (made,) if isinstance(made, np.ndarray) else made:
+            assert part.dtype == self.info.dtype, (self.name, part.dtype, self.info.dtype)
+            size += part.size
+            yield part
+        assert size == math.prod(self.info.shape), (self.name, size, self.info.shape)
 
 
 def write_file(
@@ -167,11 +218,11 @@ def write_file(
     entries: Iterable[Entry],
     wrote: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
-    """Writes one safetensors file, tensor by tensor, holding one of them in memory at a time.
+    """Writes one safetensors file, tensor by tensor, holding one part of one in memory at a time.
 
     Layout (https://github.com/huggingface/safetensors): u64 length of the header, little endian;
     the header as JSON, padded with spaces to 8 bytes; the tensors' bytes, row major. `wrote` is
-    called with the bytes of every tensor.
+    called with the bytes of every part.
     """
     entries = list(entries)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -186,15 +237,20 @@ def write_file(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
+    with open(path, "wb", buffering=0) as file:
+        _write(file, len(text).to_bytes(8, "little") + text)
         for entry in entries:
-            value = np.ascontiguousarray(entry.make())
-            assert value.shape == entry.info.shape, (entry.name, value.shape, entry.info.shape)
-            assert value.dtype == entry.info.dtype, (entry.name, value.dtype, entry.info.dtype)
-            file.write(value.reshape(-1).view(np.uint8).data)
-            wrote(entry.num_bytes)
+            for part in entry.parts():
+                value = np.ascontiguousarray(part)
+                _write(file, value.reshape(-1).view(np.uint8).data)
+                wrote(value.nbytes)
+
+
+def _write(file, content: bytes | memoryview) -> None:
+    """Writes all of it: an unbuffered file may take less at a time."""
+    view = memoryview(content)
+    while view.nbytes:
+        view = view[file.write(view) :]
 
 
 def write_folder(
