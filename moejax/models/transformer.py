@@ -23,6 +23,7 @@ from moejax.models.mla import mla
 from moejax.models.params import abstract_params, init_leaf, init_params
 from moejax.moe.layer import MoEStats, moe_layer
 from moejax.ops.attention import AttentionSpec, Visible, Window, shared_mask, soft_capped
+from moejax.ops.attention_blockwise import SAVED
 from moejax.ops.rope import frequencies, rotation
 
 __all__ = ["abstract_params", "init_leaf", "init_params"]  # of the tree, from params.py
@@ -31,7 +32,10 @@ __all__ += ["unembed"]
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED),
+    ),
 }
 
 
@@ -41,7 +45,8 @@ class ForwardOptions:
 
     Attributes:
       compute_dtype: dtype of the arithmetic (routers and norms' statistics stay float32).
-      remat: "none", "dots" (keep matrix products) or "full" (keep block inputs only).
+      remat: "none", "dots" (keep matrix products and what blockwise attention mixed) or "full"
+        (keep block inputs only).
       moe_implementation: a name of `moejax.ops.grouped_matmul.IMPLEMENTATIONS`, None chooses.
       attention: a name of `moejax.ops.attention.IMPLEMENTATIONS`, None chooses.
     """

@@ -18,10 +18,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax.ops.attention_spec import Visible, Window, block_mask, in_window, limit_of, soft_capped
 
 BLOCK = 256
+SAVED = "blockwise_attention"
 _LOW = -1e30  # finite: the difference of two of them is a number
 
 
@@ -114,8 +116,10 @@ def _forward(scores: _Scores, q, k, v, visible: Visible, window):
 
     num_blocks = q.shape[3] // scores.q_block
     blocks, logs = jax.lax.map(one_block, jnp.arange(num_blocks))
-    out = _joined(blocks)
-    return out, (q, k, v, visible, window, out, jnp.moveaxis(logs, 0, 3).reshape(q.shape[:4]))
+    # Named so that a policy of `jax.checkpoint` can keep them: all that is dear to compute again.
+    out = checkpoint_name(_joined(blocks), SAVED)
+    log_sums = checkpoint_name(jnp.moveaxis(logs, 0, 3).reshape(q.shape[:4]), SAVED)
+    return out, (q, k, v, visible, window, out, log_sums)
 
 
 def _backward(scores: _Scores, saved, d_out):
