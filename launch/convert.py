@@ -32,6 +32,7 @@ from launch import cli
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.io import atomic
+from moejax.io.hf import config_fields
 from moejax.io.load import FORMATS, Loaded, load_any, main_dtype, save_any
 from moejax.io.safetensors import dtype_named
 
@@ -54,10 +55,8 @@ def main(argv) -> None:
     atomic.check_target(TARGET.value, OVERWRITE.value)
     print(f"read     {SOURCE.value}", flush=True)
     plan = load_any(SOURCE.value, abstract=True)
-    if FORMAT.value == "hf" and plan.config.moe is not None:
-        raise InputError(
-            "a mixture of experts of this kind has no class in transformers: use --format=orbax"
-        )
+    if FORMAT.value == "hf":
+        config_fields(plan.config)  # InputError where transformers has no class for the model
     atomic.require_disk(TARGET.value, _show_plan(plan))
     if cli.DRY_RUN.value:
         print("dry run: nothing written")

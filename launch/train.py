@@ -36,6 +36,7 @@ from moejax.data.loader import batches
 from moejax.data.packing import Packed
 from moejax.evals import nll
 from moejax.io import lineage
+from moejax.io.hf import has_class
 from moejax.io.load import Loaded, load_any, save_any
 from moejax.models import flops
 from moejax.models.config import ModelConfig
@@ -140,7 +141,7 @@ def save(
     read = [lineage.input_of(loaded.source)]
     operations = lineage.append(loaded.lineage, "train", read, config.to_dict(), results)
     loaded = dataclasses.replace(loaded, params=params, lineage=operations)
-    form = config.save.format or ("orbax" if loaded.config.moe else "hf")
+    form = config.save.format or ("hf" if has_class(loaded.config) else "orbax")
     save_any(loaded, target, form, config.save.dtype, overwrite=True)
     print(f"written  {target} ({form}) after {result.wall_s:.0f} s of training")
 

@@ -15,6 +15,7 @@ import numpy as np
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.io import lineage
+from moejax.io.hf import has_class
 from moejax.io.load import load_any, save_any
 from moejax.io.loaded import Loaded
 from moejax.methods import merge as merging
@@ -119,8 +120,8 @@ class Model:
         dtype: str = "keep",
         overwrite: bool = False,
     ) -> None:
-        """Writes a folder: "hf" for a dense model, "orbax" (our own) for a mixture of experts."""
-        format = format or ("orbax" if self.config.moe else "hf")
+        """Writes a folder: "hf" if transformers has a class for the model, else "orbax", ours."""
+        format = format or ("hf" if has_class(self.config) else "orbax")
         save_any(self.loaded, path, format=format, dtype=dtype, overwrite=overwrite)
 
 

@@ -22,6 +22,8 @@ from moejax.models.config import ModelConfig
 from moejax.models.families import Weight, by_architecture, by_name
 
 MAX_SHARD_BYTES = 5 * 10**9
+_TRAINING_ONLY = ("balance", "balance_scope", "balance_weight", "z_weight", "count_padding")
+_TRAINING_ONLY += ("load_estimator", "jitter", "bias_rate")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -197,7 +199,7 @@ def export_folder(
 
     Args:
       target: the folder to make.
-      loaded: a dense model; an MoE has no class there and is an InputError.
+      loaded: a model that `config_fields` has a class for; InputError for any other.
       dtype: of the tensors; "keep" leaves each as it is.
       max_shard_bytes: above it the weights are sharded, with an index.
       overwrite: replace a model folder that is there.
@@ -205,10 +207,6 @@ def export_folder(
       finish: gives the model the lineage to write, when the weights have been.
     """
     config = loaded.config
-    if config.moe is not None:
-        raise InputError(
-            "a mixture of experts of this kind has no class in transformers: use --format=orbax"
-        )
     fields = config_fields(config)
     if loaded.tokenizer is not None:
         loaded.tokenizer.check_fits(config.vocab_size)
@@ -236,14 +234,37 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
     """config.json's fields; InputError for what the family's class in transformers cannot be."""
     family = by_name(config.family)
     fields = family.config_to_hf(config)
-    again = family.config_from_hf(fields).to_json()
-    for name, value in config.to_json().items():
+    again = _function_of(family.config_from_hf(fields))
+    if again["moe"] is None and config.moe is not None:
+        raise InputError(
+            "a mixture of experts of this kind has no class in transformers: use --format=orbax"
+        )
+    for name, value in _function_of(config).items():
         if again[name] != value:
             raise InputError(
                 f"{family.architecture} has no place for {name}={value}: it would be read back as "
                 f"{again[name]}"
             )
     return {"architectures": [family.architecture], "model_type": family.model_type} | fields
+
+
+def has_class(config: ModelConfig) -> bool:
+    """Whether transformers has a class for it: dense, or with experts of the family's own kind."""
+    if config.moe is None:
+        return True
+    try:
+        config_fields(config)
+    except InputError:
+        return False
+    return True
+
+
+def _function_of(config: ModelConfig) -> dict[str, Any]:
+    """The config's fields but those of its experts that act in training only."""
+    fields = config.to_json()
+    if fields["moe"] is not None:
+        fields["moe"] = {k: v for k, v in fields["moe"].items() if k not in _TRAINING_ONLY}
+    return fields
 
 
 def tensors_of(loaded: Loaded, table: list[Weight]) -> TensorSource:

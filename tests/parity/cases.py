@@ -165,6 +165,88 @@ _GPT_NEO = {
         "activation_function": "gelu",
     },
 }
+_EXPERTS = _SHAPE | {"num_hidden_layers": 2, "num_experts_per_tok": 2, "hidden_act": "silu"}
+_MIXTRAL_SHAPE = _EXPERTS | {"num_local_experts": 4, "intermediate_size": 20}
+_MIXTRAL = {
+    "grouped": {},
+    "window_odd_head_tied": {
+        "sliding_window": 6,
+        "head_dim": 10,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 3,
+        "rope_scaling": LINEAR,
+    },
+}
+_OLMOE_SHAPE = _EXPERTS | {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 10}
+_OLMOE = {
+    "mha": {"num_key_value_heads": 4, "rope_scaling": LLAMA3},
+    "grouped_clip_biases_sum_to_one": {
+        "clip_qkv": 0.7,
+        "norm_topk_prob": True,
+        "attention_bias": True,
+        "rope_scaling": YARN,
+    },
+}
+_QWEN_SHAPE = _EXPERTS | {"num_experts": 6, "moe_intermediate_size": 14, "num_hidden_layers": 3}
+_QWEN2_MOE_SHAPE = _QWEN_SHAPE | {"shared_expert_intermediate_size": 22}
+_QWEN2_MOE = {
+    "mha_tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    "dense_first_windows_sum_to_one": {
+        "num_hidden_layers": 2,
+        "mlp_only_layers": [0],
+        "norm_topk_prob": True,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 3,
+        "qkv_bias": False,
+        "rope_scaling": YARN,
+    },
+}
+_QWEN3_MOE = {
+    "odd_head_sum_to_one": {"head_dim": 10, "norm_topk_prob": True, "decoder_sparse_step": 1},
+    "dense_first_window_biases": {
+        "head_dim": 6,
+        "mlp_only_layers": [0],
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "attention_bias": True,
+        "rope_scaling": LLAMA3,
+        "tie_word_embeddings": True,
+    },
+}
+_DEEPSEEK_SHAPE = _EXPERTS | {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 10,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 10,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
+_DEEPSEEK_V2 = {
+    "lite_yarn": {"rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+    "q_rank_groups_scaled_biases": {
+        "q_lora_rank": 9,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+        "attention_bias": True,
+    },
+    "unlike_mscales_no_dense_tied": {
+        "rope_scaling": MSCALE_YARN,
+        "first_k_dense_replace": 0,
+        "n_shared_experts": 1,
+        "tie_word_embeddings": True,
+    },
+}
 _FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
     "llama": ("LlamaForCausalLM", _SHAPE, _LLAMA),
     "qwen2": ("Qwen2ForCausalLM", _SHAPE, _QWEN2),
@@ -172,6 +254,11 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
     "gemma2": ("Gemma2ForCausalLM", _SHAPE, _GEMMA2),
     "opt": ("OPTForCausalLM", _OPT_SHAPE, _OPT),
     "gpt_neo": ("GPTNeoForCausalLM", _GPT_NEO_SHAPE, _GPT_NEO),
+    "mixtral": ("MixtralForCausalLM", _MIXTRAL_SHAPE, _MIXTRAL),
+    "olmoe": ("OlmoeForCausalLM", _OLMOE_SHAPE, _OLMOE),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", _QWEN2_MOE_SHAPE, _QWEN2_MOE),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", _QWEN_SHAPE, _QWEN3_MOE),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", _DEEPSEEK_SHAPE, _DEEPSEEK_V2),
 }
 CASES = [f"{family}-{case}" for family, (_, _, cases) in _FAMILIES.items() for case in cases]
 

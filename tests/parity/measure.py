@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from moejax.models import transformer
 from moejax.models.cache import init_cache
 from moejax.models.config import ModelConfig
 from moejax.models.families import by_name
+from moejax.moe import layer
+from moejax.moe.routing import route
 from tests.parity import reference
 from tests.parity.cases import NUM_DECODED, NUM_PREFILLED, TOKENS
 
@@ -39,6 +42,7 @@ class Measured:
         the tolerance.
       bfloat16: RMS error of bfloat16 logits against the float32 reference, over that of
         transformers' own.
+      routed_equal, routed_compared: tokens, of every layer with experts, with the same experts.
     """
 
     logits: float
@@ -48,6 +52,8 @@ class Measured:
     tokens_equal: int
     tokens_compared: int
     bfloat16: float
+    routed_equal: int
+    routed_compared: int
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -86,6 +92,7 @@ def measure(name: str, folder: Path) -> Measured:
     found = ours(loaded.params, loaded.config, TOKENS)
     logits, loss, gradients, decoded, half = jax.tree.map(np.asarray, found)
     _check_export(loaded, model, expected.logits_BTV, folder / "ours")
+    routed = list(zip(_choices(loaded), expected.choices, strict=True))
     equal, compared = 0, 0
     gap = None
     if expected.decoded_BNV is not None:
@@ -101,7 +108,30 @@ def measure(name: str, folder: Path) -> Measured:
         tokens_compared=compared,
         bfloat16=_rms(half - expected.logits_BTV)
         / _rms(expected.bfloat16_BTV - expected.logits_BTV),
+        routed_equal=sum(int(np.all(a == b, axis=1).sum()) for a, b in routed),
+        routed_compared=sum(len(wanted) for wanted in expected.choices),
     )
+
+
+def _choices(loaded) -> list[np.ndarray]:
+    """The experts of each token, of each layer with experts: int [B * T, K], ascending."""
+    if loaded.config.moe is None:
+        return []
+    found: list[np.ndarray] = []
+
+    def record(experts_NK):
+        found.append(np.sort(experts_NK, axis=1))
+
+    def recording(*args, **kwargs):
+        routing = route(*args, **kwargs)
+        jax.debug.callback(record, routing.experts_NK, ordered=True)
+        return routing
+
+    with mock.patch.object(layer, "route", recording):
+        run = jax.jit(lambda params: transformer.logits(params, loaded.config, TOKENS))
+        jax.block_until_ready(run(loaded.params))
+    jax.effects_barrier()
+    return found
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
@@ -142,7 +172,11 @@ def _check_export(loaded, theirs, logits: np.ndarray, folder: Path) -> None:
     assert tree.diff(load_any(folder).params, loaded.params) == []
     assert load_any(folder).config == loaded.config
     again, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+        folder,
+        dtype=torch.float32,
+        output_loading_info=True,
+        attn_implementation="eager",
+        experts_implementation="eager",
     )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for name, value in theirs.state_dict().items():

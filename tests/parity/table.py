@@ -14,8 +14,8 @@ from pathlib import Path
 from tests.parity.cases import CASES
 from tests.parity.measure import MAX_BFLOAT16_RATIO, MAX_FLOAT32, Measured, measure
 
-HEAD = "| family | case | logits | loss | gradients | decoded | tokens | bfloat16 |"
-RULE = "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+HEAD = "| family | case | logits | loss | gradients | decoded | tokens | experts | bfloat16 |"
+RULE = "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
 
 
 def row(name: str, found: Measured) -> str:
@@ -24,7 +24,8 @@ def row(name: str, found: Measured) -> str:
     decoded = "-" if found.decoded is None else f"{found.decoded:.1e}"
     tokens = "-" if found.decoded is None else f"{found.tokens_equal}/{found.tokens_compared}"
     numbers = f"{found.logits:.1e} | {found.loss:.1e} | {found.gradient:.1e} | {decoded}"
-    return f"| {family} | {case} | {numbers} | {tokens} | {found.bfloat16:.2f} |"
+    experts = f"{found.routed_equal}/{found.routed_compared}" if found.routed_compared else "-"
+    return f"| {family} | {case} | {numbers} | {tokens} | {experts} | {found.bfloat16:.2f} |"
 
 
 def rows(pattern: str) -> Iterator[str]:

@@ -16,4 +16,5 @@ def test_a_case_is_what_transformers_computes(name, tmp_path):
     if found.decoded is not None:
         assert found.decoded < MAX_FLOAT32
         assert found.tokens_equal == found.tokens_compared > 40
+    assert found.routed_equal == found.routed_compared
     assert found.bfloat16 <= MAX_BFLOAT16_RATIO

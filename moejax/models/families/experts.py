@@ -47,8 +47,8 @@ def dense_layers_from_hf(fields: Mapping[str, Any]) -> int:
     dense = [i for i in range(num_layers) if i in named or (i + 1) % step]
     if dense != list(range(len(dense))) or len(dense) == num_layers:
         raise InputError(
-            f"config.json: decoder_sparse_step {step} and mlp_only_layers {list(named)} make {dense} "
-            f"of {num_layers} layers dense: moejax reads dense layers before those of experts only"
+            f"config.json: decoder_sparse_step {step} and mlp_only_layers {list(named)} make "
+            f"{dense} of {num_layers} layers dense: moejax reads dense layers before experts only"
         )
     return len(dense)
 
