@@ -96,8 +96,8 @@ class EmbeddingConfig:
         _check_name("positions", self.positions, POSITIONS)
         if self.position_offset < 0:
             raise InputError(f"position_offset must be 0 or more, got {self.position_offset}")
-        if self.size is not None and self.size < 1:
-            raise InputError(f"embedding size must be 1 or more, got {self.size}")
+        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
+            raise InputError(f"embedding size must be 1 or more, got {self.size!r}")
         if self.logit_soft_cap is not None and not self.logit_soft_cap > 0:
             raise InputError(f"logit_soft_cap must be above 0, got {self.logit_soft_cap!r}")
 
@@ -176,6 +176,8 @@ class ModelConfig:
             self._check_mla(self.mla)
         if self.rope_size % 2 and self.embedding.positions == "rope":
             raise InputError(f"head_size must be even for rotary positions, got {self.rope_size}")
+        if not isinstance(self.norm_eps, float | int) or not 0 < self.norm_eps < 1:
+            raise InputError(f"norm_eps must lie between 0 and 1, got {self.norm_eps!r}")
         _check_name("activation", self.activation, ACTIVATIONS)
         dense = self.num_dense_layers
         if not 0 <= dense <= (self.num_layers - 1 if self.moe else 0):

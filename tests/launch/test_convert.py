@@ -75,6 +75,12 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def lie(folder, change):
+    index = json.loads((folder / INDEX).read_text())
+    change(index)
+    (folder / INDEX).write_text(json.dumps(index))
+
+
 def misname(folder):
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"]["model.norm.weight"] = "model-00009-of-00009.safetensors"
@@ -96,6 +102,7 @@ def pickled(folder):
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"
+SHARD_1 = "model-00001-of-00003.safetensors"
 SHARD = "model-00002-of-00003.safetensors"
 BAD_SOURCES = {
     "missing": (shutil.rmtree, "in is missing: name a model folder"),
@@ -107,6 +114,22 @@ BAD_SOURCES = {
     "shard outside": (
         lambda f: edit(f / INDEX, weight_map={"a": "../a.safetensors"}),
         "'../a.safetensors', which is not a file of its folder",
+    ),
+    "index that names another shard": (
+        lambda f: lie(f, lambda index: index["weight_map"].update({Q: SHARD_1})),
+        f"says that tensor {Q} is in model-00001-of-00003.safetensors, but .* holds it",
+    ),
+    "index that names no such tensor": (
+        lambda f: lie(f, lambda index: index["weight_map"].update({"wing": SHARD})),
+        "names tensor wing, which no shard holds",
+    ),
+    "index that leaves a tensor out": (
+        lambda f: lie(f, lambda index: index["weight_map"].pop(Q)),
+        f"does not name tensor {Q}, which a shard holds",
+    ),
+    "index of another size": (
+        lambda f: lie(f, lambda index: index["metadata"].update(total_size=7)),
+        r"all tensors take 7 bytes, in the shards they take \d+: fetch the shards",
     ),
     "index without a map": (lambda f: edit(f / INDEX, weight_map=None), "has no weight_map"),
     "broken index": (lambda f: (f / INDEX).write_text("{"), f"{INDEX} is not JSON"),
@@ -226,7 +249,7 @@ def test_verify_finds_what_was_written(source, tmp_path, format, capsys, monkeyp
     monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: None)
     run(source, tmp_path / "out", format=format, dtype="bfloat16", verify=True)
     printed = capsys.readouterr().out
-    why = "torch is not installed" if format == "hf" else "orbax has no other reader"
+    why = "torch is not installed" if format == "hf" else "orbax is read by us"
     assert f"against the source only: {why}" in printed
     assert "largest logit difference from the source in moejax: 0 of" in printed
 

@@ -36,6 +36,16 @@ def require(fields: Mapping[str, Any], names: Sequence[str], family: str) -> Non
         raise InputError(f"config.json lacks {lacking}: a {family} config must have them")
 
 
+def flag(fields: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """A field that is true or false, or null or absent, which is `default`."""
+    value = fields.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise InputError(f"config.json: {name} must be true or false, got {value!r}")
+    return value
+
+
 def activation_from_hf(fields: Mapping[str, Any], name: str) -> str:
     """Our name of the activation in this field."""
     found = fields[name]
@@ -72,6 +82,7 @@ def llama_like(
     """
     require(fields, REQUIRED, family)
     heads = fields["num_attention_heads"]
+    groups = fields.get("num_key_value_heads")
     max_position = fields.get("max_position_embeddings", 2048)
     return {
         "family": family,
@@ -80,12 +91,12 @@ def llama_like(
         "d_model": fields["hidden_size"],
         "d_ff": fields["intermediate_size"],
         "num_heads": heads,
-        "num_kv_heads": fields.get("num_key_value_heads") or heads,
+        "num_kv_heads": heads if groups is None else groups,
         "head_size": head_size_from_hf(fields),
         "norm_eps": fields.get("rms_norm_eps", 1e-6),
         "rope": rope_from_hf(fields, max_position),
         "max_position": max_position,
-        "tie_embeddings": bool(fields.get("tie_word_embeddings", False)),
+        "tie_embeddings": flag(fields, "tie_word_embeddings"),
         "activation": activation_from_hf({activation: "silu"} | dict(fields), activation),
         "initializer_range": fields.get("initializer_range", 0.02),
     }
@@ -115,7 +126,8 @@ def llama_like_to_hf(config: ModelConfig) -> dict[str, Any]:
 def rope_from_hf(fields: Mapping[str, Any], max_position: int) -> RopeConfig:
     """Reads either spelling of the rope fields; DeepSeek-Coder's "linear" is one of the kinds."""
     scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    theta = float(scaling.get("rope_theta") or fields.get("rope_theta") or 10000.0)
+    theta = scaling.get("rope_theta", fields.get("rope_theta"))
+    theta = 10000.0 if theta is None else float(theta)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     partial = scaling.get("partial_rotary_factor", fields.get("partial_rotary_factor")) or 1.0
     if partial != 1.0:

@@ -15,6 +15,7 @@ from moejax.models.config import AttentionConfig, EmbeddingConfig, ModelConfig, 
 from moejax.models.families.family import Family
 from moejax.models.families.fields import (
     activation_to_hf,
+    flag,
     llama_like,
     llama_like_to_hf,
     windows_from_hf,
@@ -45,7 +46,7 @@ NORMS = NormConfig("rms_delta", "sandwich")
 def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
     """Reads config.json's fields. Inverse: `config_to_hf`."""
     fields = DEFAULTS | fields
-    if fields.get("use_bidirectional_attention"):
+    if flag(fields, "use_bidirectional_attention"):
         raise InputError("config.json: use_bidirectional_attention is not read, only causal models")
     common = llama_like("gemma2", fields, "hidden_activation")
     pair = ("sliding_attention", "full_attention")
@@ -60,7 +61,7 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
     )
     return ModelConfig(
         **common,
-        attention_bias=bool(fields.get("attention_bias", False)),
+        attention_bias=flag(fields, "attention_bias"),
         attention=attention,
         norms=NORMS,
         embedding=EmbeddingConfig(

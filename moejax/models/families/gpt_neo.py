@@ -14,6 +14,7 @@ from moejax.models.families.family import Family
 from moejax.models.families.fields import (
     activation_from_hf,
     activation_to_hf,
+    flag,
     head_size_from_hf,
     require,
     shortest_pattern,
@@ -52,19 +53,20 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
     require(fields, REQUIRED, "gpt_neo")
     fields = DEFAULTS | fields
     heads, width = fields["num_heads"], fields["hidden_size"]
+    inner = fields.get("intermediate_size")
     sizes = {"num_attention_heads": heads, "hidden_size": width}
     return ModelConfig(
         family="gpt_neo",
         vocab_size=fields["vocab_size"],
         num_layers=fields["num_layers"],
         d_model=width,
-        d_ff=fields.get("intermediate_size") or 4 * width,
+        d_ff=4 * width if inner is None else inner,
         num_heads=heads,
         num_kv_heads=heads,
         head_size=head_size_from_hf(sizes),
         norm_eps=fields["layer_norm_epsilon"],
         max_position=fields["max_position_embeddings"],
-        tie_embeddings=bool(fields["tie_word_embeddings"]),
+        tie_embeddings=flag(fields, "tie_word_embeddings"),
         mlp_bias=True,
         activation=activation_from_hf(fields, "activation_function"),
         initializer_range=fields["initializer_range"],
@@ -86,6 +88,8 @@ def _windows(fields: dict[str, Any]) -> tuple[int, ...]:
             f"config.json: attention_types names {len(kinds)} layers, num_layers is "
             f"{fields['num_layers']}"
         )
+    if "local" in kinds and fields["window_size"] == 0:
+        raise InputError("config.json: attention_types has local layers, but window_size is 0")
     window = {"global": 0, "local": fields["window_size"]}
     return shortest_pattern(tuple(window[kind] for kind in kinds))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from moejax.models.config import ModelConfig
 from moejax.models.families.family import Family
-from moejax.models.families.fields import llama_like, llama_like_to_hf
+from moejax.models.families.fields import flag, llama_like, llama_like_to_hf
 from moejax.models.families.names import LLAMA_MODULES, name_table
 from moejax.ops.rope import RopeConfig
 
@@ -16,8 +16,8 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
     """Reads config.json's fields, of transformers 4 (`rope_scaling`) or 5 (`rope_parameters`)."""
     return ModelConfig(
         **llama_like("llama", fields),
-        attention_bias=bool(fields.get("attention_bias", False)),
-        mlp_bias=bool(fields.get("mlp_bias", False)),
+        attention_bias=flag(fields, "attention_bias"),
+        mlp_bias=flag(fields, "mlp_bias"),
     )
 
 

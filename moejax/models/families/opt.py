@@ -14,6 +14,7 @@ from moejax.models.families.family import Family
 from moejax.models.families.fields import (
     activation_from_hf,
     activation_to_hf,
+    flag,
     head_size_from_hf,
     require,
 )
@@ -58,8 +59,9 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
     require(fields, REQUIRED, "opt")
     fields = DEFAULTS | fields
     width, heads = fields["hidden_size"], fields["num_attention_heads"]
-    before = bool(fields["do_layer_norm_before"])
-    size = fields.get("word_embed_proj_dim") or width
+    before = flag(fields, "do_layer_norm_before")
+    size = fields.get("word_embed_proj_dim")
+    size = width if size is None else size
     if fields.get("head_dim") not in (None, width // heads):
         raise InputError(
             f"config.json: head_dim {fields['head_dim']} contradicts hidden_size {width} and "
@@ -76,16 +78,16 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
         head_size=head_size_from_hf(fields),
         norm_eps=NORM_EPS,
         max_position=fields["max_position_embeddings"],
-        tie_embeddings=bool(fields["tie_word_embeddings"]),
-        attention_bias=bool(fields["enable_bias"]),
-        mlp_bias=bool(fields["enable_bias"]),
+        tie_embeddings=flag(fields, "tie_word_embeddings"),
+        attention_bias=flag(fields, "enable_bias"),
+        mlp_bias=flag(fields, "enable_bias"),
         activation=activation_from_hf(fields, "activation_function"),
         initializer_range=fields["init_std"],
         gated=False,
         norms=NormConfig(
-            kind="layer" if fields["layer_norm_elementwise_affine"] else "layer_plain",
+            kind="layer" if flag(fields, "layer_norm_elementwise_affine") else "layer_plain",
             placement="pre" if before else "post",
-            final=before and not fields["_remove_final_layer_norm"],
+            final=before and not flag(fields, "_remove_final_layer_norm"),
         ),
         embedding=EmbeddingConfig("learned", POSITION_OFFSET, size=None if size == width else size),
     )

@@ -6,9 +6,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from moejax.core.errors import InputError
 from moejax.models.config import AttentionConfig, ModelConfig
 from moejax.models.families.family import Family
 from moejax.models.families.fields import (
+    flag,
     llama_like,
     llama_like_to_hf,
     windows_from_hf,
@@ -28,8 +30,10 @@ DEFAULTS: dict[str, Any] = {
 
 def qwen_windows(fields: Mapping[str, Any]) -> tuple[int, ...]:
     """Layers from max_window_layers on have a window, if use_sliding_window says so."""
-    sliding = bool(fields["use_sliding_window"])
+    sliding = flag(fields, "use_sliding_window")
     full = fields["max_window_layers"] if sliding else fields["num_hidden_layers"]
+    if not isinstance(full, int) or full < 0:
+        raise InputError(f"config.json: max_window_layers must be 0 or more, got {full!r}")
     kinds = [
         "full_attention" if i < full else "sliding_attention"
         for i in range(fields["num_hidden_layers"])
@@ -65,7 +69,7 @@ def qwen3_from_hf(fields: dict[str, Any]) -> ModelConfig:
     fields = DEFAULTS | {"head_dim": 128} | fields
     common = llama_like("qwen3", fields)
     attention = AttentionConfig(qwen_windows(fields), qk_norm="head")
-    bias = bool(fields.get("attention_bias", False))
+    bias = flag(fields, "attention_bias")
     return ModelConfig(**common, attention_bias=bias, attention=attention)
 
 
