@@ -188,8 +188,8 @@ BAD_SOURCES = {
         "4 heads cannot share 3 key-value heads",
     ),
     "unknown rope": (
-        lambda f: edit(f / "config.json", rope_scaling={"rope_type": "yarn", "factor": 2.0}),
-        "rope scaling 'yarn' is unknown",
+        lambda f: edit(f / "config.json", rope_scaling={"rope_type": "longrope", "factor": 2.0}),
+        "rope scaling 'longrope' is unknown",
     ),
     "larger tokenizer": (
         lambda f: _smaller_vocabulary(f),
