@@ -22,8 +22,10 @@ from moejax.models.config import ModelConfig
 from moejax.models.families import Weight, by_architecture, by_name
 
 MAX_SHARD_BYTES = 5 * 10**9
-_TRAINING_ONLY = ("balance", "balance_scope", "balance_weight", "z_weight", "count_padding")
-_TRAINING_ONLY += ("load_estimator", "jitter", "bias_rate")
+_TRAINING_ONLY = (
+    *("balance", "balance_scope", "balance_weight", "z_weight", "count_padding"),
+    *("load_estimator", "jitter", "bias_rate"),
+)
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -234,12 +236,12 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
     """config.json's fields; InputError for what the family's class in transformers cannot be."""
     family = by_name(config.family)
     fields = family.config_to_hf(config)
-    again = _function_of(family.config_from_hf(fields))
+    again = function_of(family.config_from_hf(fields))
     if again["moe"] is None and config.moe is not None:
         raise InputError(
             "a mixture of experts of this kind has no class in transformers: use --format=orbax"
         )
-    for name, value in _function_of(config).items():
+    for name, value in function_of(config).items():
         if again[name] != value:
             raise InputError(
                 f"{family.architecture} has no place for {name}={value}: it would be read back as "
@@ -259,7 +261,7 @@ def has_class(config: ModelConfig) -> bool:
     return True
 
 
-def _function_of(config: ModelConfig) -> dict[str, Any]:
+def function_of(config: ModelConfig) -> dict[str, Any]:
     """The config's fields but those of its experts that act in training only."""
     fields = config.to_json()
     if fields["moe"] is not None:

@@ -98,9 +98,12 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _moe(num_experts: int, top_k: int, width: int, shared: int) -> MoEConfig:
-    widths = {"expert_ffn": width, "shared_ffn": shared}
     return MoEConfig(
-        num_experts, top_k, **CONVENTIONS["qwen2_moe"], balance_weight=0.001, **widths
+        *(num_experts, top_k),
+        **CONVENTIONS["qwen2_moe"],
+        balance_weight=0.001,
+        expert_ffn=width,
+        shared_ffn=shared,
     )
 
 
