@@ -31,16 +31,21 @@ from rich.progress import (
 from launch import cli
 from moejax.core import tree
 from moejax.core.errors import InputError
-from moejax.io import atomic
+from moejax.io import atomic, gguf_write
 from moejax.io.hf import config_fields
 from moejax.io.load import FORMATS, Loaded, load_any, main_dtype, save_any
 from moejax.io.safetensors import dtype_named
 
 SOURCE = flags.DEFINE_string("source", None, "Model folder, .gguf file or hub id.", required=True)
-TARGET = flags.DEFINE_string("target", None, "Folder to make.", required=True)
-FORMAT = flags.DEFINE_enum("format", "hf", FORMATS, "hf: for transformers; orbax: moejax's own.")
+TARGET = flags.DEFINE_string("target", None, "Folder (gguf: file) to make.", required=True)
+FORMAT = flags.DEFINE_enum(
+    "format", "hf", FORMATS, "hf: for transformers; gguf: for llama.cpp; orbax: moejax's own."
+)
 DTYPE = flags.DEFINE_enum(
-    "dtype", "keep", ["keep", "bfloat16", "float16", "float32"], "Type of the written parameters."
+    "dtype",
+    "keep",
+    ["keep", "bfloat16", "float16", "float32", "q8_0"],
+    "Type of the written parameters; q8_0 in GGUF files only.",
 )
 VERIFY = flags.DEFINE_bool("verify", False, "Compare logits of what was written, in float32.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a model folder at the target.")
@@ -52,7 +57,10 @@ _VERIFY_TOKENS = 32
 def main(argv) -> None:
     del argv
     started = time.perf_counter()
-    atomic.check_target(TARGET.value, OVERWRITE.value)
+    if FORMAT.value == "gguf":
+        gguf_write.check_target(TARGET.value, OVERWRITE.value)
+    else:
+        atomic.check_target(TARGET.value, OVERWRITE.value)
     print(f"read     {SOURCE.value}", flush=True)
     plan = load_any(SOURCE.value, abstract=True)
     if FORMAT.value == "hf":
@@ -62,7 +70,8 @@ def main(argv) -> None:
         print("dry run: nothing written")
         return
     with _bars() as (reading, writing):
-        loaded = load_any(SOURCE.value, progress=reading)
+        streamed = plan.tensors is not None and FORMAT.value != "orbax"
+        loaded = plan if streamed else load_any(SOURCE.value, progress=reading)
         save_any(loaded, TARGET.value, FORMAT.value, DTYPE.value, OVERWRITE.value, writing)
     print(f"written  {TARGET.value} in {time.perf_counter() - started:.1f} s", flush=True)
     if VERIFY.value:
@@ -93,8 +102,13 @@ def _show_plan(loaded: Loaded) -> int:
     """Prints what the model is and what will be written; returns the bytes of its parameters."""
     config, num_params = loaded.config, tree.num_params(loaded.params)
     stored = main_dtype(loaded.params)
-    dtype = stored if DTYPE.value == "keep" else dtype_named(DTYPE.value)
-    num_bytes = num_params * dtype.itemsize
+    quantised = DTYPE.value == "q8_0"
+    if quantised and FORMAT.value != "gguf":
+        raise InputError("--dtype=q8_0 is a type of GGUF files: use it with --format=gguf")
+    kept = stored if DTYPE.value == "keep" or quantised else dtype_named(DTYPE.value)
+    dtype = "q8_0" if quantised else kept.name
+    # Of q8_0 34 bytes hold 32 values.
+    num_bytes = num_params * 34 // 32 if quantised else num_params * kept.itemsize
     kind = f"{config.moe.num_experts} experts, top {config.moe.top_k}" if config.moe else "dense"
     print(
         f"model    {config.family}, {kind}: {config.num_layers} layers, width {config.d_model}, "
@@ -118,9 +132,11 @@ def _verify(loaded: Loaded) -> str:
     if FORMAT.value == "hf" and all(map(importlib.util.find_spec, ("torch", "transformers"))):
         reference, name = _transformers_logits(Path(TARGET.value), ids), "transformers"
     else:
+        if loaded.tensors is not None:
+            loaded = load_any(SOURCE.value)
         source = dataclasses.replace(loaded, params=_as_written(loaded))
         reference, name = _logits(source, ids), "the source in moejax"
-        why = "orbax has no other reader" if FORMAT.value == "orbax" else "torch is not installed"
+        why = "torch is not installed" if FORMAT.value == "hf" else f"{FORMAT.value} is read by us"
         print(f"verify   against the source only: {why}")
     gap = float(np.max(np.abs(ours - reference)))
     largest = float(np.max(np.abs(reference)))
@@ -131,7 +147,7 @@ def _verify(loaded: Loaded) -> str:
 
 def _as_written(loaded: Loaded) -> tree.Tree:
     """The source's parameters rounded as the target's are, in float32."""
-    if DTYPE.value == "keep":
+    if DTYPE.value in ("keep", "q8_0"):
         return tree.map_with_path(lambda _, leaf: leaf.astype(np.float32), loaded.params)
     dtype = dtype_named(DTYPE.value)
     return tree.map_with_path(lambda _, x: x.astype(dtype).astype(np.float32), loaded.params)

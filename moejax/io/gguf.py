@@ -1,14 +1,13 @@
 """GGUF files (llama.cpp's format) read as Hugging Face tensors and a Hugging Face config.
 
 llama.cpp rotates neighbouring channels where Hugging Face rotates the two halves of a head, so its
-converter reorders the rows of every query and key head; `_half_split` undoes that.
+converter reorders the rows of every query and key head; `stored_rows` says where they went.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from moejax.core.errors import InputError
-from moejax.io.safetensors import Info
-from moejax.models.families import FAMILIES, Family
+from moejax.io.gguf_layout import FIELDS, GgufLayout, Place, layout_of_file, places
+from moejax.io.safetensors import Info, Range
+from moejax.models.families import by_name
 
 _MAGIC = b"GGUF"
 _PLAIN = {
@@ -30,23 +30,6 @@ _PLAIN = {
 # What gguf's reader raises on a file that ends early or is not what it says.
 _BROKEN = (ValueError, IndexError, KeyError, OverflowError, TypeError)
 
-_TOP = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 # Frequency factors of the "llama3" rope; llama.cpp stores them in place of the scheme's numbers.
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -65,36 +48,72 @@ class GgufFile:
         self.path = Path(path)
         reader = _open(self.path)
         self.metadata = _contents(reader)
-        self.family = _family(self.metadata, self.path)
-        self._tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
-        factors = self._tensors.pop(_ROPE_FACTORS, None)
-        names = self._tensors.keys()
-        self.config = _hf_config(self.metadata, names, self.family, self.path)
+        self.layout = layout_of_file(self.metadata, self.path)
+        self.family = by_name(self.layout.family)
+        stored = {tensor.name: tensor for tensor in reader.tensors}
+        factors = stored.pop(_ROPE_FACTORS, None)
+        self.config = _hf_config(self.metadata, stored.keys(), self.layout, self.path)
         if factors is not None:
             self.config["rope_scaling"] = _rope_scaling(factors.data, self.config, self.path)
+        model = self.family.config_from_hf(self.config)
+        table = self.family.name_table(model)
+        self._places = places(self.layout, model, table)
+        self._tensors = stored
+        used = {place.name for place in self._places.values()}
+        # A tensor without a place keeps its name, and the importer refuses it.
+        self._places |= {n: Place(n, None, 0, False) for n in stored.keys() - used}
+        shapes = {weight.hf_name: weight.hf_shape for weight in table}
         self.infos = {
-            name: Info(tuple(int(n) for n in reversed(t.shape)), _dtype(t))
-            for name, t in self._tensors.items()
+            name: self._info(place, shapes.get(name))
+            for name, place in self._places.items()
+            if place.name in stored
         }
 
-    def read(self, name: str) -> np.ndarray:
-        """Returns one tensor in Hugging Face's layout, in memory of its own."""
-        tensor, info = self._tensors[name], self.infos[name]
-        if tensor.tensor_type in _PLAIN:
-            value = np.array(tensor.data).reshape(-1).view(info.dtype).reshape(info.shape)
+    def _info(self, place: Place, wanted: tuple[int, ...] | None) -> Info:
+        tensor = self._tensors[place.name]
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        if place.expert is not None:
+            # Too few experts show as a shape that does not fit.
+            shape = shape[1:] if len(shape) == 3 and place.expert < shape[0] else shape
+        elif wanted is not None and len(shape) == 1 and wanted == (1, *shape):
+            shape = wanted
+        return Info(shape, _dtype(tensor))
+
+    def read(self, name: str, rows: Range = None, columns: Range = None) -> np.ndarray:
+        """Returns one tensor in Hugging Face's layout, or these rows and columns of it."""
+        place, info = self._places[name], self.infos[name]
+        tensor = self._tensors[place.name]
+        data = tensor.data if place.expert is None else tensor.data[place.expert]
+        if len(tensor.shape) > 1:
+            first, last = rows or (0, info.shape[0])
+            wanted = np.arange(first, last)
+            data = data[stored_rows(wanted, place.head_size) if place.head_size else wanted]
+            value = self._plain(data, tensor, name).reshape(last - first, *info.shape[1:])
         else:
-            try:
-                value = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            except NotImplementedError:
-                raise InputError(
-                    f"{self.path}: tensor {name} is {tensor.tensor_type.name}, which is not read: "
-                    "use a Q4_0, Q4_1, Q8_0, F16, BF16 or F32 file"
-                ) from None
-        if ".q_proj." in name:
-            return _half_split(value, self.config["num_attention_heads"])
-        if ".k_proj." in name:
-            return _half_split(value, self.config["num_key_value_heads"])
-        return value
+            value = self._plain(np.array(data), tensor, name).reshape(info.shape)
+            if place.head_size:
+                value = value[stored_rows(np.arange(len(value)), place.head_size)]
+            value = value if rows is None else value[slice(*rows)]
+        if place.plus_one:
+            value = (value.astype(np.float32) - 1).astype(value.dtype)
+        return value if columns is None else np.ascontiguousarray(value[:, slice(*columns)])
+
+    def _plain(self, data: np.ndarray, tensor, name: str) -> np.ndarray:
+        """Stored rows as numbers: dequantised where they are quantised."""
+        if tensor.tensor_type in _PLAIN:
+            return data.reshape(-1).view(_PLAIN[tensor.tensor_type])
+        try:
+            return gguf.quants.dequantize(data, tensor.tensor_type)
+        except NotImplementedError:
+            raise InputError(
+                f"{self.path}: tensor {name} is {tensor.tensor_type.name}, which is not read: "
+                "use a Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, K quant, F16, BF16 or F32 file"
+            ) from None
+
+    @staticmethod
+    def config_of(metadata, names, layout: GgufLayout, place: Path) -> dict[str, Any]:
+        """config.json's fields of a file with such metadata and names of tensors."""
+        return _hf_config(metadata, names, layout, place)
 
     def close(self) -> None:
         """Forgets the parsed file, which takes some 100 MB; reading on parses it anew."""
@@ -131,27 +150,6 @@ def _contents(reader: gguf.GGUFReader) -> dict[str, Any]:
     return {name: field.contents() for name, field in reader.fields.items()}
 
 
-def _family(metadata: dict[str, Any], path: Path) -> Family:
-    name = metadata.get("general.architecture")
-    for family in FAMILIES:
-        if family.gguf_architecture is not None and family.gguf_architecture == name:
-            if metadata.get(f"{name}.expert_count"):
-                raise InputError(
-                    f"{path} holds a mixture of experts: only dense GGUF files are read"
-                )
-            return family
-    known = ", ".join(f.gguf_architecture for f in FAMILIES if f.gguf_architecture)
-    raise InputError(f"{path} has GGUF architecture {name!r}: moejax reads {known}")
-
-
-def _hf_name(name: str) -> str:
-    """Hugging Face's name of a tensor; a name that has none stays, and the importer refuses it."""
-    block = _BLOCK.fullmatch(name)
-    if block and block[2] in _LAYER:
-        return f"model.layers.{block[1]}.{_LAYER[block[2]]}.{block[3]}"
-    return _TOP.get(name, name)
-
-
 def _dtype(tensor: gguf.gguf_reader.ReaderTensor) -> np.dtype:
     return _PLAIN.get(tensor.tensor_type, np.dtype(np.float32))
 
@@ -161,33 +159,29 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _hf_config(metadata: dict[str, Any], names, family: Family, path: Path) -> dict[str, Any]:
-    prefix = family.gguf_architecture
-
-    def required(key: str) -> Any:
-        if f"{prefix}.{key}" not in metadata:
-            raise InputError(f"{path} lacks the field {prefix}.{key}: fetch it again")
-        return metadata[f"{prefix}.{key}"]
-
-    optional = functools.partial(_optional, metadata, prefix)
-    heads, width = required("attention.head_count"), required("embedding_length")
-    config = {
+def _hf_config(metadata: dict[str, Any], names, layout: GgufLayout, path: Path) -> dict[str, Any]:
+    prefix, family = layout.architecture, by_name(layout.family)
+    config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        "num_hidden_layers": required("block_count"),
-        "hidden_size": width,
-        "intermediate_size": required("feed_forward_length"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": optional("attention.head_count_kv", heads),
-        "head_dim": optional("attention.key_length", optional("rope.dimension_count", None)),
-        "max_position_embeddings": required("context_length"),
-        "rms_norm_eps": _shortest(required("attention.layer_norm_rms_epsilon")),
-        "rope_theta": _shortest(optional("rope.freq_base", 10000.0)),
-        "vocab_size": optional("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ()))),
-        "tie_word_embeddings": "lm_head.weight" not in names,
-        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names,
-        "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in names,
+        "head_dim": None,
+        "vocab_size": len(metadata.get("tokenizer.ggml.tokens", ())),
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": "output.weight" not in names,
+        "attention_bias": "blk.0.attn_q.bias" in names,
+        "mlp_bias": "blk.0.ffn_gate.bias" in names,
     }
+    seen = set()
+    for field in (*FIELDS, *layout.fields):
+        value = metadata.get(f"{prefix}.{field.key}")
+        if value is None and field.required:
+            raise InputError(f"{path} lacks the field {prefix}.{field.key}: fetch it again")
+        if value is not None and field.hf not in seen:
+            seen.add(field.hf)
+            config[field.hf] = _shortest(value) if field.kind is float else value
+    config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    config |= layout.implied(config)
+    optional = functools.partial(_optional, metadata, prefix)
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         token = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
         if token is not None:
@@ -226,7 +220,7 @@ def _rope_scaling(factors: np.ndarray, config: dict[str, Any], path: Path) -> di
     }
 
 
-def _half_split(value: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows of each head from (0, C/2, 1, C/2 + 1, ...) back to (0, 1, 2, ...)."""
-    pairs = value.reshape(num_heads, -1, 2, *value.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(value.shape)
+def stored_rows(rows: np.ndarray, head_size: int) -> np.ndarray:
+    """Where rows of Hugging Face's layout lie: of each head 0, C/2, 1, C/2 + 1, ... in turn."""
+    head, row = np.divmod(rows, head_size)
+    return head * head_size + 2 * (row % (head_size // 2)) + row // (head_size // 2)

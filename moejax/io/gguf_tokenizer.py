@@ -8,6 +8,7 @@ latter, so that ids equal the original's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,12 @@ from tokenizers import Tokenizer as Backend
 
 from moejax.core.errors import InputError
 
+_ROLES = (
+    ("bos_token", "bos"),
+    ("eos_token", "eos"),
+    ("unk_token", "unknown"),
+    ("pad_token", "padding"),
+)
 CONTROL, USER_DEFINED = 3, 4  # token types of the GGUF format
 
 _LLAMA3_WORDS = (
@@ -141,12 +148,7 @@ def _add_tokens(backend: Backend, tokens: Sequence[str], types: Sequence[int]) -
 
 def _special_tokens(fields: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, str]:
     special = {}
-    for role, key in (
-        ("bos_token", "bos"),
-        ("eos_token", "eos"),
-        ("unk_token", "unknown"),
-        ("pad_token", "padding"),
-    ):
+    for role, key in _ROLES:
         index = fields.get(f"tokenizer.ggml.{key}_token_id")
         if index is None:
             continue
@@ -157,3 +159,61 @@ def _special_tokens(fields: Mapping[str, Any], tokens: Sequence[str]) -> dict[st
             )
         special[role] = tokens[index]
     return special
+
+
+# Text in which every known way of cutting differs where two of them differ at all.
+_PROBE = "Hello  world's 12345 x1y22\n\n  \tdef f(a, b):\r\n漢字 ünï 'LL _a-b"
+
+
+def gguf_from_backend(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
+    """GGUF fields of a byte-level BPE tokenizer. Inverse: `backend_from_gguf`.
+
+    Args:
+      tokenizer: `moejax.io.tokenizer.Tokenizer`.
+      vocab_size: of the model; ids that the tokenizer has not become unused tokens.
+
+    InputError for another kind of tokenizer, and where its way of cutting text has no name.
+    """
+    state = json.loads(tokenizer.backend.to_str())
+    model = state["model"]
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        raise InputError(
+            "only byte-level BPE tokenizers are written to GGUF: take the tokenizer's files out "
+            "of the source folder to write the weights alone"
+        )
+    added = {entry["id"]: entry for entry in state["added_tokens"]}
+    texts = {index: text for text, index in tokenizer.backend.get_vocab().items()}
+    tokens = [texts.get(i, f"[PAD{i}]") for i in range(vocab_size)]
+    kinds = [
+        (CONTROL if added[i]["special"] else USER_DEFINED) if i in added else 1 if i in texts else 5
+        for i in range(vocab_size)
+    ]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    fields: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": _pre_tokenizer_of(tokenizer.backend),
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.add_bos_token": bool(tokenizer.add_bos),
+    }
+    index_of = tokenizer.backend.token_to_id
+    for role, key in _ROLES:
+        if role in tokenizer.special and index_of(tokenizer.special[role]) is not None:
+            fields[f"tokenizer.ggml.{key}_token_id"] = index_of(tokenizer.special[role])
+    if tokenizer.chat_template is not None:
+        fields["tokenizer.chat_template"] = tokenizer.chat_template
+    return fields
+
+
+def _pre_tokenizer_of(backend: Backend) -> str:
+    cut = backend.pre_tokenizer
+    found = None if cut is None else cut.pre_tokenize_str(_PROBE)
+    for name, make in PRE_TOKENIZERS.items():
+        if make().pre_tokenize_str(_PROBE) == found:
+            return name
+    raise InputError(
+        "this tokenizer cuts text in a way that has no name here among GGUF's "
+        f"({', '.join(PRE_TOKENIZERS)}): take its files out of the source folder to write the "
+        "weights alone"
+    )

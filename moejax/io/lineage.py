@@ -84,7 +84,8 @@ def hash_path(path: str | os.PathLike[str]) -> str:
     if path.is_file():
         return _hash_file(path)
     total = hashlib.sha256()
-    files = sorted(path.glob("*.safetensors")) or sorted(
+    stored = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.gguf"))
+    files = stored or sorted(
         file for file in (path / "params").rglob("*") if file.is_file()
     )
     if not files:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from moejax.io import card, hf, lineage, native
 from moejax.io.loaded import License, Loaded, Progress, Reading, main_dtype
 from moejax.io.tokenizer import Tokenizer
 
-FORMATS = ("hf", "orbax")
+FORMATS = ("hf", "orbax", "gguf")
 __all__ = ["FORMATS", "License", "Loaded", "load_any", "main_dtype", "save_any"]
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -72,10 +73,10 @@ def save_any(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Saves a model as a Hugging Face folder ("hf") or in our own format ("orbax").
+    """Saves a model as a Hugging Face folder ("hf"), a GGUF file, or in our own format ("orbax").
 
-    A model whose weights were left on disk (`load_any(..., abstract=True)`) is streamed to "hf";
-    our own format is written from memory.
+    A model whose weights were left on disk (`load_any(..., abstract=True)`) is streamed to "hf"
+    and "gguf"; our own format is written from memory.
     """
     if format not in FORMATS:
         raise InputError(f"format {format!r} is unknown: use one of {', '.join(FORMATS)}")
@@ -94,9 +95,14 @@ def save_any(
             known = loaded if digest is None else _imported(loaded, digest.result(), "keep")
             return _exported(known, format, dtype)
 
-        hf.export_folder(
-            target, loaded, dtype, overwrite=overwrite, progress=progress, finish=finish
-        )
+        writer = hf.export_folder if format == "hf" else _gguf_writer()
+        writer(target, loaded, dtype, overwrite=overwrite, progress=progress, finish=finish)
+
+
+def _gguf_writer():
+    from moejax.io.gguf_write import export_file  # the gguf package takes a while to import
+
+    return export_file
 
 
 def _exported(loaded: Loaded, format: str, dtype: str) -> Loaded:
@@ -136,7 +142,8 @@ def _load_gguf(path: Path, reading: Reading) -> Loaded:
         generation["eos_token_id"] = list(tokenizer.eos_ids)
     license = card.named_license(file.metadata.get("general.license"))
     tensors = file if reading.abstract else None
-    return Loaded(params, config, tokenizer, generation, (), str(path), license, tensors)
+    operations = tuple(json.loads(file.metadata.get("moejax.lineage", "[]")))
+    return Loaded(params, config, tokenizer, generation, operations, str(path), license, tensors)
 
 
 def _download(hub_id: str) -> Path:

@@ -1,0 +1,149 @@
+"""GGUF out: what comes back is the model, and transformers computes the same logits from it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from moejax.core import tree
+from moejax.core.errors import InputError
+from moejax.io.gguf_layout import LAYOUTS
+from moejax.io.load import Loaded, load_any, save_any
+from moejax.models.families import by_name
+from moejax.models.params import abstract_params
+from tests.tiny_llama import BASE, fields_of, tensors_of, write_llama, write_tokenizer
+
+SIZES = {
+    "vocab_size": 96,
+    "num_hidden_layers": 3,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 64,
+    "rope_theta": 5000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MORE = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": None},
+    "qwen2": {"tie_word_embeddings": True, "head_dim": 16},
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 64, "head_dim": 16},
+    "qwen3_moe": EXPERTS | {"norm_topk_prob": True},
+}
+# What transformers' loader does not take from the file (or, of the scalar, is not in one).
+NOT_TAKEN = {
+    "qwen3": ("head_dim",),
+    "gemma2": ("query_pre_attn_scalar",),
+    "qwen2_moe": ("moe_intermediate_size", "shared_expert_intermediate_size"),
+    "qwen3_moe": ("moe_intermediate_size",),
+}
+FAMILIES = [layout.family for layout in LAYOUTS]
+
+
+def tiny(name: str, dtype: str = "float32") -> Loaded:
+    config = by_name(name).config_from_hf(SIZES | MORE.get(name, {}))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        value = rng.standard_normal(leaf.shape, dtype=np.float32)
+        scale = path.endswith("/scale")
+        return (1 + value / 4 if scale else value / 8).astype(leaf.dtype)
+
+    return Loaded(tree.map_with_path(draw, abstract_params(config, dtype)), config)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_file_comes_back_as_the_model(name, tmp_path):
+    loaded = tiny(name)
+    save_any(loaded, tmp_path / "m.gguf", "gguf")
+    again = load_any(tmp_path / "m.gguf")
+    found, expected = tree.flatten(again.params), tree.flatten(loaded.params)
+    assert found.keys() == expected.keys()
+    for path, leaf in expected.items():
+        # 1 is added to these norms in float32 and taken off again.
+        slack = 1e-6 if path.endswith("/delta") else 0
+        assert np.max(np.abs(found[path] - leaf)) <= slack, path
+    assert again.config.family == name and again.lineage[-1]["args"]["format"] == "gguf"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
+def test_matrices_have_the_type_asked_for_and_vectors_float32(dtype, tmp_path):
+    loaded = tiny("llama")
+    save_any(loaded, tmp_path / "m.gguf", "gguf", dtype)
+    found = tree.flatten(load_any(tmp_path / "m.gguf").params)
+    expected = tree.flatten(loaded.params)
+    # Half a step of 127 each way, and the step itself is a float16.
+    slack = {"float16": 2**-11, "bfloat16": 2**-8, "q8_0": 1 / 254 + 2**-11}[dtype]
+    for path, leaf in expected.items():
+        worst = np.max(np.abs(found[path].astype(np.float32) - leaf))
+        if path.endswith("/scale"):
+            assert worst == 0 and found[path].dtype == np.float32
+        else:
+            assert 0 < worst <= slack * np.max(np.abs(leaf)), path
+
+
+def test_folder_to_file_to_folder_gives_every_byte_back(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    fields = BASE | {"vocab_size": write_tokenizer(folder)}
+    write_llama(folder, fields, tensors_of(fields))
+    save_any(load_any(folder, abstract=True), tmp_path / "m.gguf", "gguf")
+    save_any(load_any(tmp_path / "m.gguf", abstract=True), tmp_path / "out")
+    a, b = load_any(folder), load_any(tmp_path / "out")
+    assert a.config == b.config and tree.diff(a.params, b.params) == []
+    assert [entry["op"] for entry in b.lineage] == ["import", "export", "export"]
+    assert len(b.lineage[0]["inputs"][0]["sha256"]) == 64
+    text = "hello  ab 12\n"
+    assert a.tokenizer.encode(text) == b.tokenizer.encode(text)
+    assert a.tokenizer.chat_template == b.tokenizer.chat_template
+    assert a.tokenizer.special == b.tokenizer.special
+
+
+@pytest.mark.parametrize("case", ["linear", "attention_bias", "mlp_bias", "grouped_tied"])
+def test_options_of_llama_are_carried(case, tmp_path):
+    write_llama(tmp_path / "in", fields_of(case), tensors_of(fields_of(case)))
+    save_any(load_any(tmp_path / "in"), tmp_path / "m.gguf", "gguf")
+    a, b = load_any(tmp_path / "in"), load_any(tmp_path / "m.gguf")
+    assert a.config == b.config and tree.diff(a.params, b.params) == []
+
+
+@pytest.mark.parametrize("case,named", [("dynamic", "rope"), ("gelu", "activation")])
+def test_what_gguf_cannot_say_is_refused(case, named, tmp_path):
+    write_llama(tmp_path / "in", fields_of(case), tensors_of(fields_of(case)))
+    with pytest.raises(InputError, match=f"has no place for {named}="):
+        save_any(load_any(tmp_path / "in"), tmp_path / "m.gguf", "gguf")
+    with pytest.raises(InputError, match="must be a file named"):
+        save_any(load_any(tmp_path / "in"), tmp_path / "m", "gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "qwen2_moe", "qwen3_moe"])
+def test_transformers_reads_the_same_logits(name, tmp_path):
+    import torch
+    import transformers
+
+    from moejax.io.hf import config_fields
+
+    loaded = tiny(name)
+    save_any(loaded, tmp_path / "m.gguf", "gguf")
+    fields = config_fields(loaded.config)
+    given = {key: fields[key] for key in NOT_TAKEN.get(name, ())}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32, **given
+    )
+    ids = np.random.default_rng(1).integers(0, SIZES["vocab_size"], (2, 24))
+    save_any(loaded, tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == 96
+    expected = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype=torch.float32
+    )
+    with torch.no_grad():
+        found = model(torch.tensor(ids)).logits.numpy()
+        wanted = expected(torch.tensor(ids)).logits.numpy()
+    assert np.max(np.abs(found - wanted)) < 2e-5 * np.max(np.abs(wanted))
