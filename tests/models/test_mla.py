@@ -20,6 +20,7 @@ from moejax.models.mla import MLAConfig, mla, mla_shapes, yarn_softmax_scale
 from moejax.ops.attention import AttentionSpec
 from moejax.ops.attention_spec import Visible
 from moejax.ops.rope import RopeConfig, frequencies, rotation
+from moejax.serve.generate import GenerateConfig, generate
 from tests.draws import model_params
 
 YARN = RopeConfig(1e4, "yarn", 40.0, original_max_position=4096, mscale=0.707, mscale_all_dim=0.707)
@@ -205,3 +206,16 @@ def test_a_config_that_contradicts_its_latent_attention_is_refused(change, words
         MLAConfig(rope_size=3)
     with pytest.raises(InputError, match="mscale 0.7 and mscale_all_dim 0.0"):
         yarn_softmax_scale(dataclasses.replace(YARN, mscale=0.7, mscale_all_dim=0.0), 10)
+
+
+def test_generation_continues_with_the_most_likely_tokens():
+    params = model_params(MODEL)
+    prompts = [[3, 1, 4, 1, 5], [9, 2]]
+    answers = generate(params, MODEL, prompts, GenerateConfig(max_new_tokens=4))
+    rows = [[*p, *a.ids] for p, a in zip(prompts, answers, strict=True)]
+    size = max(map(len, rows))
+    # Causal: what fills the shorter row up comes after all that is compared.
+    tokens_BT = np.array([row + [0] * (size - len(row)) for row in rows], np.int32)
+    logits = np.asarray(jax.jit(lambda p: transformer.logits(p, MODEL, tokens_BT))(params))
+    for row, prompt, answer in zip(logits, prompts, answers, strict=True):
+        assert row[len(prompt) - 1 :][:4].argmax(-1).tolist() == answer.ids
