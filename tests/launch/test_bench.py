@@ -1,0 +1,105 @@
+"""The bench as a user runs it: its table, its JSON, its errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from launch import bench, bench_row
+from launch.bench_row import Row
+from moejax.core.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+ROWS = [
+    Row("cpu forward", 1.62, "x", ">= 1.5", 1.0, "grouped_mm", "paired, median of 7"),
+    Row("tpu temp", 1553.25, "MB", "<= 700", 7270.0, "8x buffer", "compiled for v5p:2x2x2"),
+    Row("h100 spills", None, "", how="not measured: libtpu is missing"),
+]
+
+
+def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launch.bench", "--compile_cache=", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--suite=speed"], "--suite=speed: choose one of kernels, layer"),
+        ([], "choose one of kernels, layer"),
+        (["--suite=kernels", "--only=("], "--only=(: not a regular expression"),
+        (["--suite=kernels", "--out=no/such/folder/x.json"], "its folder does not exist"),
+        (["--suite=kernels", "--only=no such figure"], "no figure of suite kernels matches"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(flags, words):
+    done = run(*flags)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: ") and words in last
+    assert "Traceback" not in done.stderr
+
+
+def test_help_says_what_is_needed():
+    done = run("--help")
+    for words in ("--suite", "--peer", "--only", "--out", "pip install -e .[aot]"):
+        assert words in done.stdout
+
+
+def test_the_table_is_aligned_and_says_what_was_reached():
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(bench.table(ROWS))
+    head, *lines = captured.get().splitlines()
+    assert [line.split()[0] for line in lines] == ["cpu", "tpu", "h100"]
+    column = head.index("goal")
+    assert lines[0][column:].split()[:3] == [">=", "1.5", "yes"] and "1.62" in lines[0]
+    assert lines[1][column:].split()[:3] == ["<=", "700", "no"] and "1,553" in lines[1]
+    assert lines[2].split()[2] == "-"
+
+
+@pytest.mark.parametrize(
+    ("ours", "reach", "wanted"),
+    [(1.5, ">= 1.5", True), (1.49, ">= 1.5", False), (700, "<= 700", True), (1, "<= 0", False)]
+    + [(None, ">= 1", None), (3.0, "", None), (999.0, "<= 1,000", True)],
+)
+def test_reached(ours, reach, wanted):
+    assert Row("figure", ours, "x", reach).reached is wanted
+
+
+def test_only_what_is_wanted_comes_and_a_reason_stands_in_for_what_cannot():
+    asked = []
+
+    def whole(peer, wanted):
+        asked.append((peer, [row.figure for row in ROWS if wanted(row.figure)]))
+        yield from ROWS
+
+    def broken(peer, wanted):
+        yield ROWS[0]
+        raise InputError("libtpu is missing")
+
+    rows = list(bench.measure({"a": whole, "cpu": broken}, True, bench.matcher("^CPU")))
+    assert asked == [(True, ["cpu forward"])]
+    assert [row.figure for row in rows] == ["cpu forward", "cpu forward", "cpu"]
+    assert rows[2].ours is None and rows[2].how == "not measured: libtpu is missing"
+
+
+def test_the_record_says_when_where_and_with_what():
+    record = json.loads(json.dumps(bench.record("kernels", ROWS)))
+    assert record["suite"] == "kernels" and record["versions"]["jax"]
+    assert record["machine"]["cores"] >= 1 and record["machine"]["processor"]
+    assert [row["reached"] for row in record["rows"]] == [True, False, None]
+    assert record["rows"][1]["peer_name"] == "8x buffer"
+
+
+def test_a_process_hands_back_its_last_line_or_its_last_words(tmp_path):
+    (tmp_path / "well.py").write_text("print('progress')\nprint('{\"cycles\": 12}')\n")
+    (tmp_path / "ill.py").write_text("raise SystemExit('no such kernel')\n")
+    path = {"PYTHONPATH": str(tmp_path)}
+    assert bench_row.measure_in_process("well", environment=path) == {"cycles": 12}
+    with pytest.raises(InputError, match="ill v5p ended with 1: no such kernel"):
+        bench_row.measure_in_process("ill", "v5p", environment=path)
