@@ -2,6 +2,8 @@
 
     python -m launch.convert --source=model.gguf --target=out/hf
     python -m launch.convert --source=org/name --target=out/model --format=orbax --dtype=bfloat16
+    python -m launch.convert --source=folder --target=out/model.gguf --format=gguf --dtype=q8_0
+    python -m launch.convert --source=folder --describe
 
 The target is written whole or not at all.
 """
@@ -32,12 +34,13 @@ from launch import cli
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.io import atomic, gguf_write
+from moejax.io.describe import describe
 from moejax.io.hf import config_fields
 from moejax.io.load import FORMATS, Loaded, load_any, main_dtype, save_any
 from moejax.io.safetensors import dtype_named
 
 SOURCE = flags.DEFINE_string("source", None, "Model folder, .gguf file or hub id.", required=True)
-TARGET = flags.DEFINE_string("target", None, "Folder (gguf: file) to make.", required=True)
+TARGET = flags.DEFINE_string("target", None, "Folder (gguf: file) to make.")
 FORMAT = flags.DEFINE_enum(
     "format", "hf", FORMATS, "hf: for transformers; gguf: for llama.cpp; orbax: moejax's own."
 )
@@ -48,6 +51,7 @@ DTYPE = flags.DEFINE_enum(
     "Type of the written parameters; q8_0 in GGUF files only.",
 )
 VERIFY = flags.DEFINE_bool("verify", False, "Compare logits of what was written, in float32.")
+DESCRIBE = flags.DEFINE_bool("describe", False, "Say what the source is and costs, then stop.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a model folder at the target.")
 
 # Ids compared by --verify: as many as show every position-dependent part, few enough for a CPU.
@@ -57,6 +61,11 @@ _VERIFY_TOKENS = 32
 def main(argv) -> None:
     del argv
     started = time.perf_counter()
+    if DESCRIBE.value:
+        _describe()
+        return
+    if TARGET.value is None:
+        raise InputError("--target is missing: name the folder (gguf: the file) to make")
     if FORMAT.value == "gguf":
         gguf_write.check_target(TARGET.value, OVERWRITE.value)
     else:
@@ -76,6 +85,18 @@ def main(argv) -> None:
     print(f"written  {TARGET.value} in {time.perf_counter() - started:.1f} s", flush=True)
     if VERIFY.value:
         print(_verify(loaded), flush=True)
+
+
+def _describe() -> None:
+    """Prints the description, a line per number, option and use."""
+    for name, value in dataclasses.asdict(describe(SOURCE.value)).items():
+        if isinstance(value, dict):
+            print(name)
+            for key, item in value.items():
+                print(f"  {key:24} {item}")
+        else:
+            shown = f"{value:,}" if isinstance(value, int | float) else value
+            print(f"{name:26} {shown}")
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ import safetensors
 from moejax.core.errors import InputError
 from moejax.io import atomic, host
 
+_FLUSH_BYTES = 64 << 20
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -237,13 +239,21 @@ def write_file(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb", buffering=0) as file:
+    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as flusher:
         _write(file, len(text).to_bytes(8, "little") + text)
+        unflushed, flushing = 0, None
         for entry in entries:
             for part in entry.parts():
                 value = np.ascontiguousarray(part)
                 _write(file, value.reshape(-1).view(np.uint8).data)
                 wrote(value.nbytes)
+                unflushed += value.nbytes
+                # The disk works while the next parts are made, and not all at the end.
+                if unflushed > _FLUSH_BYTES and (flushing is None or flushing.done()):
+                    flushing = flusher.submit(os.fdatasync, file.fileno())
+                    unflushed = 0
+        if flushing is not None:
+            flushing.result()
 
 
 def _write(file, content: bytes | memoryview) -> None:

@@ -1,0 +1,50 @@
+"""A description counts what the config and the headers say, and reads no weight."""
+
+import numpy as np
+import pytest
+
+import moejax.models
+from moejax.core.errors import InputError
+from moejax.io import describe as io_describe
+from moejax.io import safetensors
+from moejax.models.description import describe_config
+from moejax.models.families import FAMILIES
+from tests.tiny_llama import fields_of, tensors_of, write_llama
+
+
+def test_a_folder_is_described_without_its_weights(tmp_path, monkeypatch):
+    fields = fields_of("grouped_tied")
+    tensors = tensors_of(fields)
+    write_llama(tmp_path, fields, tensors)
+    monkeypatch.setattr(safetensors.SafetensorsFolder, "read", None)
+    found = moejax.models.describe(tmp_path)
+    assert found == io_describe.describe(tmp_path)
+    assert found.num_params == found.active_params == sum(v.size for v in tensors.values())
+    # Keys and values of 2 layers, 2 heads of 6, 2 bytes each.
+    assert found.kv_cache_bytes_per_token == 2 * 2 * 2 * 6 * 2
+    assert found.options["tie_embeddings"] is True and found.uses["upcycle"] == "yes"
+    assert found.uses["merge"].startswith("no: ")
+
+
+def test_headers_that_contradict_the_config_are_named(tmp_path):
+    fields = fields_of("plain")
+    tensors = tensors_of(fields) | {"model.norm.weight": np.ones(7, np.float32)}
+    write_llama(tmp_path, fields, tensors)
+    with pytest.raises(InputError, match=r"model.norm.weight has shape \[7\]"):
+        io_describe.describe(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_presets_are_described(family):
+    for config in family.presets.values():
+        found = describe_config(config)
+        assert 0 < found.active_params <= found.num_params
+        assert (found.active_params < found.num_params) == (config.moe is not None)
+
+
+def test_deepseek_v2_is_as_its_paper_says():
+    """236B parameters, 21B of them active; 576 numbers a token and layer (arXiv 2405.04434)."""
+    family = next(family for family in FAMILIES if family.name == "deepseek_v2")
+    found = describe_config(family.presets["deepseek-v2"])
+    assert round(found.num_params / 1e9) == 236 and round(found.active_params / 1e9) == 21
+    assert found.kv_cache_bytes_per_token == 2 * 576 * 60
