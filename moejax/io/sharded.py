@@ -1,0 +1,89 @@
+"""Parameters from a file straight onto a mesh: each process reads only the slices it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from moejax.core import tree
+from moejax.core.errors import InputError
+from moejax.io import stream
+from moejax.io.loaded import Loaded
+from moejax.io.safetensors import Range, TensorSource
+from moejax.models.families import Weight, by_name
+
+
+def load_sharded(
+    loaded: Loaded, sharding: Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
+) -> Loaded:
+    """Reads a model that was left on disk (`load_any(..., abstract=True)`) into sharded arrays.
+
+    Args:
+      loaded: of a Hugging Face folder or a GGUF file; its abstract parameters say the dtypes.
+      sharding: path and shape of a leaf -> how it lies on the devices.
+
+    A slice that several devices of this process hold is read once.
+    """
+    source = loaded.tensors
+    if source is None:
+        raise InputError(f"{loaded.source} cannot be read in slices: convert it with --format=hf")
+    weights: dict[str, dict[tuple[int, ...], Weight]] = {}
+    for weight in by_name(loaded.config.family).name_table(loaded.config):
+        weights.setdefault(weight.path, {})[weight.index] = weight
+
+    def leaf(path: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+        read: dict[Any, np.ndarray] = {}
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            key = tuple(s.indices(n)[:2] for s, n in zip(index, abstract.shape, strict=True))
+            if key not in read:
+                read[key] = _read_part(source, weights[path], key, abstract.dtype)
+            return read[key]
+
+        return jax.make_array_from_callback(abstract.shape, sharding(path, abstract), part)
+
+    params = tree.map_with_path(leaf, loaded.params)
+    return dataclasses.replace(loaded, params=params, tensors=None)
+
+
+def _read_part(
+    source: TensorSource, weights: dict[tuple[int, ...], Weight], key: tuple, dtype: Any
+) -> np.ndarray:
+    """One slice of a leaf, put together of slices of its tensors."""
+    stacked = len(next(iter(weights)))
+    value = np.empty([last - first for first, last in key], dtype)
+    for place in np.ndindex(value.shape[:stacked]):
+        weight = weights[tuple(i + key[n][0] for n, i in enumerate(place))]
+        value[place] = _read_tensor(source, weight, key[stacked:], dtype)
+    return value
+
+
+def _read_tensor(source: TensorSource, weight: Weight, key: tuple, dtype: Any) -> np.ndarray:
+    in_dims, shape = weight.in_dims, weight.shape
+    if not in_dims and len(weight.hf_shape) < len(shape):  # a bias of heads, small
+        whole = weight.from_hf(source.read(weight.hf_name))
+        value = whole[tuple(slice(*r) for r in key)]
+    elif not in_dims:
+        columns = key[1] if len(key) > 1 and key[1] != (0, shape[1]) else None
+        value = source.read(weight.hf_name, key[0], columns)
+    else:
+        rows, row_shape, row_cut = _flat(key[in_dims:], shape[in_dims:])
+        columns, column_shape, column_cut = _flat(key[:in_dims], shape[:in_dims])
+        value = source.read(weight.hf_name, rows, columns).T.reshape(*column_shape, *row_shape)
+        value = value[(*column_cut, *row_cut)]
+    with np.errstate(over="ignore"):
+        cast = value.astype(dtype)
+    stream.check_finite(value, cast, f"tensor {weight.hf_name}")
+    return cast
+
+
+def _flat(key: tuple, shape: tuple[int, ...]) -> tuple[Range, tuple[int, ...], tuple[slice, ...]]:
+    """The range of flattened dims that holds a slice, its shape, and the cut that is left."""
+    (first, last), inner = key[0], math.prod(shape[1:])
+    cut = (slice(None), *(slice(*r) for r in key[1:]))
+    return (first * inner, last * inner), (last - first, *shape[1:]), cut
