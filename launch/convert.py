@@ -84,7 +84,7 @@ def main(argv) -> None:
         save_any(loaded, TARGET.value, FORMAT.value, DTYPE.value, OVERWRITE.value, writing)
     print(f"written  {TARGET.value} in {time.perf_counter() - started:.1f} s", flush=True)
     if VERIFY.value:
-        print(_verify(loaded), flush=True)
+        print(_verify(loaded, TARGET.value), flush=True)
 
 
 def _describe() -> None:
@@ -145,13 +145,13 @@ def _show_plan(loaded: Loaded) -> int:
     return num_bytes
 
 
-def _verify(loaded: Loaded) -> str:
+def _verify(loaded: Loaded, target: str) -> str:
     """Reads the target back and compares its logits with the reference's, in float32."""
-    again = load_any(TARGET.value, "float32")
+    again = load_any(target, "float32")
     ids = np.random.default_rng(0).integers(0, again.config.vocab_size, (1, _VERIFY_TOKENS))
     ours = _logits(again, ids)
     if FORMAT.value == "hf" and all(map(importlib.util.find_spec, ("torch", "transformers"))):
-        reference, name = _transformers_logits(Path(TARGET.value), ids), "transformers"
+        reference, name = _transformers_logits(Path(target), ids), "transformers"
     else:
         if loaded.tensors is not None:
             loaded = load_any(SOURCE.value)

@@ -39,7 +39,8 @@ def load_sharded(
     def leaf(path: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
         read: dict[Any, np.ndarray] = {}
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             key = tuple(s.indices(n)[:2] for s, n in zip(index, abstract.shape, strict=True))
             if key not in read:
                 read[key] = _read_part(source, weights[path], key, abstract.dtype)

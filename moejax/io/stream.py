@@ -15,7 +15,7 @@ from moejax.models.families import Weight
 # Small enough for a processor's cache, large enough that a call costs nothing.
 PART_BYTES = 2 << 20
 # A float is NaN or infinite where all bits of its exponent are set.
-_EXPONENTS = {
+_EXPONENTS: dict[str, np.unsignedinteger] = {
     "float64": np.uint64(0x7FF << 52),
     "float32": np.uint32(0xFF << 23),
     "float16": np.uint16(0x1F << 10),
