@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from moejax.moe.experts import ExpertParams, grouped_ffn
 from moejax.moe.routing import Routing, abstract_router, init_router, route
 from moejax.moe.shapes import init_moe, moe_shapes
 from moejax.ops.gated_ffn import Activation, gated_ffn
+
+if TYPE_CHECKING:
+    from moejax.moe.expert_parallel import Parallel
 
 __all__ = [
     "MoEStats",
@@ -60,6 +63,7 @@ def moe_layer(
     mask_BT: jax.Array | None = None,
     rng: jax.Array | None = None,
     implementation: str | None = None,
+    parallel: "Parallel | None" = None,
 ) -> tuple[jax.Array, MoEStats]:
     """y = sum_i g_i E_i(x) over the chosen experts, plus the shared expert or network.
 
@@ -67,8 +71,15 @@ def moe_layer(
     the residual. mask_BT is true on real tokens (all are computed, only real ones enter the
     statistics, and expert choice takes those first); rng turns on what perturbs the router;
     implementation names a grouped matmul, None chooses one, or every expert on every token where
-    few tokens use most. Equals `moejax.moe.dense.dense_moe`.
+    few tokens use most; parallel runs the layer on a mesh (`moejax.moe.expert_parallel`). Equals
+    `moejax.moe.dense.dense_moe`, unless the strategy named there drops.
     """
+    if parallel is not None:
+        from moejax.moe.expert_parallel import sharded_moe_layer  # it stands on this file
+
+        more: dict[str, Any] = {"activation": activation, "mask_BT": mask_BT, "rng": rng}
+        more["implementation"] = implementation
+        return sharded_moe_layer(params, x_BTD, config, parallel, **more)
     assert params["experts"]["w_up"].shape[0] == config.num_experts
     num_sequences, _, d_model = x_BTD.shape
     x_ND = x_BTD.reshape(-1, d_model)

@@ -1,0 +1,192 @@
+"""The MoE layer on a mesh: the one shard_map, around a strategy of `moejax.moe.strategies`.
+
+Tokens are split over data, fsdp and expert; weights as `moejax.core.sharding` says. Weights that
+are split over fsdp are gathered at use, which makes their gradient a reduce-scatter; what tensor
+splits is summed once, at the end.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from moejax.core import tree
+from moejax.core.errors import InputError
+from moejax.core.mesh import TOKEN_AXES, check_axes
+from moejax.core.sharding import moe_spec
+from moejax.moe.choose import STRATEGIES, Choice, Load, choose
+from moejax.moe.config import MoEConfig
+from moejax.moe.layer import MoEStats, add_shared_network, layer_stats
+from moejax.moe.routing import Routing, route
+from moejax.moe.strategies import AXIS, BY_NAME, Context
+from moejax.ops.gated_ffn import Activation, gated_ffn
+
+P = PartitionSpec
+_TOKENS = P(TOKEN_AXES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """Where a layer runs and how its tokens travel.
+
+    mesh: with axes data, fsdp, expert, tensor (`moejax.core.mesh.make_mesh`).
+    strategy: a name of `moejax.moe.choose.STRATEGIES`, or "auto" (`explain` says which and why).
+    factor: buffer rows over the balanced load, of "capacity" (which drops the rest) and "chunked"
+        (which sends it in further rounds).
+    chip: whose links "auto" reckons with.
+    """
+
+    mesh: Mesh
+    strategy: str = "auto"
+    factor: float = 1.25
+    chip: str = "v5p"
+
+    def __post_init__(self) -> None:
+        check_axes(self.mesh)
+        if self.strategy not in ("auto", *STRATEGIES):
+            raise InputError(
+                f"strategy {self.strategy!r} is none of the {len(STRATEGIES) + 1} known: "
+                f"auto, {', '.join(STRATEGIES)}."
+            )
+        shards = self.mesh.shape[AXIS]
+        if self.strategy == "local" and shards > 1:
+            raise InputError(
+                f"strategy 'local' needs an expert axis of 1, and the mesh has {shards}: choose "
+                "'chunked', or a mesh with expert=1."
+            )
+        if not (self.factor > 0 and math.isfinite(self.factor)):
+            raise InputError(f"factor={self.factor} must be more than 0; 1.25 is usual.")
+
+
+def explain(parallel: Parallel, config: MoEConfig, x_shape: tuple, d_ff: int) -> Choice:
+    """What "auto" chooses for inputs [B, T, D] in bfloat16 and experts of width d_ff, and why."""
+    num_rows, length, d_model = x_shape
+    parts = math.prod(parallel.mesh.shape[axis] for axis in TOKEN_AXES)
+    load = Load(
+        tokens=max(1, num_rows * length // parts),
+        top_k=config.routed_per_token,
+        shards=parallel.mesh.shape[AXIS],
+        d_model=d_model,
+        d_ff=d_ff,
+    )
+    return choose(load, parallel.chip)
+
+
+def sharded_moe_layer(
+    params: dict[str, Any],
+    x_BTD: jax.Array,
+    config: MoEConfig,
+    parallel: Parallel,
+    *,
+    activation: Activation = jax.nn.silu,
+    mask_BT: jax.Array | None = None,
+    rng: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, MoEStats]:
+    """`moejax.moe.layer.moe_layer` on a mesh; equal to it unless the strategy drops.
+
+    Raises InputError if the experts do not divide by the expert axis, the B rows by the devices
+    that tokens are split over, or a width by its axes. Noise differs from one device's by its key.
+    """
+    mesh = parallel.mesh
+    _check(config, x_BTD.shape, mesh)
+    name = parallel.strategy
+    if name == "auto":
+        name = explain(parallel, config, x_BTD.shape, params["experts"]["w_up"].shape[2]).strategy
+    context = Context(
+        config.num_experts, mesh.shape[AXIS], parallel.factor, activation, implementation
+    )
+    specs = tree.map_with_path(lambda path, w: moe_spec(path, w.shape, mesh), params)
+
+    def body(params, x_BTD, mask_BT, rng):
+        if rng is not None:
+            rng = jax.random.fold_in(rng, jax.lax.axis_index(TOKEN_AXES))
+        return _layer_on_device(params, specs, (x_BTD, mask_BT, rng), config, context, name)
+
+    mapped = jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(
+            specs,
+            _TOKENS,
+            None if mask_BT is None else _TOKENS,
+            None if rng is None else P(),
+        ),
+        out_specs=(_TOKENS, P()),
+        check_vma=False,  # kernels and custom gradients do not say how their results vary
+    )
+    return mapped(params, x_BTD, mask_BT, rng)
+
+
+def _layer_on_device(params, specs, inputs, config: MoEConfig, context: Context, name: str):
+    """Routes this device's tokens, sends them, adds what is shared; sums over tensor."""
+    x_BTD, mask_BT, rng = inputs
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    routing = route(
+        params["router"],
+        x_ND,
+        config,
+        mask_N=None if mask_BT is None else mask_BT.reshape(-1),
+        rng=rng,
+        num_sequences=x_BTD.shape[0],
+        axis_names=TOKEN_AXES,
+    )
+    gathered = {k: _at_use(params[k], specs[k]) for k in ("experts", "shared") if k in params}
+    y_ND, dropped = _mix(gathered["experts"], x_ND, routing, config, context, name)
+    y_ND = add_shared_network(gathered, y_ND.astype(x_ND.dtype), x_ND, context.activation)
+    y_ND = jax.lax.psum(y_ND, "tensor")
+    stats = layer_stats(routing)
+    stats = dataclasses.replace(stats, dropped=stats.dropped + dropped)
+    return y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape), stats
+
+
+def _mix(experts, x_ND, routing: Routing, config: MoEConfig, context: Context, name: str):
+    taken_ND = x_ND if routing.token_N is None else x_ND[routing.token_N]
+    y_ND, dropped = BY_NAME[name](
+        context, taken_ND, routing.experts_NK, routing.weights_NK, experts
+    )
+    if routing.token_N is not None:  # rows are pairs, and a token has any number of them
+        y_ND = jax.ops.segment_sum(y_ND, routing.token_N, x_ND.shape[0])
+    if routing.shared_weight_N is not None:  # expert 0 of the stack is on the first shard
+        first = jax.lax.axis_index(AXIS) == 0
+        shared = {
+            k: jax.lax.psum(jnp.where(first, w[0], jnp.zeros_like(w[0])), AXIS)
+            for k, w in experts.items()
+        }
+        shared_ND = gated_ffn(shared, x_ND, context.activation)
+        y_ND = y_ND + routing.shared_weight_N[:, None] * shared_ND
+    return y_ND, dropped
+
+
+def _at_use(params: dict[str, jax.Array], specs: dict[str, Any]) -> dict[str, jax.Array]:
+    """Weights whole but for the expert stack and tensor; a bias of D enters the sum once."""
+    whole = {}
+    for name, w in params.items():
+        for dim, axes in enumerate(specs[name]):
+            if axes == AXIS or axes == "tensor" or axes is None:
+                continue
+            w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+        if name == "b_down":
+            w = jnp.where(jax.lax.axis_index("tensor") == 0, w, jnp.zeros_like(w))
+        whole[name] = w
+    return whole
+
+
+def _check(config: MoEConfig, x_shape: tuple[int, ...], mesh: Mesh) -> None:
+    shards = mesh.shape[AXIS]
+    if config.num_experts % shards:
+        divisors = [n for n in range(1, config.num_experts + 1) if config.num_experts % n == 0]
+        raise InputError(
+            f"{config.num_experts} experts do not divide by an expert axis of {shards}: choose "
+            f"expert={', '.join(map(str, divisors))}."
+        )
+    parts = math.prod(mesh.shape[axis] for axis in TOKEN_AXES)
+    if x_shape[0] % parts:
+        raise InputError(
+            f"a batch of {x_shape[0]} rows does not divide by the {parts} devices of "
+            f"{'+'.join(TOKEN_AXES)}: give a multiple of {parts} rows (padded and masked), or put "
+            "devices on the tensor axis."
+        )
