@@ -1,13 +1,143 @@
-"""Rows of the CPU: the expert block, forward and backward, timed in pairs with its peers."""
+"""Rows of the CPU: the expert block, forward and backward, timed in pairs with its peers.
+
+The block is the sort by expert, gate, up, activation, down and the weighted sum, in float32 on
+4,096 tokens with uniformly drawn experts. Ours and a peer take turns in one process, so that load
+from elsewhere meets both; the figure is the median of the pairs' ratios of times.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import importlib.util
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from launch.bench_row import Row, Wanted
+from moejax.moe.dispatch import combine, dispatch, plan
+from moejax.moe.experts import grouped_ffn
+from moejax.train.peak import measure_gemm_peak
+
+NUM_TOKENS, NUM_PAIRS = 4096, 9
+NUM_SLOW_PAIRS = 3  # ragged_dot takes seconds
+# name -> experts, experts per token, width of the model, width of an expert
+SHAPES = {"E8 top-2 d512 f1024": (8, 2, 512, 1024), "E64 top-6 d512 f512": (64, 6, 512, 512)}
+Arrays = dict[str, np.ndarray]
 
 
 def rows(peer: bool, wanted: Wanted) -> Iterator[Row]:
-    """Nothing yet."""
-    del peer, wanted
-    yield from ()
+    """Times against transformers and jax's ragged_dot with `peer`, else the rate alone."""
+    for name, shape in SHAPES.items():
+        for gradient in (False, True):
+            what = f"cpu experts {name} {'forward + backward' if gradient else 'forward'} f32"
+            if wanted(what):
+                yield from _block_rows(what, shape, gradient, peer)
+
+
+def _block_rows(what: str, shape: tuple[int, ...], gradient: bool, peer: bool) -> Iterator[Row]:
+    _, top_k, width, ffn = shape
+    arrays = _draw(*shape)
+    ours = _jax_block(arrays, gradient, None)
+    gflop = (18 if gradient else 6) * NUM_TOKENS * top_k * width * ffn / 1e9
+    peak = measure_gemm_peak()
+    seconds = statistics.median(_timed(ours) for _ in range(NUM_PAIRS))
+    how = f"median of {NUM_PAIRS}; matrix-product peak in this run {peak.gflops:.0f}"
+    yield Row(f"{what}, rate", gflop / seconds, "GFLOP/s", how=how)
+    if not peer:
+        return
+    paired = "times in turns, median of {} ratios"
+    ratio = _ratio(ours, _jax_block(arrays, gradient, "ragged_dot"), NUM_SLOW_PAIRS)
+    how = paired.format(NUM_SLOW_PAIRS)
+    yield Row(f"{what}, against ragged_dot", ratio, "x", peer=1.0, peer_name="jax", how=how)
+    figure, goal, rival = f"{what}, against grouped_mm", ">= 1.5", "transformers grouped_mm"
+    if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+        ratio = _ratio(ours, _torch_block(arrays, gradient), NUM_PAIRS)
+        yield Row(figure, ratio, "x", goal, 1.0, rival, paired.format(NUM_PAIRS))
+    else:
+        how = "not measured: pip install -e .[parity]"
+        yield Row(figure, None, "x", goal, None, rival, how)
+
+
+def _draw(num_experts: int, top_k: int, width: int, ffn: int) -> Arrays:
+    rng = np.random.default_rng(0)
+    experts = rng.random((NUM_TOKENS, num_experts)).argsort(axis=1)[:, :top_k]
+
+    def normal(*shape: int) -> np.ndarray:
+        return (rng.normal(size=shape) / np.sqrt(shape[-2])).astype(np.float32)
+
+    return {
+        "x": rng.normal(size=(NUM_TOKENS, width)).astype(np.float32),
+        "experts": experts.astype(np.int32),
+        "weights": np.full((NUM_TOKENS, top_k), 1 / top_k, np.float32),
+        "w_gate": normal(num_experts, width, ffn),
+        "w_up": normal(num_experts, width, ffn),
+        "w_down": normal(num_experts, ffn, width),
+    }
+
+
+def _jax_block(arrays: Arrays, gradient: bool, implementation: str | None) -> Callable[[], Any]:
+    num_experts = len(arrays["w_gate"])
+
+    def block(floats, experts):
+        moves = plan(experts, num_experts)
+        y = grouped_ffn(
+            floats, dispatch(floats["x"], moves), moves.group_sizes_E, jax.nn.silu, implementation
+        )
+        return combine(y, floats["weights"], moves)
+
+    def loss(floats, experts):
+        return jnp.sum(block(floats, experts))
+
+    compiled = jax.jit(jax.grad(loss) if gradient else block)
+    floats = {k: jnp.asarray(v) for k, v in arrays.items() if k != "experts"}
+    experts = jnp.asarray(arrays["experts"])
+    return lambda: jax.block_until_ready(compiled(floats, experts))
+
+
+def _torch_block(arrays: Arrays, gradient: bool) -> Callable[[], Any]:
+    """transformers' own function on one of its expert modules, with as many threads as we have."""
+    import torch
+    from transformers.integrations.moe import grouped_mm_experts_forward
+    from transformers.models.mixtral.configuration_mixtral import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    num_experts, width, ffn = arrays["w_gate"].shape
+    config = MixtralConfig(hidden_size=width, intermediate_size=ffn, num_local_experts=num_experts)
+    module = MixtralExperts(config)
+    gate_up = np.concatenate([arrays["w_gate"], arrays["w_up"]], axis=2).transpose(0, 2, 1)
+    with torch.no_grad():
+        module.gate_up_proj.copy_(torch.from_numpy(gate_up.copy()))
+        module.down_proj.copy_(torch.from_numpy(arrays["w_down"].transpose(0, 2, 1).copy()))
+    x, weights = (torch.from_numpy(arrays[n]).requires_grad_(gradient) for n in ("x", "weights"))
+    experts = torch.from_numpy(arrays["experts"].astype(np.int64))
+    forward = functools.partial(grouped_mm_experts_forward, module, x, experts, weights)
+
+    def backward():
+        module.zero_grad()
+        x.grad = weights.grad = None
+        forward().sum().backward()
+
+    def without_gradient():
+        with torch.no_grad():
+            return forward()
+
+    return backward if gradient else without_gradient
+
+
+def _ratio(ours: Callable[[], Any], peer: Callable[[], Any], num_pairs: int) -> float:
+    """The peer's time over ours, median over pairs of runs that follow each other."""
+    ours(), peer()  # compiled and warm
+    return statistics.median(1 / (_timed(ours) / _timed(peer)) for _ in range(num_pairs))
+
+
+def _timed(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
