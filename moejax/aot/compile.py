@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from moejax.core.platform import compiling_for
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -35,8 +37,13 @@ def abstract(
 def compile_for(
     function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
 ) -> jax.stages.Compiled:
-    """Compiles for the devices of the arguments' shardings (trees of `abstract`). Nothing runs."""
-    return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+    """Compiles for the devices of the arguments' shardings (trees of `abstract`). Nothing runs.
+
+    What chooses by the platform (`moejax.core.platform`) chooses for those devices.
+    """
+    device = min(jax.tree.leaves(arguments)[0].sharding.device_set, key=lambda d: d.id)
+    with compiling_for(device.platform):
+        return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
 
 
 def memory(compiled: jax.stages.Compiled) -> Memory:

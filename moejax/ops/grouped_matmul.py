@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from moejax.core.errors import InputError
+from moejax.core.platform import platform
 from moejax.ops.grouped_matmul_cpu import grouped_matmul_cpu
+from moejax.ops.grouped_matmul_gpu import grouped_matmul_gpu
 from moejax.ops.grouped_matmul_ref import grouped_matmul_ref
 
 # (lhs, rhs, group_sizes, groups) -> out, with a gradient of its own.
@@ -30,8 +32,11 @@ _KERNELS: dict[str, Kernel] = {
     "ref": grouped_matmul_ref,
     "ragged_dot": _ragged_dot,
     "cpu": grouped_matmul_cpu,
+    "gpu": grouped_matmul_gpu,
 }
 IMPLEMENTATIONS = tuple(_KERNELS)
+# Compiled for one platform only; the others are plain JAX and run anywhere.
+PLATFORM = {"gpu": "gpu"}
 
 
 def grouped_matmul(
@@ -51,15 +56,22 @@ def grouped_matmul(
     rhs. groups: bool [E] or None (all); where false the gradient of rhs[e] is zero and, but for
     `ref` and `ragged_dot`, no work is done for it; the output and the gradient of lhs stay whole.
     implementation: a name in IMPLEMENTATIONS, never replaced by another; None takes the one
-    for the default backend and logs it once. Raises ValueError for shapes that do not fit.
+    for the default backend and logs it once. Raises ValueError for shapes that do not fit and
+    NotImplementedError for an implementation that the devices cannot run.
     """
     _check(lhs, rhs, group_sizes, groups)
     if implementation is None:
-        implementation = _choose(jax.default_backend())
+        implementation = _choose(platform())
     if implementation not in _KERNELS:
         raise InputError(
             f"grouped_matmul has no implementation {implementation!r}: "
             f"choose one of {', '.join(IMPLEMENTATIONS)}."
+        )
+    needed = PLATFORM.get(implementation, platform())
+    if needed != platform():
+        raise NotImplementedError(
+            f"grouped_matmul: {implementation!r} is compiled for {needed} devices and these are "
+            f"{platform()}: take implementation=None, or the kernel itself with interpret=True."
         )
     dtype = jnp.result_type(lhs, rhs)
     return _KERNELS[implementation](

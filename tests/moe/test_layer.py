@@ -17,7 +17,7 @@ from moejax.moe.layer import moe_layer as plain_layer
 from moejax.moe.layer import moe_shapes
 from moejax.moe.routing import abstract_router
 from moejax.ops.gated_ffn import gated_ffn
-from moejax.ops.grouped_matmul import IMPLEMENTATIONS
+from moejax.ops.grouped_matmul import IMPLEMENTATIONS, PLATFORM
 from tests.draws import normal, router_params
 
 D, F = 8, 12
@@ -95,7 +95,7 @@ def definition(name):
 
 # Every kernel for one router of each way to choose, every router with the CPU's (the kernels have a
 # suite of their own) and with none: so few tokens go through every expert.
-KERNELS = [name for name in IMPLEMENTATIONS if name != "cpu"]
+KERNELS = [name for name in IMPLEMENTATIONS if name not in ("cpu", *PLATFORM)]
 ONCE = ("normalized", "expert_choice")
 PAIRS = [(name, kernel) for name in CONFIGS for kernel in ("cpu", None)]
 PAIRS += [(name, kernel) for name in ONCE for kernel in KERNELS]
