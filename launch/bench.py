@@ -12,24 +12,15 @@ in the table without a number and with the reason. Run it on an idle machine.
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-import importlib.metadata
-import os
-import platform
-import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from rich.console import Console
-from rich.table import Table
 
 from launch import bench_cpu, cli
-from launch.bench_row import Row, Wanted
+from launch.bench_table import Rows, matcher, measure, record, table
 from moejax.core.errors import InputError
 from moejax.io.atomic import write_json
 
@@ -38,12 +29,10 @@ PEER = flags.DEFINE_bool("peer", False, "Also measure the peers, with the same f
 ONLY = flags.DEFINE_string("only", None, "Measure only figures that match this regular expression.")
 OUT = flags.DEFINE_string("out", None, "JSON file for the rows, the machine and the versions.")
 
-Rows = Callable[[bool, Wanted], Iterator[Row]]
 SUITES: dict[str, dict[str, Rows]] = {
     "kernels": {"cpu": bench_cpu.rows},
     "layer": {},
 }
-PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "numpy", "torch", "transformers")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -63,87 +52,6 @@ def main(argv: Sequence[str]) -> None:
     if OUT.value:
         write_json(OUT.value, record(SUITE.value, rows))
         print(f"written: {OUT.value}")
-
-
-def matcher(pattern: str | None) -> Wanted:
-    """Whether a figure's name matches --only; every name does without it."""
-    try:
-        compiled = re.compile(pattern or "", re.IGNORECASE)
-    except re.error as error:
-        raise InputError(f"--only={pattern}: not a regular expression ({error})") from None
-    return lambda figure: compiled.search(figure) is not None
-
-
-def measure(parts: dict[str, Rows], peer: bool, wanted: Wanted) -> Iterator[Row]:
-    """Each part's rows, told on stderr as they come; what cannot be measured says why."""
-    started = time.perf_counter()
-    for name, rows in parts.items():
-        say(f"{name} ...")
-        try:
-            for row in rows(peer, wanted):
-                if wanted(row.figure):
-                    say(f"[{time.perf_counter() - started:.0f} s] {row.figure}: {number(row.ours)}")
-                    yield row
-        except InputError as reason:
-            if wanted(name):
-                yield Row(figure=name, ours=None, unit="", how=f"not measured: {reason}")
-
-
-def table(rows: list[Row]) -> Table:
-    """What the console shows."""
-    shown = Table(box=None, pad_edge=False)
-    for name in ("figure", "ours", "unit", "goal", "reached", "peer", "peer is", "how"):
-        right = name in ("ours", "peer")
-        shown.add_column(name, justify="right" if right else "left", overflow="fold")
-    for row in rows:
-        reached = {True: "yes", False: "no", None: ""}[row.reached]
-        peers = (number(row.peer) if row.peer_name else "", row.peer_name)
-        shown.add_row(
-            row.figure, number(row.ours), row.unit, row.reach, reached, *peers, row.how
-        )
-    return shown
-
-
-def number(value: float | None) -> str:
-    """Four significant digits, thousands separated; a dash for what was not measured."""
-    if value is None:
-        return "-"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
-
-
-def record(suite: str, rows: list[Row]) -> dict[str, Any]:
-    """What --out holds: enough to know what was measured, where and with what."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "suite": suite,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "system": platform.platform(),
-            "processor": processor(),
-            "cores": len(os.sched_getaffinity(0)),
-        },
-        "versions": versions,
-        "rows": [{**dataclasses.asdict(row), "reached": row.reached} for row in rows],
-    }
-
-
-def processor() -> str:
-    """The processor's name as Linux has it."""
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def say(text: str) -> None:
-    print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

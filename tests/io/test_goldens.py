@@ -17,6 +17,9 @@ from tests.parity.make_goldens import GOLDENS, SMOLLM2_TEXT, checksum
 from tests.tiny_llama import CASES, TOKENS, fields_of, tensors_of, write_llama
 from tests.tiny_tokenizer import smollm2_gguf
 
+# Of the largest logit, as in the live parity of the families: two float32 programs, each with its
+# own rounding, so twice what one program may be off.
+FAMILY_LIMIT = 2 * TOLERANCE["float32"]
 CONFIGS = json.loads((GOLDENS / "llama.json").read_text())
 CHECKSUMS = json.loads((GOLDENS / "families.json").read_text())
 
@@ -34,7 +37,9 @@ def test_a_tiny_llama_has_the_reference_logits(case, tmp_path):
     with np.load(GOLDENS / "llama.npz") as goldens:
         expected = goldens[case]
     gap = np.max(np.abs(logits(loaded, TOKENS) - expected))
-    assert gap < TOLERANCE["float32"] * np.max(np.abs(expected))
+    # 1.1e-5 of it on "llama3", where ours is 1e-6 off our own float64: the two round the scaled
+    # rotary frequencies differently.
+    assert gap < FAMILY_LIMIT * np.max(np.abs(expected))
 
 
 @pytest.mark.parametrize("name", families.CASES)
@@ -46,7 +51,7 @@ def test_a_tiny_model_of_every_family_has_the_reference_logits(name, tmp_path):
     with np.load(GOLDENS / "families.npz") as goldens:
         expected = goldens[name]
     found = np.asarray(model.logits(families.TOKENS))[:, families.GOLDEN_POSITIONS]
-    assert np.max(np.abs(found - expected)) < TOLERANCE["float32"] * np.max(np.abs(expected))
+    assert np.max(np.abs(found - expected)) < FAMILY_LIMIT * np.max(np.abs(expected))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch import bench, bench_row
+from launch import bench_row, bench_table
 from launch.bench_row import Row
 from moejax.core.errors import InputError
 
@@ -53,7 +53,7 @@ def test_help_says_what_is_needed():
 def test_the_table_is_aligned_and_says_what_was_reached():
     console = Console(width=200)
     with console.capture() as captured:
-        console.print(bench.table(ROWS))
+        console.print(bench_table.table(ROWS))
     head, *lines = captured.get().splitlines()
     assert [line.split()[0] for line in lines] == ["cpu", "tpu", "h100"]
     column = head.index("goal")
@@ -82,14 +82,14 @@ def test_only_what_is_wanted_comes_and_a_reason_stands_in_for_what_cannot():
         yield ROWS[0]
         raise InputError("libtpu is missing")
 
-    rows = list(bench.measure({"a": whole, "cpu": broken}, True, bench.matcher("^CPU")))
+    rows = list(bench_table.measure({"a": whole, "cpu": broken}, True, bench_table.matcher("^CPU")))
     assert asked == [(True, ["cpu forward"])]
     assert [row.figure for row in rows] == ["cpu forward", "cpu forward", "cpu"]
     assert rows[2].ours is None and rows[2].how == "not measured: libtpu is missing"
 
 
 def test_the_record_says_when_where_and_with_what():
-    record = json.loads(json.dumps(bench.record("kernels", ROWS)))
+    record = json.loads(json.dumps(bench_table.record("kernels", ROWS)))
     assert record["suite"] == "kernels" and record["versions"]["jax"]
     assert record["machine"]["cores"] >= 1 and record["machine"]["processor"]
     assert [row["reached"] for row in record["rows"]] == [True, False, None]
