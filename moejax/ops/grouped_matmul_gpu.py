@@ -15,6 +15,7 @@ about 21 bits of each product; bfloat16 and float16 are exact. Sums are float32.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from jax.experimental.pallas import triton as plgpu
 from moejax.ops.gpu_tiles import Tile, outer_tile, rows_tile
 
 Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
+MAX_ELEMENTS = 2**31
 DTYPES = ("float32", "bfloat16", "float16")
 # Programs of this many row tiles run side by side before the next columns, to meet in the L2 cache.
 SUPER_ROWS = 8
@@ -39,7 +41,8 @@ def grouped_matmul_gpu(
 ) -> jax.Array:
     """See `moejax.ops.grouped_matmul.grouped_matmul`; interpret=True runs it on any device.
 
-    Raises NotImplementedError for types other than float32, bfloat16 and float16.
+    Raises NotImplementedError for types other than float32, bfloat16 and float16, and for arrays
+    of 2^31 elements and more.
     """
     return multiply_rows([(lhs, rhs)], group_sizes, transposed=False, interpret=interpret)
 
@@ -80,8 +83,8 @@ def multiply_rows(
     transposed: w is [E, N, K]. The pairs have one shape and type; rows past the groups give zeros.
     """
     x, w = pairs[0]
-    check_type(x.dtype)
     (num_rows, depth), num_cols = x.shape, w.shape[1 if transposed else 2]
+    check(x.shape, w.shape, (num_rows, num_cols), dtype=x.dtype)
     if 0 in (num_rows, num_cols, depth, w.shape[0]):
         return jnp.zeros((num_rows, num_cols), x.dtype)
     tile = tile or rows_tile(num_rows, w.shape[0], num_cols, depth, x.dtype.itemsize)
@@ -135,8 +138,8 @@ def outer_by_group(
     tile: Tile | None = None,
 ) -> jax.Array:
     """Per wanted group, the sum over its rows of x[r] y[r]^T: x [R, K], y [R, N] -> [E, K, N]."""
-    check_type(x.dtype)
     (num_rows, k), n, num_groups = x.shape, y.shape[1], group_sizes.shape[0]
+    check(x.shape, y.shape, (num_groups, k, n), dtype=x.dtype)
     if 0 in (num_rows, k, n, num_groups):
         return jnp.zeros((num_groups, k, n), x.dtype)
     tile = tile or outer_tile(num_groups, k, n, x.dtype.itemsize)
@@ -193,9 +196,7 @@ def visits(group_sizes: jax.Array, num_rows: int, block: int) -> jax.Array:
     return jnp.stack([group, start.astype(jnp.int32), ends[group]])
 
 
-def wanted_spans(
-    group_sizes: jax.Array, groups: jax.Array | None, num_rows: int
-) -> jax.Array:
+def wanted_spans(group_sizes: jax.Array, groups: jax.Array | None, num_rows: int) -> jax.Array:
     """Group, first row and end, most rows first, unwanted groups empty: int32 [3, E]."""
     ends = jnp.minimum(jnp.cumsum(group_sizes), num_rows)
     starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
@@ -264,9 +265,17 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], interpret: bool) 
     return jax.lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
 
 
-def check_type(dtype: jnp.dtype) -> None:
+def check(*shapes: tuple[int, ...], dtype: jnp.dtype) -> None:
+    """Raises NotImplementedError for what the kernels cannot multiply or cannot address."""
     if dtype.name not in DTYPES:
         raise NotImplementedError(
             f"The gpu kernels multiply {', '.join(DTYPES)}, not {dtype}: cast the operands, "
             "or take implementation='ragged_dot'."
         )
+    for shape in shapes:  # Pallas Triton computes an element's offset in int32
+        if math.prod(shape) >= MAX_ELEMENTS:
+            raise NotImplementedError(
+                f"The gpu kernels address fewer than {MAX_ELEMENTS} elements of an array, and "
+                f"{list(shape)} has {math.prod(shape)}: shard the rows or the groups over devices, "
+                "or take implementation='ragged_dot'."
+            )

@@ -102,6 +102,17 @@ def test_no_gpu_and_no_such_type_are_said():
         interpreted(lhs.astype(jnp.int8), rhs.astype(jnp.int8), sizes, None)
 
 
+@pytest.mark.parametrize("shape", [(256, 7168, 2048, 64), (1, 1024, 8, 2**21)])
+def test_arrays_past_int32_offsets_are_refused_with_the_number(shape):
+    """256 experts of DeepSeek-V3's width: the offset of the last would come out negative."""
+    num_groups, k, n, num_rows = shape
+    abstract = jax.ShapeDtypeStruct
+    lhs, rhs = abstract((num_rows, k), jnp.bfloat16), abstract((num_groups, k, n), jnp.bfloat16)
+    count = max(num_groups * k * n, num_rows * k)
+    with pytest.raises(NotImplementedError, match=f"has {count}: shard the rows or the groups"):
+        jax.eval_shape(grouped_matmul_gpu, lhs, rhs, abstract((num_groups,), jnp.int32))
+
+
 PROGRAM = """
 import os, re, subprocess, sys
 from pathlib import Path
