@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from moejax.core.errors import InputError
 from moejax.core.platform import platform
 from moejax.ops.grouped_matmul_cpu import grouped_matmul_cpu
-from moejax.ops.grouped_matmul_gpu import grouped_matmul_gpu
 from moejax.ops.grouped_matmul_ref import grouped_matmul_ref
 
 # (lhs, rhs, group_sizes, groups) -> out, with a gradient of its own.
@@ -28,11 +27,20 @@ def _ragged_dot(
     return out.astype(lhs.dtype)
 
 
+def _gpu(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, groups: jax.Array | None
+) -> jax.Array:
+    # Only where it is wanted: Pallas is slow to import, and jax 0.12 warns that its Triton goes.
+    from moejax.ops.grouped_matmul_gpu import grouped_matmul_gpu
+
+    return grouped_matmul_gpu(lhs, rhs, group_sizes, groups)
+
+
 _KERNELS: dict[str, Kernel] = {
     "ref": grouped_matmul_ref,
     "ragged_dot": _ragged_dot,
     "cpu": grouped_matmul_cpu,
-    "gpu": grouped_matmul_gpu,
+    "gpu": _gpu,
 }
 IMPLEMENTATIONS = tuple(_KERNELS)
 # Compiled for one platform only; the others are plain JAX and run anywhere.
