@@ -44,6 +44,9 @@ TARGET = flags.DEFINE_string("target", None, "Folder (gguf: file) to make.")
 FORMAT = flags.DEFINE_enum(
     "format", "hf", FORMATS, "hf: for transformers; gguf: for llama.cpp; orbax: moejax's own."
 )
+MAX_SHARD_GB = flags.DEFINE_float(
+    "max_shard_gb", None, "GB (10^9 bytes) above which weights are split into files; hf only."
+)
 DTYPE = flags.DEFINE_enum(
     "dtype",
     "keep",
@@ -70,6 +73,7 @@ def main(argv) -> None:
         gguf_write.check_target(TARGET.value, OVERWRITE.value)
     else:
         atomic.check_target(TARGET.value, OVERWRITE.value)
+    max_shard_bytes = _max_shard_bytes()
     print(f"read     {SOURCE.value}", flush=True)
     plan = load_any(SOURCE.value, abstract=True)
     if FORMAT.value == "hf":
@@ -81,10 +85,29 @@ def main(argv) -> None:
     with _bars() as (reading, writing):
         streamed = plan.tensors is not None and FORMAT.value != "orbax"
         loaded = plan if streamed else load_any(SOURCE.value, progress=reading)
-        save_any(loaded, TARGET.value, FORMAT.value, DTYPE.value, OVERWRITE.value, writing)
+        save_any(
+            loaded,
+            TARGET.value,
+            FORMAT.value,
+            DTYPE.value,
+            OVERWRITE.value,
+            writing,
+            max_shard_bytes,
+        )
     print(f"written  {TARGET.value} in {time.perf_counter() - started:.1f} s", flush=True)
     if VERIFY.value:
         print(_verify(loaded, TARGET.value), flush=True)
+
+
+def _max_shard_bytes() -> int | None:
+    size = MAX_SHARD_GB.value
+    if size is None:
+        return None
+    if FORMAT.value != "hf":
+        raise InputError(f"--max_shard_gb is of --format=hf only, got {FORMAT.value}: leave it out")
+    if not 0 < size < math.inf:
+        raise InputError(f"--max_shard_gb must be above 0, got {size}")
+    return max(1, round(size * 1e9))
 
 
 def _describe() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -72,12 +73,16 @@ def save_any(
     dtype: str = "keep",
     overwrite: bool = False,
     progress: Progress | None = None,
+    max_shard_bytes: int | None = None,
 ) -> None:
     """Saves a model as a Hugging Face folder ("hf"), a GGUF file, or in our own format ("orbax").
 
     A model whose weights were left on disk (`load_any(..., abstract=True)`) is streamed to "hf"
-    and "gguf"; our own format is written from memory.
+    and "gguf"; our own format is written from memory. max_shard_bytes: of "hf" only, above it the
+    weights are split into several files; None: `hf.MAX_SHARD_BYTES`.
     """
+    if max_shard_bytes is not None and format != "hf":
+        raise InputError(f"a largest shard is of hf only, the format is {format}: leave it out")
     if format not in FORMATS:
         raise InputError(f"format {format!r} is unknown: use one of {', '.join(FORMATS)}")
     if format == "orbax":
@@ -96,6 +101,8 @@ def save_any(
             return _exported(known, format, dtype)
 
         writer = hf.export_folder if format == "hf" else _gguf_writer()
+        if max_shard_bytes is not None:
+            writer = functools.partial(writer, max_shard_bytes=max_shard_bytes)
         writer(target, loaded, dtype, overwrite=overwrite, progress=progress, finish=finish)
 
 

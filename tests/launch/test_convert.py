@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -127,10 +128,6 @@ BAD_SOURCES = {
         lambda f: lie(f, lambda index: index["weight_map"].pop(Q)),
         f"does not name tensor {Q}, which a shard holds",
     ),
-    "index of another size": (
-        lambda f: lie(f, lambda index: index["metadata"].update(total_size=7)),
-        r"all tensors take 7 bytes, in the shards they take \d+: fetch the shards",
-    ),
     "index without a map": (lambda f: edit(f / INDEX, weight_map=None), "has no weight_map"),
     "broken index": (lambda f: (f / INDEX).write_text("{"), f"{INDEX} is not JSON"),
     "no weights": (
@@ -252,6 +249,52 @@ def test_verify_finds_what_was_written(source, tmp_path, format, capsys, monkeyp
     why = "torch is not installed" if format == "hf" else "orbax is read by us"
     assert f"against the source only: {why}" in printed
     assert "largest logit difference from the source in moejax: 0 of" in printed
+
+
+def test_an_index_of_another_size_is_a_warning(source, caplog):
+    lie(source, lambda index: index["metadata"].update(total_size=7))
+    params = load_any(source).params
+    assert len(caplog.records) == 1
+    assert f"take 7 bytes; they take {tree.num_bytes(params)}" in caplog.text
+
+
+def test_gguf_is_written_and_verified(tmp_path, capsys):
+    fields = BASE | {"hidden_size": 32, "intermediate_size": 64}
+    source = write_llama(tmp_path / "in", fields, tensors_of(fields))
+    run(source, tmp_path / "m.gguf", format="gguf", verify=True)
+    printed = capsys.readouterr().out
+    assert "as gguf, float32" in printed and "gguf is read by us" in printed
+    assert "largest logit difference from the source in moejax: 0 of" in printed
+    assert tree.diff(load_any(tmp_path / "m.gguf").params, load_any(source).params) == []
+    run(source, tmp_path / "m.gguf", format="gguf", dtype="q8_0", overwrite=True, verify=True)
+    gap = re.search(r"\(([0-9.e-]+) relative\)", capsys.readouterr().out)
+    assert gap is not None and 0 < float(gap[1]) < 0.05  # 127 steps each way
+    with pytest.raises(InputError, match="q8_0 is a type of GGUF files"):
+        run(source, tmp_path / "out", dtype="q8_0")
+    with pytest.raises(InputError, match="m.gguf exists: choose another or pass --overwrite"):
+        run(source, tmp_path / "m.gguf", format="gguf")
+
+
+def test_describe_reads_no_weight_and_writes_nothing(source, tmp_path, capsys, monkeypatch):
+    num_params = tree.num_params(load_any(source).params)
+    monkeypatch.setattr(safetensors.SafetensorsFolder, "read", None)
+    run(source, tmp_path / "out", describe=True)
+    printed = capsys.readouterr().out
+    assert re.search(rf"^num_params +{num_params:,}$", printed, re.MULTILINE)
+    assert re.search(r"^  upcycle +yes$", printed, re.MULTILINE)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_shards_are_as_small_as_asked_for(source, tmp_path):
+    run(source, tmp_path / "out", max_shard_gb=2e-5)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 2 and (tmp_path / "out" / INDEX).exists()
+    assert tree.diff(load_any(tmp_path / "out").params, load_any(source).params) == []
+    cases = (({"max_shard_gb": 0.0}, "above 0"), ({"format": "orbax"}, "of --format=hf only"))
+    for wrong, message in cases:
+        with pytest.raises(InputError, match=message):
+            run(source, tmp_path / "no", **{"max_shard_gb": 1.0} | wrong)
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(source, tmp_path, capsys, monkeypatch):
