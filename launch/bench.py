@@ -1,13 +1,12 @@
-"""Measures moejax's kernels and its MoE layer against goals and peers, on this machine.
+"""Measures moejax's kernels against goals and peers, on this machine.
 
-  python -m launch.bench --suite=kernels              the grouped matrix products: CPU, TPU, GPU
-  python -m launch.bench --suite=layer --peer         the expert-parallel layer, and what others do
-  python -m launch.bench --suite=kernels --only=cpu   figures whose name matches
-  python -m launch.bench --suite=layer --out=layer.json
+  python -m launch.bench --suite=kernels --peer            the experts' matrix products on the CPU
+  python -m launch.bench --suite=kernels --only=E64        figures whose name matches
+  python -m launch.bench --suite=kernels --out=rows.json
 
-CPU figures are timed. TPU and H100 figures come from programs compiled for them on this host, for
-which `pip install -e .[aot]` is needed; no device is. A figure that cannot be measured here stands
-in the table without a number and with the reason. Run it on an idle machine.
+A figure that cannot be measured here (a peer that is not installed, or needs more memory) stands in
+the table without a number and with the reason. Run it on an idle machine. What is compiled for TPUs
+and GPUs that are not here is measured by `tests/run --aot`.
 """
 
 from __future__ import annotations
@@ -24,14 +23,13 @@ from launch.bench_table import Rows, matcher, measure, record, table
 from moejax.core.errors import InputError
 from moejax.io.atomic import write_json
 
-SUITE = flags.DEFINE_string("suite", None, "kernels or layer.")
+SUITE = flags.DEFINE_string("suite", None, "kernels, the one there is so far.")
 PEER = flags.DEFINE_bool("peer", False, "Also measure the peers, with the same formula.")
 ONLY = flags.DEFINE_string("only", None, "Measure only figures that match this regular expression.")
 OUT = flags.DEFINE_string("out", None, "JSON file for the rows, the machine and the versions.")
 
 SUITES: dict[str, dict[str, Rows]] = {
     "kernels": {"cpu": bench_cpu.rows},
-    "layer": {},
 }
 
 
