@@ -18,6 +18,7 @@ from moejax.io import lineage
 from moejax.io.hf import has_class
 from moejax.io.load import load_any, save_any
 from moejax.io.loaded import Loaded
+from moejax.io.sharded import Place, on_mesh
 from moejax.methods import merge as merging
 from moejax.methods.merge import MergeConfig
 from moejax.methods.upcycle import upcycle as upcycle_params
@@ -125,12 +126,27 @@ class Model:
         save_any(self.loaded, path, format=format, dtype=dtype, overwrite=overwrite)
 
 
-def load(source: str | os.PathLike[str], dtype: str = "keep") -> Model:
+def load(
+    source: str | os.PathLike[str],
+    dtype: str = "keep",
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    sharding: Place | None = None,
+) -> Model:
     """Loads a Hugging Face folder, a hub id, a GGUF file, or a folder of our own.
 
-    dtype: "keep", or "float32", "bfloat16", "float16" for the parameters.
+    Args:
+      source: which.
+      dtype: "keep", or "float32", "bfloat16", "float16" for the parameters.
+      mesh: of `moejax.core.mesh.make_mesh`: parameters lie on it as `moejax.core.sharding` rules,
+        and each process reads only the slices that its devices hold.
+      sharding: the same by a rule of your own, (path, leaf) -> `jax.sharding.Sharding`.
+
+    Without either, parameters are numpy arrays on the host. InputError for both.
     """
-    return Model(load_any(source, dtype))
+    if mesh is not None and sharding is not None:
+        raise InputError("mesh and sharding both say where parameters lie: give one of them")
+    return Model(load_any(source, dtype, place=on_mesh(mesh) if mesh is not None else sharding))
 
 
 def upcycle(

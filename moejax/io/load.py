@@ -10,9 +10,12 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
+
 from moejax.core.errors import InputError
 from moejax.io import card, hf, lineage, native
 from moejax.io.loaded import License, Loaded, Progress, Reading, main_dtype
+from moejax.io.sharded import Place, load_sharded
 from moejax.io.tokenizer import Tokenizer
 
 FORMATS = ("hf", "orbax", "gguf")
@@ -28,8 +31,9 @@ def load_any(
     *,
     abstract: bool = False,
     progress: Progress | None = None,
+    place: Place | None = None,
 ) -> Loaded:
-    """Loads a model; its parameters are numpy arrays on the host.
+    """Loads a model; its parameters are numpy arrays on the host, or lie as `place` says.
 
     Args:
       source: a Hugging Face folder, our own folder, a GGUF file (or a folder with one), or a hub
@@ -37,16 +41,22 @@ def load_any(
       dtype: "keep" leaves parameters as they are stored (quantised ones become float32), or
         "float32", "bfloat16", "float16", "float64".
       abstract: check everything but read no weights; parameters are `jax.ShapeDtypeStruct` then.
-      progress: called with (bytes done, bytes in all) after every tensor.
+      progress: called with (bytes done, bytes in all) after every tensor; not with `place`.
+      place: the sharding of each leaf (`moejax.io.sharded.on_mesh` has the rules for a mesh); each
+        process reads only the slices that its devices hold. Where there are several processes none
+        reads the whole to hash it: the lineage says where the model came from, with no hash.
 
     Errors: InputError, one line, that names what is missing, broken or does not fit.
     """
     path = find_source(source)
-    reading = Reading(dtype, abstract, progress)
+    reading = Reading(dtype, abstract or place is not None, progress)
     loaded = _load_gguf(path, reading) if path.is_file() else _load_folder(path, reading)
+    if place is not None and not abstract:
+        loaded = load_sharded(loaded, place)
     loaded = dataclasses.replace(loaded, source=str(source))
     if not abstract and not loaded.lineage:
-        loaded = _imported(loaded, lineage.hash_path(path), dtype)
+        several = place is not None and jax.process_count() > 1
+        loaded = _imported(loaded, "" if several else lineage.hash_path(path), dtype)
     return loaded
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moejax.core import tree
@@ -88,6 +89,32 @@ def import_folder(folder: str | os.PathLike[str], reading: Reading = Reading()) 
         str(folder),
         License(about.get("license"), card.read_license(folder).text),
     )
+
+
+def read_sharded(
+    folder: str | os.PathLike[str], params: tree.Tree, shardings: tree.Tree
+) -> tree.Tree:
+    """Our own folder's parameters as sharded arrays; each process reads the chunks it needs.
+
+    params: abstract, as `import_folder` gives them; a leaf stored in another dtype is cast.
+    """
+    path = Path(folder).absolute() / PARAMS
+    stored = orbax.read_abstract(path)
+    wanted = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        stored,
+        shardings,
+    )
+    read = tree.flatten(orbax.load_tree(path, wanted))
+
+    def cast(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        value = read.pop(name)
+        found = value if value.dtype == leaf.dtype else value.astype(leaf.dtype)
+        if found.dtype != value.dtype and not bool(jnp.isfinite(found).all()):
+            raise InputError(f"{name} does not fit {leaf.dtype}: use --dtype=bfloat16 or float32")
+        return found
+
+    return tree.map_with_path(cast, params)
 
 
 def _read_about(folder: Path) -> dict[str, Any]:

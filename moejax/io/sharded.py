@@ -1,4 +1,4 @@
-"""Parameters from a file straight onto a mesh: each process reads only the slices it holds."""
+"""Parameters from disk straight onto a mesh: each process reads only the slices it holds."""
 
 from __future__ import annotations
 
@@ -9,29 +9,41 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from moejax.core import tree
 from moejax.core.errors import InputError
-from moejax.io import stream
+from moejax.core.mesh import check_axes
+from moejax.core.sharding import param_spec
+from moejax.io import native, stream
 from moejax.io.loaded import Loaded
 from moejax.io.safetensors import Range, TensorSource
 from moejax.models.families import Weight, by_name
 
+# Path and abstract value of a leaf -> how it lies on the devices.
+Place = Callable[[str, jax.ShapeDtypeStruct], Sharding]
 
-def load_sharded(
-    loaded: Loaded, sharding: Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
-) -> Loaded:
+
+def on_mesh(mesh: Mesh) -> Place:
+    """Every leaf by the rules of `moejax.core.sharding`; InputError where one cannot be split."""
+    check_axes(mesh)
+    return lambda path, leaf: NamedSharding(mesh, param_spec(path, leaf.shape, mesh))
+
+
+def load_sharded(loaded: Loaded, place: Place) -> Loaded:
     """Reads a model that was left on disk (`load_any(..., abstract=True)`) into sharded arrays.
 
-    Args:
-      loaded: of a Hugging Face folder or a GGUF file; its abstract parameters say the dtypes.
-      sharding: path and shape of a leaf -> how it lies on the devices.
+    The abstract parameters say the dtypes. Of a Hugging Face folder or a GGUF file a slice that
+    several devices of this process hold is read once; our own folders orbax reads, by its chunks.
 
-    A slice that several devices of this process hold is read once.
+    Errors: InputError, before anything is read, where a leaf does not divide as `place` wants.
     """
+    leaves = tree.flatten(loaded.params)
+    shardings = {path: _fitting(path, leaf, place(path, leaf)) for path, leaf in leaves.items()}
+    if loaded.tensors is None:
+        params = native.read_sharded(loaded.source, loaded.params, tree.unflatten(shardings))
+        return dataclasses.replace(loaded, params=params)
     source = loaded.tensors
-    if source is None:
-        raise InputError(f"{loaded.source} cannot be read in slices: convert it with --format=hf")
     weights: dict[str, dict[tuple[int, ...], Weight]] = {}
     for weight in by_name(loaded.config.family).name_table(loaded.config):
         weights.setdefault(weight.path, {})[weight.index] = weight
@@ -46,10 +58,18 @@ def load_sharded(
                 read[key] = _read_part(source, weights[path], key, abstract.dtype)
             return read[key]
 
-        return jax.make_array_from_callback(abstract.shape, sharding(path, abstract), part)
+        return jax.make_array_from_callback(abstract.shape, shardings[path], part)
 
     params = tree.map_with_path(leaf, loaded.params)
     return dataclasses.replace(loaded, params=params, tensors=None)
+
+
+def _fitting(path: str, leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> Sharding:
+    try:
+        sharding.shard_shape(leaf.shape)
+    except ValueError as error:
+        raise InputError(f"{path} {list(leaf.shape)} cannot lie as {sharding}: {error}") from error
+    return sharding
 
 
 def _read_part(

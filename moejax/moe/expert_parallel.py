@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.core.mesh import TOKEN_AXES, check_axes
-from moejax.core.sharding import moe_spec
+from moejax.core.sharding import param_spec
 from moejax.moe.choose import STRATEGIES, Choice, Load, choose
 from moejax.moe.config import MoEConfig
 from moejax.moe.layer import MoEStats, add_shared_network, layer_stats
@@ -99,7 +99,7 @@ def sharded_moe_layer(
     context = Context(
         config.num_experts, mesh.shape[AXIS], parallel.factor, activation, implementation
     )
-    specs = tree.map_with_path(lambda path, w: moe_spec(path, w.shape, mesh), params)
+    specs = tree.map_with_path(lambda path, w: param_spec(path, w.shape, mesh), params)
 
     def body(params, x_BTD, mask_BT, rng):
         if rng is not None:

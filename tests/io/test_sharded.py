@@ -1,56 +1,133 @@
-"""A model read onto a mesh of 8 devices: the same numbers, and no byte more than they need."""
+"""A model read onto a mesh: the same numbers where the rules want them, and no byte too many."""
 
+from __future__ import annotations
+
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
-PROGRAM = """
-import sys
-from pathlib import Path
-import jax, numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+import moejax as mj
 from moejax.core import tree
-from moejax.io.load import load_any
-from moejax.io.safetensors import SafetensorsFolder
-from moejax.io.sharded import load_sharded
+from moejax.core.errors import InputError
+from moejax.core.mesh import AXES, make_mesh
+from moejax.core.precision import TOLERANCE
+from moejax.core.sharding import param_spec
+from moejax.models.families import FAMILIES
+from moejax.models.transformer import abstract_params
+from tests.io import sharded_cases
 from tests.tiny_llama import fields_of, tensors_of, write_llama
 
-folder = write_llama(Path(sys.argv[1]), fields_of("plain"), tensors_of(fields_of("plain")))
-mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
-specs = {"w_q": P(None, "fsdp", "tensor"), "w_o": P(None, "tensor", None, "fsdp"),
-         "w_up": P(None, "fsdp", "tensor"), "w_down": P(None, "tensor", "fsdp"),
-         "w_k": P(None, None, None, "tensor")}
-num_read = 0
-plain = SafetensorsFolder.read
-def counted(self, *args):
-    global num_read
-    value = plain(self, *args)
-    num_read += value.nbytes
-    return value
-SafetensorsFolder.read = counted
-found = load_sharded(
-    load_any(folder, abstract=True),
-    lambda path, leaf: NamedSharding(mesh, specs.get(path.split("/")[-1], P())),
-)
-# Split leaves are read once in all; w_k, cut within heads, once per half.
-w_k = tree.flatten(found.params)["layers/0/attn/w_k"].nbytes
-assert num_read == tree.num_bytes(found.params) + w_k, (num_read, tree.num_bytes(found.params))
-expected = load_any(folder)
-assert tree.diff(jax.tree.map(np.asarray, found.params), expected.params) == []
-assert len(found.params["layers"]["0"]["attn"]["w_q"].sharding.device_set) == 8
-print("equal")
-"""
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_devices_get_their_slices_and_nothing_else_is_read(tmp_path):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "m")],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | flags,
-        capture_output=True,
+def start(devices: int, *arguments: str) -> subprocess.Popen[str]:
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "io" / "sharded_cases.py"), *arguments],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "equal"
+
+
+def results(process: subprocess.Popen[str]) -> list[dict]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+
+
+def test_eight_devices_get_their_slices_and_nothing_else_is_read(tmp_path):
+    *found, native = results(start(8, str(tmp_path)))
+    assert native == {"name": "native"} and len(found) == len(sharded_cases.CASES)
+    for one in found:
+        assert one["read"] == one["needed"], one
+        assert one.get("logits", 0) <= TOLERANCE["float32"], one
+    assert sum("logits" in one for one in found) == 2
+
+
+def test_each_of_two_processes_reads_only_its_own_bytes(tmp_path):
+    folder = sharded_cases.write(sharded_cases.CASES[0], tmp_path / "model")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    processes = [start(4, str(folder), str(index), port) for index in range(2)]
+    try:
+        for process in processes:
+            (one,) = results(process)
+            assert one["read"] == one["needed"] < 0.6 * one["all"], one
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def mesh_of(*sizes: int) -> AbstractMesh:
+    return AbstractMesh(sizes, AXES)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_parameter_of_every_preset_has_a_rule(family):
+    """And all but norms, biases, routers and the gate of a shared network are split."""
+    whole = ("scale", "bias", "delta", "b_", "router/", "w_mix", "_down")
+    for config in family.presets.values():
+        for path, leaf in tree.flatten(abstract_params(config)).items():
+            spec = param_spec(path, leaf.shape, mesh_of(1, 1, 1, 1))
+            assert len(spec) <= len(leaf.shape), path
+            if path.startswith("layers/"):
+                assert not spec or spec[0] is None, path
+            if not any(spec):
+                assert any(name in path for name in whole), path
+
+
+def test_sixteen_devices_divide_large_presets():
+    """Per device of fsdp 2 x expert 4 x tensor 2 no more than a sixteenth and the small leaves."""
+    for name in ("llama", "gemma2", "qwen3_moe", "deepseek_v2"):
+        family = next(family for family in FAMILIES if family.name == name)
+        config = list(family.presets.values())[-1]
+        mesh = mesh_of(1, 2, 4, 2)
+        held = total = 0.0
+        for path, leaf in tree.flatten(abstract_params(config)).items():
+            parts = 1
+            for axes in param_spec(path, leaf.shape, mesh):
+                for axis in (axes,) if isinstance(axes, str) else axes or ():
+                    parts *= mesh.shape[axis]
+            total += leaf.size
+            held += leaf.size / parts
+        assert held < 1.1 * total / 16, (name, held / total)
+
+
+def test_what_cannot_be_split_says_which_rule_and_which_numbers():
+    with pytest.raises(InputError) as caught:
+        param_spec("layers/0/attn/w_k", (4, 32, 2, 6), mesh_of(1, 1, 1, 4))
+    for part in ("layers/0/attn/w_k [4, 32, 2, 6]", "dim 2", "size of 2", "4 devices", "tensor"):
+        assert part in str(caught.value)
+    assert "attn/w_(q|k|v|q_up|kv_up)$" in str(caught.value)
+    with pytest.raises(InputError, match="size of 30.*8 devices of mesh axes fsdp.expert"):
+        param_spec("lm_head/w", (30, 96), mesh_of(1, 2, 4, 1))
+    with pytest.raises(InputError, match="fits none of"):
+        param_spec("layers/0/attn/w_new", (4, 4), mesh_of(1, 1, 1, 1))
+
+
+def test_bad_places_are_refused(tmp_path):
+    mesh = make_mesh(data=len(jax.devices()))
+    with pytest.raises(InputError, match="give one of them"):
+        mj.load(tmp_path, mesh=mesh, sharding=lambda path, leaf: None)
+    with pytest.raises(InputError, match="lacks"):
+        mj.load(tmp_path, mesh=jax.sharding.Mesh(np.array(jax.devices()[:1]), ("fsdp",)))
+
+
+def test_nan_is_found_in_the_slice_that_has_it(tmp_path):
+    tensors = tensors_of(fields_of("plain"))
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
+    folder = write_llama(tmp_path, fields_of("plain"), tensors)
+    with pytest.raises(InputError, match="layers.1.mlp.up_proj.weight has 1 values that are NaN"):
+        mj.load(folder, mesh=make_mesh(data=len(jax.devices())))

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.core import tree
 from moejax.core.mesh import TOKEN_AXES, make_mesh
-from moejax.core.sharding import moe_spec
+from moejax.core.sharding import param_spec
 from moejax.moe.config import CONVENTIONS, MoEConfig
 from moejax.moe.dense import dense_moe
 from moejax.moe.expert_parallel import Parallel
@@ -50,7 +50,7 @@ def inputs():
 
 
 def place(mesh, params, x):
-    specs = tree.map_with_path(lambda path, w: moe_spec(path, w.shape, mesh), params)
+    specs = tree.map_with_path(lambda path, w: param_spec(path, w.shape, mesh), params)
     put = lambda a, s: jax.make_array_from_callback(  # noqa: E731
         a.shape, NamedSharding(mesh, s), lambda i, a=np.asarray(a): a[i]
     )
