@@ -22,6 +22,7 @@ from moejax.models.mha import AttentionInputs, mha
 from moejax.models.mla import mla
 from moejax.models.params import abstract_params, init_leaf, init_params
 from moejax.moe.layer import MoEStats, moe_layer
+from moejax.moe.losses import pooled_balance
 from moejax.ops.attention import AttentionSpec, Visible, Window, shared_mask, soft_capped
 from moejax.ops.attention_blockwise import SAVED
 from moejax.ops.rope import frequencies, rotation
@@ -126,8 +127,7 @@ def forward(
     if cache is not None:
         length = cache.length + tokens_BT.shape[1]
         cache = dataclasses.replace(cache, k=new_k, v=new_v, length=length)
-    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stats) if stats else None
-    return Output(hidden, cache, joined)
+    return Output(hidden, cache, _joined(stats, config) if stats else None)
 
 
 def unembed(params: tree.Tree, config: ModelConfig, hidden: jax.Array) -> jax.Array:
@@ -168,6 +168,18 @@ class _Context:
     mask_BT: jax.Array | None
     slot: jax.Array | None
     windows: tuple[int, ...]
+
+
+def _joined(stats: list[MoEStats], config: ModelConfig) -> MoEStats:
+    """The layers' statistics; of a balance loss of all layers together each has an equal part."""
+    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stats)
+    assert config.moe is not None
+    if config.moe.balance != "pooled":
+        return joined
+    counts_LJ = joined.counts_E[:, config.moe.num_shared :]
+    loss = pooled_balance(counts_LJ, joined.prob_sums_J, config.moe)
+    parts_L = jnp.full(len(counts_LJ), 1 / len(counts_LJ)) * loss
+    return dataclasses.replace(joined, balance_loss=parts_L)
 
 
 def _positions(config, tokens_BT, positions_BT, cache) -> jax.Array:

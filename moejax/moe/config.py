@@ -12,7 +12,7 @@ SELECTIONS = ("top_k", "expert_choice")
 XFT_WEIGHTINGS = ("normalized", "unnormalized")
 WEIGHTINGS = (*XFT_WEIGHTINGS, "selected", "scores", "renormalized")
 GROUP_SCORES = ("max", "top2_sum")
-BALANCES = ("cv_squared", "switch", "sequence", "none")
+BALANCES = ("cv_squared", "switch", "sequence", "pooled", "none")
 BALANCE_SCOPES = ("local", "global")
 LOAD_ESTIMATORS = ("noisy_logits", "noise_term")
 
@@ -43,7 +43,7 @@ class MoEConfig:
     noise: whether the router has learned noise.  jitter: the router sees x * U(1 - jitter,
         1 + jitter). Both act only in training (when a key is given).
     balance: which loss asks for an even load; see `moejax.moe.losses`.
-    balance_weight: its factor; the losses are summed over layers.
+    balance_weight: its factor; the losses are summed over layers (one for all of them if "pooled").
     balance_scope: on a mesh, "local" is the mean over devices of the loss of each one's tokens,
         "global" the loss of all tokens. They are one thing on one device, and for "sequence".
     z_weight: factor of the router z-loss.

@@ -41,6 +41,7 @@ class MoEStats:
     """What a layer's router did in one forward pass, all float32, padding excluded.
 
     counts_E: tokens per expert (a shared expert, index 0, gets them all).
+    prob_sums_J: sums over tokens of the routed experts' scores as probabilities.
     balance_loss, z_loss: the layer's losses, already times balance_weight and z_weight.
     shared_weight: mean weight of the shared expert over tokens; 0 without one.
     dropped: share of (token, expert) pairs that were not computed, 0 on one device; under expert
@@ -48,6 +49,7 @@ class MoEStats:
     """
 
     counts_E: jax.Array
+    prob_sums_J: jax.Array
     balance_loss: jax.Array
     z_loss: jax.Array
     shared_weight: jax.Array
@@ -132,6 +134,7 @@ def layer_stats(routing: Routing) -> MoEStats:
     """What of the routing the caller keeps."""
     return MoEStats(
         counts_E=routing.counts_E,
+        prob_sums_J=routing.prob_sums_J,
         balance_loss=routing.balance_loss,
         z_loss=routing.z_loss,
         shared_weight=routing.shared_weight,

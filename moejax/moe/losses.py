@@ -6,13 +6,18 @@ no gradient) and scores as probabilities p_ti:
     switch      J / (K n^2) * sum_i c_i sum_t p_ti     Switch eq. 4 (arXiv 2101.03961) for any K
     sequence    the same for each row of the batch, averaged over rows that hold a token
                 (DeepSeek-V3, arXiv 2412.19437, eq. 17 to 20)
+    pooled      K times switch of the tokens of all layers as one batch (`pooled_balance`)
     cv_squared  CV^2(importance) + CV^2(load)          Shazeer et al. 2017, eq. 7 and 11
     z           mean_t logsumexp(z_t)^2                ST-MoE, arXiv 2202.08906, eq. 5
 
-switch and sequence are 1 for an even router, whatever J and K. Hugging Face's
-`load_balancing_loss_func` (Mixtral, OLMoE, Qwen-MoE) is K times switch for one layer; for several
-it pools the tokens of all layers before it multiplies, where losses here are summed over layers.
-It always takes softmax probabilities of clean logits; here they are the router's own scores.
+switch and sequence are 1 for an even router, whatever J and K; pooled is K. It is Hugging Face's
+`load_balancing_loss_func` (Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE): with L layers of n tokens
+
+    J / (L n)^2 * sum_i (sum_l c_li) (sum_lt p_lti)
+
+while switch, summed over layers, is J / (K n^2) * sum_l sum_i c_li sum_t p_lti: the two are K / L
+times one another where layers choose alike, and not in general. Hugging Face always takes softmax
+probabilities of clean logits; here they are the router's own scores.
 
 On a mesh `axis_names` are the axes that tokens are split over: "global" sums c, p and n over them
 first (the global-batch loss of arXiv 2501.11873), "local" averages each device's own loss.
@@ -57,12 +62,13 @@ def balance_loss(
     k = config.routed_per_token
     if config.balance == "sequence":
         return _sequence_balance(probs_NJ, chosen_NJ, batch, k)
-    among = names if config.balance_scope == "global" else ()
+    among = names if config.balance_scope == "global" or config.balance == "pooled" else ()
     if config.balance == "cv_squared":
         loss = cv_squared(total(importance_J, among)) + cv_squared(total(load_J, among))
     else:
         counts_J = total(masked_sum(chosen_NJ, keep_N), among)
         prob_sums_J = total(masked_sum(probs_NJ, keep_N), among)
+        k = 1 if config.balance == "pooled" else k  # which is that of a single layer, here
         loss = switch_balance(counts_J, prob_sums_J, total(keep_N.sum(), among), k)
     return jax.lax.pmean(loss, names) if names and not among else loss
 
@@ -73,6 +79,14 @@ def switch_balance(
     """J / (K n^2) * sum_i counts_i prob_sums_i over the last dim; 0 without tokens."""
     scale = counts_J.shape[-1] / (k * jnp.maximum(num_tokens, 1.0) ** 2)
     return scale * jnp.sum(jax.lax.stop_gradient(counts_J) * prob_sums_J, axis=-1)
+
+
+def pooled_balance(counts_LJ: jax.Array, prob_sums_LJ: jax.Array, config: MoEConfig) -> jax.Array:
+    """balance_weight * J / N^2 * sum_i (sum_l counts) (sum_l prob_sums), N tokens of all layers."""
+    counts_J = counts_LJ.sum(axis=0)
+    num_tokens = jax.lax.stop_gradient(counts_J.sum()) / config.routed_per_token
+    loss = switch_balance(counts_J, prob_sums_LJ.sum(axis=0), num_tokens, 1)
+    return config.balance_weight * loss
 
 
 def cv_squared(values: jax.Array) -> jax.Array:

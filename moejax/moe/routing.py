@@ -41,6 +41,7 @@ class Routing:
 
     The rest are float32, over the tokens that count, of all devices along `axis_names`:
     counts_E: tokens per expert (the shared one gets them all).
+    prob_sums_J: sums of the scores as probabilities.
     balance_loss, z_loss: times their weights.
     shared_weight: mean of shared_weight_N, 0 without a shared expert.
     dropped: share of tokens that no expert took; 0 in every top-k.
@@ -53,6 +54,7 @@ class Routing:
     importance_J: jax.Array
     load_J: jax.Array
     counts_E: jax.Array
+    prob_sums_J: jax.Array
     balance_loss: jax.Array
     z_loss: jax.Array
     shared_weight: jax.Array
@@ -218,8 +220,9 @@ def _statistics(
     chooses = config.balance == "cv_squared" and config.routed_per_token < config.num_routed
     if logits.std_NJ is not None and chooses:
         load_J = noisy_load(logits, keep_N, config)
+    probs_NJ = probabilities(scores_NJ, config)
     balance = balance_loss(
-        probabilities(scores_NJ, config), chosen_NJ, importance_J, load_J, batch, config
+        probs_NJ, chosen_NJ, importance_J, load_J, batch, config
     )
     z = z_loss(logits.clean_NJ, batch) if config.z_weight else jnp.zeros((), jnp.float32)
     counts_E = jnp.concatenate([jnp.full(config.num_shared, keep_N.sum()), counts_J])
@@ -227,6 +230,7 @@ def _statistics(
         "importance_J": importance_J,
         "load_J": load_J,
         "counts_E": total(counts_E, names),
+        "prob_sums_J": total(masked_sum(probs_NJ, keep_N), names),
         "balance_loss": config.balance_weight * balance,
         "z_loss": config.z_weight * z,
     }

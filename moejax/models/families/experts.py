@@ -17,6 +17,9 @@ EXPERT_MODULES = LLAMA_MODULES | {
     "moe/experts/down": "model.layers.{i}.mlp.experts.{e}.down_proj",
 }
 
+# router_aux_loss_coef weighs transformers' loss, which is one for all layers.
+HF_BALANCE: dict[str, Any] = {"balance": "pooled"}
+
 
 def shared_modules(name: str) -> dict[str, str]:
     """The modules of a network called so that every token passes beside the experts."""

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from moejax.models.config import AttentionConfig, ModelConfig
-from moejax.models.families.experts import experts_from_hf
+from moejax.models.families.experts import HF_BALANCE, experts_from_hf
 from moejax.models.families.family import Family
 from moejax.models.families.fields import llama_like, llama_like_to_hf
 from moejax.models.families.names import LLAMA_MODULES, name_table
@@ -38,7 +38,7 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
     fields = DEFAULTS | fields
     moe = MoEConfig(
         **experts_from_hf("mixtral", fields, "num_local_experts"),
-        **CONVENTIONS["mixtral"],
+        **CONVENTIONS["mixtral"] | HF_BALANCE,
         balance_weight=fields["router_aux_loss_coef"],
         # transformers shows the noise to the experts too; here only the router sees it.
         jitter=fields["router_jitter_noise"],
@@ -60,7 +60,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-_MOE = MoEConfig(8, 2, **CONVENTIONS["mixtral"], balance_weight=0.001)
+_MOE = MoEConfig(8, 2, **CONVENTIONS["mixtral"] | HF_BALANCE, balance_weight=0.001)
 _mixtral = functools.partial(
     ModelConfig, "mixtral", norm_eps=1e-5, rope=RopeConfig(1e6), moe=_MOE
 )

@@ -6,7 +6,12 @@ import functools
 from typing import Any
 
 from moejax.models.config import AttentionConfig, ModelConfig
-from moejax.models.families.experts import EXPERT_MODULES, experts_from_hf, weighting_from_hf
+from moejax.models.families.experts import (
+    EXPERT_MODULES,
+    HF_BALANCE,
+    experts_from_hf,
+    weighting_from_hf,
+)
 from moejax.models.families.family import Family
 from moejax.models.families.fields import llama_like, llama_like_to_hf
 from moejax.models.families.names import name_table
@@ -30,7 +35,7 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
     fields = DEFAULTS | fields
     moe = MoEConfig(
         **experts_from_hf("olmoe", fields, "num_experts"),
-        **CONVENTIONS["olmoe"] | {"weighting": weighting_from_hf(fields)},
+        **CONVENTIONS["olmoe"] | HF_BALANCE | {"weighting": weighting_from_hf(fields)},
         balance_weight=fields["router_aux_loss_coef"],
     )
     return ModelConfig(
@@ -64,7 +69,7 @@ PRESETS = {
         *("olmoe", 50304, 16, 2048, 1024, 16, 16, 128, 1e-5),
         max_position=4096,
         attention=_NORMED,
-        moe=MoEConfig(64, 8, **CONVENTIONS["olmoe"], balance_weight=0.01),
+        moe=MoEConfig(64, 8, **CONVENTIONS["olmoe"] | HF_BALANCE, balance_weight=0.01),
     ),
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 from moejax.models.config import AttentionConfig, ModelConfig
 from moejax.models.families.experts import (
     EXPERT_MODULES,
+    HF_BALANCE,
     dense_layers_from_hf,
     dense_layers_to_hf,
     experts_from_hf,
@@ -63,7 +64,7 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
     require(fields, ("moe_intermediate_size", "shared_expert_intermediate_size"), "qwen2_moe")
     moe = MoEConfig(
         **experts_from_hf("qwen2_moe", fields, "num_experts"),
-        **CONVENTIONS["qwen2_moe"] | {"weighting": weighting_from_hf(fields)},
+        **CONVENTIONS["qwen2_moe"] | HF_BALANCE | {"weighting": weighting_from_hf(fields)},
         balance_weight=fields["router_aux_loss_coef"],
         expert_ffn=fields["moe_intermediate_size"],
         shared_ffn=fields["shared_expert_intermediate_size"],
@@ -100,7 +101,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 def _moe(num_experts: int, top_k: int, width: int, shared: int) -> MoEConfig:
     return MoEConfig(
         *(num_experts, top_k),
-        **CONVENTIONS["qwen2_moe"],
+        **CONVENTIONS["qwen2_moe"] | HF_BALANCE,
         balance_weight=0.001,
         expert_ffn=width,
         shared_ffn=shared,

@@ -8,6 +8,7 @@ from typing import Any
 from moejax.models.config import AttentionConfig, ModelConfig
 from moejax.models.families.experts import (
     EXPERT_MODULES,
+    HF_BALANCE,
     dense_layers_from_hf,
     dense_layers_to_hf,
     experts_from_hf,
@@ -37,7 +38,7 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
     require(fields, ("moe_intermediate_size",), "qwen3_moe")
     moe = MoEConfig(
         **experts_from_hf("qwen3_moe", fields, "num_experts"),
-        **CONVENTIONS["qwen3_moe"] | {"weighting": weighting_from_hf(fields)},
+        **CONVENTIONS["qwen3_moe"] | HF_BALANCE | {"weighting": weighting_from_hf(fields)},
         balance_weight=fields["router_aux_loss_coef"],
         expert_ffn=fields["moe_intermediate_size"],
     )
@@ -70,7 +71,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _moe(width: int) -> MoEConfig:
-    return MoEConfig(128, 8, **CONVENTIONS["qwen3_moe"], balance_weight=0.001, expert_ffn=width)
+    routing = CONVENTIONS["qwen3_moe"] | HF_BALANCE
+    return MoEConfig(128, 8, **routing, balance_weight=0.001, expert_ffn=width)
 
 
 _qwen3 = functools.partial(
