@@ -89,6 +89,9 @@ def mla_shapes(
 def yarn_softmax_scale(rope: RopeConfig, head_size: int) -> float | None:
     """DeepSeek's factor of the scores under yarn: head_size^-1/2 (0.1 mscale_all_dim ln f + 1)^2.
 
+    Source: `DeepseekV2Attention` and `yarn_get_mscale` of modeling_deepseek.py, which is released
+    with the weights; read in copies of it that others publish, since the hub was out of reach.
+
     None, which is head_size^-1/2, without mscale_all_dim. InputError where only one of mscale and
     mscale_all_dim is there: the released code and transformers then make different things of it.
     """
