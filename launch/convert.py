@@ -10,7 +10,6 @@ The target is written whole or not at all.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -20,17 +19,9 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from launch import cli
+from launch.progress import bars
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.io import atomic, gguf_write
@@ -82,7 +73,7 @@ def main(argv) -> None:
     if cli.DRY_RUN.value:
         print("dry run: nothing written")
         return
-    with _bars() as (reading, writing):
+    with bars() as (reading, writing):
         streamed = plan.tensors is not None and FORMAT.value != "orbax"
         loaded = plan if streamed else load_any(SOURCE.value, progress=reading)
         save_any(
@@ -120,26 +111,6 @@ def _describe() -> None:
         else:
             shown = f"{value:,}" if isinstance(value, int | float) else value
             print(f"{name:26} {shown}")
-
-
-@contextlib.contextmanager
-def _bars():
-    """Two progress bars on a terminal, nothing elsewhere."""
-    columns = (
-        TextColumn("{task.description:8}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        tasks = [progress.add_task(name, total=None) for name in ("reading", "writing")]
-
-        def bar(task):
-            return lambda done, total: progress.update(task, completed=done, total=total)
-
-        yield tuple(map(bar, tasks))
 
 
 def _show_plan(loaded: Loaded) -> int:

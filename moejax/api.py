@@ -20,6 +20,8 @@ from moejax.io.load import load_any, save_any
 from moejax.io.loaded import Loaded
 from moejax.io.sharded import Place, on_mesh
 from moejax.methods import merge as merging
+from moejax.methods.interpolate import Deltas
+from moejax.methods.interpolate import interpolate as interpolate_params
 from moejax.methods.merge import MergeConfig
 from moejax.methods.upcycle import upcycle as upcycle_params
 from moejax.models import transformer
@@ -180,6 +182,20 @@ def merge(
     params, config = merging.merge_experts(model.params, model.config, coefficients, settings)
     results = merging.describe(model.config, coefficients, settings)
     return derive(model, params, config, "merge", dataclasses.asdict(settings), results)
+
+
+def interpolate(early: Model, late: Model, delta: float = 0.5, **deltas: Any) -> Model:
+    """delta * early + (1 - delta) * late, two checkpoints of one run (WiSE-FT).
+
+    delta is the share of the early one. Further keywords are fields of `Deltas` (patterns,
+    layers, experts, extrapolate). InputError where the models are not of one kind.
+    """
+    rules = Deltas(delta, **deltas)
+    if early.config != late.config:
+        raise InputError("the two models have different configs: mix checkpoints of one run")
+    params = interpolate_params(early.params, late.params, late.config, rules)
+    args = {"method": "wise", "deltas": dataclasses.asdict(rules)}
+    return derive(late, params, late.config, "interpolate", args)
 
 
 def derive(
