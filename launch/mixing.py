@@ -16,7 +16,7 @@ from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.io.hf import function_of
 from moejax.io.load import Loaded
-from moejax.io.mixed import LinearSource, WholeSource, check_same_tensors, widened
+from moejax.io.mixed import LinearSource, WholeSource, check_same_tensors
 from moejax.io.safetensors import TensorSource
 from moejax.methods import soup
 from moejax.methods.interpolate import (
@@ -181,12 +181,12 @@ def _mixed_tensor(
     wide = np.promote_types(dtype, np.float32)
     if plan.method not in _LINEAR:
         name = "/".join([path, *map(str, index)])
-        return plan.combine(name, [widened(part, wide) for part in parts]).astype(dtype)
+        return plan.combine(name, [part.astype(wide, copy=False) for part in parts]).astype(dtype)
     expert = index[1] if len(index) > 1 else None
     layer = layer_number(path, index, config)
     weights = plan.weights(len(parts), plan.deltas.of(path, layer, expert, config.num_layers))
     used = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
     if len(used) == 1 and used[0][1] == 1:
         return used[0][0]
-    terms = [widened(part, wide) * wide.type(weight) for part, weight in used]
+    terms = [part.astype(wide) * wide.type(weight) for part, weight in used]
     return functools.reduce(np.add, terms, np.zeros(parts[0].shape, wide)).astype(dtype)

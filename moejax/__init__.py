@@ -19,9 +19,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moejax.api import Model, load, merge, upcycle
+    from moejax.api import Model, interpolate, load, merge, upcycle
 
-__all__ = ["Model", "load", "merge", "upcycle"]
+__all__ = ["Model", "interpolate", "load", "merge", "upcycle"]
 
 
 def __getattr__(name: str) -> Any:

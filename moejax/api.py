@@ -151,9 +151,7 @@ def load(
     return Model(load_any(source, dtype, place=on_mesh(mesh) if mesh is not None else sharding))
 
 
-def upcycle(
-    model: Model, experts: int = 8, top_k: int = 6, *, seed: int = 0, **moe: Any
-) -> Model:
+def upcycle(model: Model, experts: int = 8, top_k: int = 6, *, seed: int = 0, **moe: Any) -> Model:
     """A mixture of `experts` experts that computes what the dense model computes (XFT, 3.1).
 
     `experts` and `top_k` count the shared expert. Further keywords are fields of `MoEConfig`
@@ -208,9 +206,7 @@ def derive(
 ) -> Model:
     """A model made out of another one, with one more operation in its lineage."""
     operations = lineage.append(model.lineage, op, (), args, results)
-    loaded = dataclasses.replace(
-        model.loaded, params=params, config=config, lineage=operations
-    )
+    loaded = dataclasses.replace(model.loaded, params=params, config=config, lineage=operations)
     return Model(loaded)
 
 

@@ -96,3 +96,14 @@ def test_importing_touches_no_device():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_interpolate_gives_the_ends_and_says_what_it_did(model):
+    other = mj.Model(Loaded(transformer.init_params(CONFIG, jax.random.key(1)), CONFIG))
+    assert not tree.diff(mj.interpolate(other, model, 0.0).params, model.params)
+    assert not tree.diff(mj.interpolate(other, model, 1.0).params, other.params)
+    half = mj.interpolate(other, model, 0.5, patterns=(("embed/*", 0.0),))
+    assert half.lineage[-1]["args"]["deltas"]["delta"] == 0.5
+    np.testing.assert_array_equal(half.params["embed"]["tokens"], model.params["embed"]["tokens"])
+    with pytest.raises(InputError, match="different configs"):
+        mj.interpolate(mj.upcycle(other, 2, 2), model)

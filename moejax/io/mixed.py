@@ -42,7 +42,7 @@ class LinearSource:
         total: np.ndarray | None = None
         for read, (_, weight) in zip(reads, used, strict=True):
             part = read.result()
-            value = np.array(part) if part.dtype == wide else widened(part, wide)
+            value = part.astype(wide)
             value *= wide.type(weight)
             total = value if total is None else np.add(total, value, out=total)
         assert total is not None
@@ -66,20 +66,12 @@ class WholeSource:
         """Returns one combined tensor, or these rows and columns of it."""
         if self._last is None or self._last[0] != name:
             self._last = None
-            arrays = [widened(s.read(name), np.dtype(np.float32)) for s in self._sources]
+            arrays = [s.read(name).astype(np.float32, copy=False) for s in self._sources]
             mixed = self._combine(name, arrays).astype(self.infos[name].dtype)
             self._last = (name, mixed)
         value = self._last[1]
         value = value if rows is None or not value.shape else value[slice(*rows)]
         return value if columns is None else value[:, slice(*columns)]
-
-
-def widened(part: np.ndarray, wide: np.dtype) -> np.ndarray:
-    """A part in a wider float type; a bfloat16 is the upper half of a float32, which is faster."""
-    if part.dtype.name == "bfloat16" and wide == np.float32:
-        bits = np.ascontiguousarray(part).view(np.uint16).astype(np.uint32)
-        return np.left_shift(bits, 16, out=bits).view(np.float32)
-    return part.astype(wide, copy=False)
 
 
 def check_same_tensors(sources: Sequence[TensorSource], names: Sequence[str]) -> None:

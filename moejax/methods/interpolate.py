@@ -182,7 +182,8 @@ def greedy_soup(scores: Sequence[float], score_of_mean: Any) -> tuple[int, ...]:
       score_of_mean: (numbers of models) -> score of their equal mean, on the same data.
     """
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
-    members, best = (order[0],), scores[order[0]]
+    members: tuple[int, ...] = (order[0],)
+    best = scores[order[0]]
     for candidate in order[1:]:
         score = score_of_mean((*members, candidate))
         if score >= best:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +60,8 @@ def _fill(shape: tuple[int, ...], block: np.ndarray):
         left -= min(left, block.size)
 
 
-def convert(source: Path, target: Path, dtype: str = "keep") -> tuple[float, float]:
-    """(seconds, bytes of anonymous memory above the start) of one conversion."""
+def watched(work: Callable[[], None]) -> tuple[float, float]:
+    """(seconds, bytes of anonymous memory above the start) of some work."""
     start, peak, done = rss_anon(), [0], threading.Event()
 
     def watch() -> None:
@@ -70,11 +71,16 @@ def convert(source: Path, target: Path, dtype: str = "keep") -> tuple[float, flo
     watcher = threading.Thread(target=watch)
     watcher.start()
     begun = time.perf_counter()
-    save_any(load_any(source, abstract=True), target, "hf", dtype)
+    work()
     seconds = time.perf_counter() - begun
     done.set()
     watcher.join()
     return seconds, peak[0] - start
+
+
+def convert(source: Path, target: Path, dtype: str = "keep") -> None:
+    """One conversion from folder to folder."""
+    save_any(load_any(source, abstract=True), target, "hf", dtype)
 
 
 def rss_anon() -> int:
@@ -99,7 +105,8 @@ def main() -> None:
     """Measures and prints."""
     place = Path(sys.argv[1])
     if sys.argv[2:3] == ["--one"]:
-        print(json.dumps(convert(place / "source", place / "target", sys.argv[3])))
+        dtype = sys.argv[3]
+        print(json.dumps(watched(lambda: convert(place / "source", place / "target", dtype))))
         return
     largest = make_folder(place / "source", float((sys.argv[2:] or ["2"])[0]) * 1e9)
     size = sum(path.stat().st_size for path in (place / "source").iterdir())
