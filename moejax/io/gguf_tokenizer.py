@@ -1,9 +1,10 @@
-"""A byte-level BPE tokenizer from the metadata of a GGUF file.
+"""A tokenizer from the metadata of a GGUF file, and back.
 
-A GGUF file holds the vocabulary, the merges and the kind of every token, but not how text is cut
-before merging: that is one word, `tokenizer.ggml.pre`, whose meaning llama.cpp keeps in code
-(src/llama-vocab.cpp) and the original models keep in their tokenizer.json. PRE_TOKENIZERS says the
-latter, so that ids equal the original's.
+Vocabularies of SentencePiece are in `gguf_sentencepiece`. Of a byte-level BPE a GGUF file holds the
+vocabulary, the merges and the kind of every token, but not how text is cut before merging: that is
+one word, `tokenizer.ggml.pre`, whose meaning llama.cpp keeps in code (src/llama-vocab.cpp) and the
+original models keep in their tokenizer.json. PRE_TOKENIZERS says the latter, so that ids equal the
+original's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,17 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 from tokenizers import Tokenizer as Backend
 
 from moejax.core.errors import InputError
+from moejax.io.gguf_sentencepiece import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    backend_from_pieces,
+    is_sentencepiece,
+    pieces_of,
+    spelled,
+)
 
 _ROLES = (
     ("bos_token", "bos"),
@@ -23,7 +35,6 @@ _ROLES = (
     ("unk_token", "unknown"),
     ("pad_token", "padding"),
 )
-CONTROL, USER_DEFINED = 3, 4  # token types of the GGUF format
 
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -70,42 +81,78 @@ def backend_from_gguf(
 ) -> tuple[Backend, dict[str, str], tuple[int, ...]]:
     """(backend, special tokens by role, ids that end a text or a turn) from GGUF metadata.
 
-    InputError for another model than byte-level BPE, an unknown pre-tokenizer, missing keys, ids
-    out of range and merges that lead out of the vocabulary.
+    InputError for another model than byte-level BPE ("gpt2") or SentencePiece BPE ("llama"), an
+    unknown pre-tokenizer, missing keys, ids out of range, merges that lead out of the vocabulary.
     """
-    pre = _known_pre_tokenizer(fields)
+    kind = _required(fields, "model")
+    if kind not in ("gpt2", "llama"):
+        raise InputError(
+            f"GGUF: tokenizer model {kind!r} is not supported, only 'gpt2' (byte-level BPE) and "
+            "'llama' (SentencePiece BPE) are; load the model from its Hugging Face folder"
+        )
     tokens = list(_required(fields, "tokens"))
+    tokens = spelled(tokens) if kind == "llama" else tokens
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise InputError(
             f"GGUF: tokenizer.ggml.tokens has {len(tokens)} entries, {len(vocab)} of them "
             "different; the file is damaged, download it again"
         )
-    merges = _merges(_required(fields, "merges"), vocab)
-    model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _IGNORE_MERGES)
-    backend = Backend(model)
-    backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
-    backend.decoder = decoders.ByteLevel()
-    _add_tokens(backend, tokens, fields.get("tokenizer.ggml.token_type") or ())
     special = _special_tokens(fields, tokens)
-    if fields.get("tokenizer.ggml.add_bos_token") and "bos_token" in special:
-        bos = special["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, vocab[bos])]
-        )
-    else:
+    make = _byte_level_backend if kind == "gpt2" else _sentencepiece_backend
+    backend = make(fields, vocab)
+    _add_tokens(backend, tokens, fields.get("tokenizer.ggml.token_type") or ())
+    around = [
+        special.get(f"{role}_token") if adds(fields, role) else None for role in ("bos", "eos")
+    ]
+    if any(around):
+        backend.post_processor = _template(*around, vocab)
+    elif kind == "gpt2":
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
     ends = (fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom"))
     return backend, special, tuple(dict.fromkeys(int(i) for i in ends if i is not None))
 
 
+def adds(fields: Mapping[str, Any], role: str) -> bool:
+    """Whether the token "bos" or "eos" goes around a text; llama.cpp's default where unsaid."""
+    unsaid = role == "bos" and fields.get("tokenizer.ggml.model") == "llama"
+    return bool(fields.get(f"tokenizer.ggml.add_{role}_token", unsaid))
+
+
+def _template(bos: str | None, eos: str | None, vocab: Mapping[str, int]):
+    def around(text: str) -> list[str]:
+        return [part for part in (bos, text, eos) if part]
+
+    used = [(token, vocab[token]) for token in dict.fromkeys((bos, eos)) if token]
+    return processors.TemplateProcessing(
+        single=around("$A"), pair=[*around("$A"), *around("$B")], special_tokens=used
+    )
+
+
+def _byte_level_backend(fields: Mapping[str, Any], vocab: dict[str, int]) -> Backend:
+    pre = _known_pre_tokenizer(fields)
+    merges = _merges(_required(fields, "merges"), vocab)
+    model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _IGNORE_MERGES)
+    backend = Backend(model)
+    backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece_backend(fields: Mapping[str, Any], vocab: dict[str, int]) -> Backend:
+    merges = fields.get("tokenizer.ggml.merges")
+    unknown = fields.get("tokenizer.ggml.unknown_token_id", 0)
+    return backend_from_pieces(
+        list(vocab),
+        _required(fields, "scores"),
+        _required(fields, "token_type"),
+        unknown_id=unknown,
+        space_prefix=bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
+        merges=None if merges is None else _merges(merges, vocab),
+    )
+
+
 def _known_pre_tokenizer(fields: Mapping[str, Any]) -> str:
-    kind = _required(fields, "model")
-    if kind != "gpt2":
-        raise InputError(
-            f"GGUF: tokenizer model {kind!r} is not supported, only 'gpt2' (byte-level BPE) is; "
-            "load the model from its Hugging Face folder"
-        )
     pre = fields.get("tokenizer.ggml.pre")
     if pre not in PRE_TOKENIZERS:
         raise InputError(
@@ -137,8 +184,8 @@ def _merges(lines: Sequence[str], vocab: Mapping[str, int]) -> list[tuple[str, s
 
 def _add_tokens(backend: Backend, tokens: Sequence[str], types: Sequence[int]) -> None:
     """Mark control and user-defined tokens, which are matched whole before any cutting."""
-    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
-        texts = [token for token, t in zip(tokens, types, strict=False) if t == kind]
+    for kinds, special in (((CONTROL, UNKNOWN), True), ((USER_DEFINED,), False)):
+        texts = [token for token, t in zip(tokens, types, strict=False) if t in kinds]
         added = [AddedToken(text, normalized=False, special=special) for text in texts]
         if special:
             backend.add_special_tokens(added)
@@ -166,7 +213,7 @@ _PROBE = "Hello  world's 12345 x1y22\n\n  \tdef f(a, b):\r\n漢字 ünï 'LL _a-
 
 
 def gguf_from_backend(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
-    """GGUF fields of a byte-level BPE tokenizer. Inverse: `backend_from_gguf`.
+    """GGUF fields of a BPE tokenizer. Inverse: `backend_from_gguf`.
 
     Args:
       tokenizer: `moejax.io.tokenizer.Tokenizer`.
@@ -174,36 +221,48 @@ def gguf_from_backend(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
 
     InputError for another kind of tokenizer, and where its way of cutting text has no name.
     """
-    state = json.loads(tokenizer.backend.to_str())
-    model = state["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
+    backend = tokenizer.backend
+    state = json.loads(backend.to_str())
+    if state["model"]["type"] != "BPE":
         raise InputError(
-            "only byte-level BPE tokenizers are written to GGUF: take the tokenizer's files out "
-            "of the source folder to write the weights alone"
+            f"only BPE tokenizers are written to GGUF, this is {state['model']['type']}: take the "
+            "tokenizer's files out of the source folder to write the weights alone"
         )
-    added = {entry["id"]: entry for entry in state["added_tokens"]}
-    texts = {index: text for text, index in tokenizer.backend.get_vocab().items()}
-    tokens = [texts.get(i, f"[PAD{i}]") for i in range(vocab_size)]
-    kinds = [
-        (CONTROL if added[i]["special"] else USER_DEFINED) if i in added else 1 if i in texts else 5
-        for i in range(vocab_size)
-    ]
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    fields: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": _pre_tokenizer_of(tokenizer.backend),
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.add_bos_token": bool(tokenizer.add_bos),
-    }
-    index_of = tokenizer.backend.token_to_id
+    of_pieces = is_sentencepiece(state)
+    fields = (pieces_of if of_pieces else _byte_level_fields)(backend, state, vocab_size)
     for role, key in _ROLES:
-        if role in tokenizer.special and index_of(tokenizer.special[role]) is not None:
-            fields[f"tokenizer.ggml.{key}_token_id"] = index_of(tokenizer.special[role])
+        text = tokenizer.special.get(role)
+        if text is not None and backend.token_to_id(text) is not None:
+            fields[f"tokenizer.ggml.{key}_token_id"] = backend.token_to_id(text)
+    ids = backend.encode("a").ids
+    adds_bos = ids[0] == fields.get("tokenizer.ggml.bos_token_id")
+    fields["tokenizer.ggml.add_bos_token"] = bool(tokenizer.add_bos or adds_bos)
+    if ids[-1] == fields.get("tokenizer.ggml.eos_token_id"):
+        fields["tokenizer.ggml.add_eos_token"] = True
     if tokenizer.chat_template is not None:
         fields["tokenizer.chat_template"] = tokenizer.chat_template
     return fields
+
+
+def _byte_level_fields(backend: Backend, state, vocab_size: int) -> dict[str, Any]:
+    model = state["model"]
+    added = {entry["id"]: entry for entry in state["added_tokens"]}
+    texts = {index: text for text, index in backend.get_vocab().items()}
+    tokens = [texts.get(i, f"[PAD{i}]") for i in range(vocab_size)]
+    kinds = [
+        (CONTROL if added[i]["special"] else USER_DEFINED)
+        if i in added
+        else (NORMAL if i in texts else UNUSED)
+        for i in range(vocab_size)
+    ]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": _pre_tokenizer_of(backend),
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": merges,
+    }
 
 
 def _pre_tokenizer_of(backend: Backend) -> str:

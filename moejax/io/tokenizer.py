@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Backend
 
 from moejax.core.errors import InputError
 from moejax.io.chat_template import ChatTemplate, check_messages
-from moejax.io.gguf_tokenizer import backend_from_gguf
+from moejax.io.gguf_tokenizer import adds, backend_from_gguf
 
 # For a model without a chat template: the instruction form of the Alpaca data set, closed by EOS.
 PLAIN_TEMPLATE = (
@@ -239,7 +239,8 @@ class Tokenizer:
     def from_gguf_metadata(cls, fields: Mapping[str, Any]) -> Tokenizer:
         """Build from a GGUF file's `tokenizer.*` metadata (plain Python values by key).
 
-        Byte-level BPE only; InputError names an unknown model or pre-tokenizer and the known ones.
+        Byte-level and SentencePiece BPE; InputError names an unknown model or pre-tokenizer and the
+        known ones.
         """
         backend, special, eos_ids = backend_from_gguf(fields)
         template = fields.get("tokenizer.chat_template")
@@ -252,7 +253,7 @@ class Tokenizer:
             special=special,
             eos_ids=eos_ids,
             chat_template=template,
-            add_bos=bool(fields.get("tokenizer.ggml.add_bos_token", False)),
+            add_bos=adds(fields, "bos"),
             model_max_length=None if max_length is None else int(max_length),
         )
         return tokenizer._stopping_at_turn_end()

@@ -198,7 +198,7 @@ def test_messages_of_another_shape(messages, message):
     [
         ({"pre": "blorp"}, "pre-tokenizer 'blorp' is unknown, known are gpt-2, smollm"),
         ({"pre": None}, "pre-tokenizer None is unknown"),
-        ({"model": "llama"}, "tokenizer model 'llama' is not supported"),
+        ({"model": "t5"}, "tokenizer model 't5' is not supported"),
         ({"tokens": None}, "tokenizer.ggml.tokens is missing"),
         ({"merges": ["h q"]}, r"merge 0 \('h q'\) leads out of the vocabulary"),
         ({"merges": ["h"]}, "merge 0"),
