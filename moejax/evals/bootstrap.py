@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 LEVEL = 0.95
 _Z = 1.959963984540054  # the normal distribution's 97.5% point
 _NUM_DRAWS, _CHUNK = 10_000, 500
+_MAX_EXACT_FLIPS, _NUM_FLIPS = 16, 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +121,30 @@ def sign_test(passed_a: ArrayLike, passed_b: ArrayLike) -> float:
     n = only_a + only_b
     tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
     return min(1.0, 2 * tail / 2**n)
+
+
+def flip_test(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> float:
+    """The two-sided p-value that two models are exchangeable on the same examples.
+
+    If so, every difference has either sign with the same chance (Fisher's randomisation test). All
+    2^m signs of the m differences that are not 0 are tried up to m = 16; else 100,000 are drawn and
+    the observed ones count as one of them, so that p is never 0.
+    """
+    a, b = _checked(a), _checked(b)
+    if len(a) != len(b):
+        raise ValueError(f"a pair needs the same examples: {len(a)} and {len(b)} were given")
+    gaps = (a - b)[a != b]
+    if not len(gaps):
+        return 1.0
+    limit = abs(gaps.sum()) * (1 - 1e-12)
+    if len(gaps) <= _MAX_EXACT_FLIPS:
+        bits = np.arange(2 ** len(gaps))[:, None] >> np.arange(len(gaps)) & 1
+        return float(np.mean(abs((2 * bits - 1) @ gaps) >= limit))
+    rng, num_far = np.random.default_rng(seed), 0
+    for _ in range(_NUM_FLIPS // _CHUNK):
+        signs = rng.integers(0, 2, (_CHUNK, len(gaps)), np.int8) * 2.0 - 1
+        num_far += int((abs(signs @ gaps) >= limit).sum())
+    return (num_far + 1) / (_NUM_FLIPS + 1)
 
 
 def _checked(values: ArrayLike) -> np.ndarray:

@@ -1,0 +1,169 @@
+"""What k samples of one problem are worth: chosen by a score, by a vote, by an oracle; diversity.
+
+All are expectations over a random k-subset of the n samples that were drawn, computed exactly and
+not by drawing subsets. Answers are compared as they are given: normalise them first. None is a
+sample without an answer; it never wins a vote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Collection, Hashable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+Answers = Sequence[Hashable | None]
+
+
+def best_at_k(scores: ArrayLike, values: ArrayLike, k: int) -> float:
+    """The expected value of the sample with the highest score among k of n.
+
+        sum_r C(r - 1, k - 1) / C(n, k) v_(r),   v_(r) the value of the r-th lowest score
+
+    Args:
+      scores: [n] of what chooses (a reward model, a mean log-probability; name it where it is
+        reported). Equal scores share their ranks' chances equally.
+      values: [n] of what counts, 1 for a sample that passed.
+      k: size of the subset. With the values as scores this is Pass@k.
+    """
+    scores, values = np.asarray(scores, np.float64), np.asarray(values, np.float64)
+    if scores.shape != values.shape or scores.ndim != 1:
+        raise ValueError(f"one score per value is needed: {scores.shape} and {values.shape}")
+    if not np.isfinite(scores).all() or not np.isfinite(values).all():
+        raise ValueError("a score or value is not finite")
+    n = len(values)
+    _check_k(k, n)
+    order = np.argsort(scores, kind="stable")
+    # C(r-1, k-1) / C(n, k), from the largest rank down: large binomials never appear.
+    chances = np.zeros(n)
+    chances[n - 1] = k / n
+    for rank in range(n - 1, k - 1, -1):
+        chances[rank - 1] = chances[rank] * (rank - k + 1) / rank
+    _, group = np.unique(scores[order], return_inverse=True)
+    shared = np.bincount(group, chances) / np.bincount(group)
+    return float(shared[group] @ values[order])
+
+
+def maj_at_k(answers: Answers, correct: Collection[Hashable], k: int) -> float:
+    """The chance that a plurality vote of k of n samples gives a correct answer.
+
+    Ties are broken at random, in expectation; a subset without any answer gives none. Counting
+    the subsets answer by answer takes time polynomial in n, so nothing is drawn.
+
+    Args:
+      answers: [n], normalised.
+      correct: the answers that are right.
+      k: number of voters.
+    """
+    _check_k(k, len(answers))
+    counts = Counter(answer for answer in answers if answer is not None)
+    abstaining = sum(answer is None for answer in answers)
+    total = 0.0
+    for winner in set(correct) & counts.keys():
+        others = [num for answer, num in counts.items() if answer != winner]
+        for votes in range(1, min(k, counts[winner]) + 1):
+            ways_TV = _ways(others, abstaining, votes, k - votes)
+            shares = 1 / np.arange(1, len(ways_TV) + 1)
+            total += math.comb(counts[winner], votes) * float(shares @ ways_TV[:, -1])
+    return total / math.comb(len(answers), k)
+
+
+def _ways(others: Sequence[int], abstaining: int, most: int, left: int) -> np.ndarray:
+    """Ways to give `left` votes to other answers, none of which gets more than `most`.
+
+    Returns [ties + 1, left + 1]: by how many of them got exactly `most`, and by votes given.
+    """
+    ways_TV = np.zeros((left // most + 1, left + 1))
+    ways_TV[0] = [math.comb(abstaining, votes) for votes in range(left + 1)]
+    for num in others:
+        fewer = [math.comb(num, votes) for votes in range(min(num, most - 1, left) + 1)]
+        grown = np.stack([np.convolve(row, fewer)[: left + 1] for row in ways_TV])
+        if num >= most and left >= most:
+            grown[1:, most:] += math.comb(num, most) * ways_TV[:-1, : left + 1 - most]
+        ways_TV = grown
+    return ways_TV
+
+
+def oracle_at_k(answers: Answers, correct: Collection[Hashable], k: int) -> float:
+    """1 if a correct answer is among the k most frequent ones: the oracle over final answers.
+
+    The upper limit for Pass@k of any decoder that sees only the marginal of answers. Answers of
+    equal frequency share the last places at random, in expectation.
+    """
+    if k < 1:
+        raise ValueError(f"k is {k}; it must be at least 1")
+    counts = Counter(answer for answer in answers if answer is not None)
+    known = [counts[answer] for answer in set(correct) if answer in counts]
+    if not known:
+        return 0.0
+    best = max(known)
+    above = sum(num > best for num in counts.values())
+    equal = sum(num == best for num in counts.values())
+    places = min(max(k - above, 0), equal)
+    right = sum(num == best for num in known)
+    return 1 - math.comb(equal - right, places) / math.comb(equal, places)
+
+
+def unique_share(answers: Answers) -> float:
+    """Number of different answers over the number of samples that gave one; 0 if none did."""
+    given = [answer for answer in answers if answer is not None]
+    return len(set(given)) / len(given) if given else 0.0
+
+
+def answer_entropy(answers: Answers) -> float:
+    """Entropy of the answers' shares, in nats (plug-in estimate: too low for few samples)."""
+    counts = np.array(list(Counter(a for a in answers if a is not None).values()), np.float64)
+    shares = counts / max(counts.sum(), 1.0)
+    return float(-(shares * np.log(shares)).sum()) if len(shares) else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Bias and variance of Pass@1 over problems (arXiv 2504.10478).
+
+    Attributes:
+      bias: 1 - E[p].
+      variance: Var(p) over problems, freed of the noise of n samples; may be below 0 by chance.
+      plug_in: Var of the estimates themselves, too high by E[p (1 - p)] / n.
+    """
+
+    bias: float
+    variance: float
+    plug_in: float
+
+
+def spread(num_samples: int, num_correct: ArrayLike) -> Spread:
+    """Bias and variance of Pass@1 from c_i correct of n samples per problem.
+
+    Var(p) = Var(p_hat) - mean(p_hat (1 - p_hat)) / (n - 1), Var(p_hat) with divisor (problems - 1):
+    unbiased over problems drawn from a population and samples drawn for each.
+    """
+    c = np.asarray(num_correct, np.float64)
+    if num_samples < 2 or c.ndim != 1 or len(c) < 2:
+        raise ValueError(f"at least 2 samples of 2 problems: {num_samples} of {c.size} were given")
+    if ((c < 0) | (c > num_samples)).any():
+        raise ValueError(f"num_correct must lie between 0 and {num_samples}")
+    p = c / num_samples
+    plug_in = float(p.var(ddof=1))
+    noise = float((p * (1 - p)).mean()) / (num_samples - 1)
+    return Spread(1 - float(p.mean()), plug_in - noise, plug_in)
+
+
+def pass_at_k_bound(bias: float, variance: float, k: int) -> float:
+    """1 - (bias^2 + variance)^(k/2), no smaller than E[Pass@k] of a population, for k >= 2.
+
+    Jensen: E[(1 - p)^k] >= E[(1 - p)^2]^(k/2), since x^(k/2) is convex; equal at k = 2. At k = 1 it
+    is concave and the bound would be one from below: ValueError. It speaks of population moments:
+    an estimate of Pass@k may pass one made of estimates.
+    """
+    if k < 2:
+        raise ValueError(f"k is {k}: the bound holds for k >= 2, and is reversed at 1")
+    return 1 - max(bias * bias + variance, 0.0) ** (k / 2)
+
+
+def _check_k(k: int, n: int) -> None:
+    if not 1 <= k <= n:
+        raise ValueError(f"k is {k}, but there are {n} samples: choose 1 <= k <= {n}")
