@@ -102,11 +102,11 @@ def backend_from_gguf(
     make = _byte_level_backend if kind == "gpt2" else _sentencepiece_backend
     backend = make(fields, vocab)
     _add_tokens(backend, tokens, fields.get("tokenizer.ggml.token_type") or ())
-    around = [
+    bos, eos = (
         special.get(f"{role}_token") if adds(fields, role) else None for role in ("bos", "eos")
-    ]
-    if any(around):
-        backend.post_processor = _template(*around, vocab)
+    )
+    if bos or eos:
+        backend.post_processor = _template(bos, eos, vocab)
     elif kind == "gpt2":
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
     ends = (fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom"))

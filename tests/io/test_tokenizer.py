@@ -254,3 +254,15 @@ def test_a_tokenizer_larger_than_the_model_is_refused():
     TINY.check_fits(TINY.vocab_size)
     with pytest.raises(InputError, match=f"ids up to {TINY.vocab_size - 1}, the model embeds only"):
         TINY.check_fits(TINY.vocab_size - 1)
+
+
+def test_that_a_text_begins_with_bos_outlives_a_folder(tmp_path):
+    fields = gguf_fields()
+    fields["tokenizer.ggml.add_bos_token"] = True
+    fields.setdefault("tokenizer.ggml.bos_token_id", 0)
+    tokenizer = Tokenizer.from_gguf_metadata(fields)
+    assert tokenizer.add_bos
+    tokenizer.save(tmp_path)
+    again = Tokenizer.from_folder(tmp_path)
+    assert again.add_bos
+    assert again.encode("ab", add_special=True) == tokenizer.encode("ab", add_special=True)

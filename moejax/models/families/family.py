@@ -66,7 +66,6 @@ class Family:
       config_from_hf, config_to_hf: the two directions of config.json's fields.
       name_table: every Hugging Face tensor of a config with its place in our tree.
       presets: named configs.
-      gguf_architecture: llama.cpp's name for it, None when GGUF files of it are not read.
       computed: a pattern of the tensors that old checkpoints store and every reader computes.
     """
 
@@ -77,5 +76,4 @@ class Family:
     config_to_hf: Callable[[ModelConfig], dict[str, Any]]
     name_table: Callable[[ModelConfig], list[Weight]]
     presets: dict[str, ModelConfig]
-    gguf_architecture: str | None = None
     computed: str = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"

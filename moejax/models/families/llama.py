@@ -64,5 +64,4 @@ LLAMA = Family(
     config_to_hf=config_to_hf,
     name_table=functools.partial(name_table, modules=LLAMA_MODULES),
     presets=PRESETS,
-    gguf_architecture="llama",
 )
