@@ -36,15 +36,24 @@ def _gpu(
     return grouped_matmul_gpu(lhs, rhs, group_sizes, groups)
 
 
+def _tpu(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, groups: jax.Array | None
+) -> jax.Array:
+    from moejax.ops.grouped_matmul_tpu import grouped_matmul_tpu  # as above
+
+    return grouped_matmul_tpu(lhs, rhs, group_sizes, groups)
+
+
 _KERNELS: dict[str, Kernel] = {
     "ref": grouped_matmul_ref,
     "ragged_dot": _ragged_dot,
     "cpu": grouped_matmul_cpu,
     "gpu": _gpu,
+    "tpu": _tpu,
 }
 IMPLEMENTATIONS = tuple(_KERNELS)
 # Compiled for one platform only; the others are plain JAX and run anywhere.
-PLATFORM = {"gpu": "gpu"}
+PLATFORM = {"gpu": "gpu", "tpu": "tpu"}
 
 
 def grouped_matmul(
