@@ -3,10 +3,12 @@
   python -m launch.bench --suite=kernels --peer            the experts' matrix products on the CPU
   python -m launch.bench --suite=kernels --only=E64        figures whose name matches
   python -m launch.bench --suite=kernels --out=rows.json
+  python -m launch.bench --suite=layer --peer              the layer on a v5p:2x2x2, compiled
 
 A figure that cannot be measured here (a peer that is not installed, or needs more memory) stands in
-the table without a number and with the reason. Run it on an idle machine. What is compiled for TPUs
-and GPUs that are not here is measured by `tests/run --aot`.
+the table without a number and with the reason. Run kernels on an idle machine. The layer is
+compiled for TPUs that are not here, which needs the extra [aot]: `tests/run --aot` makes an
+environment that has it, .venv-aot.
 """
 
 from __future__ import annotations
@@ -18,18 +20,19 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 
-from launch import bench_cpu, cli
+from launch import bench_cpu, bench_layer, cli
 from launch.bench_table import Rows, matcher, measure, record, table
 from moejax.core.errors import InputError
 from moejax.io.atomic import write_json
 
-SUITE = flags.DEFINE_string("suite", None, "kernels, the one there is so far.")
+SUITE = flags.DEFINE_string("suite", None, "kernels or layer.")
 PEER = flags.DEFINE_bool("peer", False, "Also measure the peers, with the same formula.")
 ONLY = flags.DEFINE_string("only", None, "Measure only figures that match this regular expression.")
 OUT = flags.DEFINE_string("out", None, "JSON file for the rows, the machine and the versions.")
 
 SUITES: dict[str, dict[str, Rows]] = {
     "kernels": {"cpu": bench_cpu.rows},
+    "layer": {"mesh": bench_layer.rows},
 }
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from launch.bench_row import Row, Wanted
@@ -56,9 +57,8 @@ def table(rows: list[Row]) -> Table:
     for row in rows:
         reached = {True: "yes", False: "no", None: ""}[row.reached]
         peers = (number(row.peer) if row.peer_name else "", row.peer_name)
-        shown.add_row(
-            row.figure, number(row.ours), row.unit, row.reach, reached, *peers, row.how
-        )
+        texts = (row.figure, number(row.ours), row.unit, row.reach, reached, *peers, row.how)
+        shown.add_row(*map(escape, texts))  # or [aot] would be a style
     return shown
 
 

@@ -50,6 +50,13 @@ def test_help_says_what_is_needed():
         assert words in done.stdout
 
 
+def test_brackets_in_a_reason_are_shown():
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(bench_table.table([Row("x", None, "", how="pip install -e .[aot]")]))
+    assert "pip install -e .[aot]" in captured.get()
+
+
 def test_the_table_is_aligned_and_says_what_was_reached():
     console = Console(width=200)
     with console.capture() as captured:
