@@ -24,7 +24,9 @@ class Description:
       seq_len: the length that is meant there.
       kv_cache_bytes_per_token: of all layers, with a cache of 2-byte numbers.
       options: the fields of the config that are not `ModelConfig`'s defaults.
-      uses: what moejax can do with the model -> "yes", or why not.
+      uses: what moejax can do with the model -> "yes", maybe with a condition, or "no: why".
+      stored_dtypes: dtype -> how many parameters are read as it with dtype="keep" (quantised ones
+        are float32 there); empty where only the config was read.
     """
 
     family: str
@@ -35,6 +37,7 @@ class Description:
     kv_cache_bytes_per_token: int
     options: dict[str, Any]
     uses: dict[str, str]
+    stored_dtypes: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def describe_config(config: ModelConfig, seq_len: int | None = None) -> Description:
@@ -88,8 +91,17 @@ def _uses(config: ModelConfig) -> dict[str, str]:
     dense = "yes" if config.moe is None else "no: it has experts already"
     if config.moe is None and not config.gated:
         dense = "no: its feed-forward layers are not gated"
-    xft = config.moe is not None and config.moe.num_shared == 1
-    return {
-        "upcycle": dense,
-        "merge": "yes" if xft else "no: it has no experts that were upcycled with a shared one",
-    }
+    return {"upcycle": dense, "merge": _merge_use(config), "interpolate": _INTERPOLATE}
+
+
+_INTERPOLATE = "yes, with a checkpoint of the same run"
+
+
+def _merge_use(config: ModelConfig) -> str:
+    """What `moejax.methods.merge` asks of a config."""
+    moe = config.moe
+    if moe is None:
+        return "no: it has no experts"
+    if moe.expert_ffn not in (None, config.d_ff) or moe.shared_ffn:
+        return f"no: its experts or shared network have not the dense layer's width {config.d_ff}"
+    return "yes" if moe.num_shared else "yes, but no learned lambda: it has no shared expert"

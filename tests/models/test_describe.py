@@ -1,5 +1,7 @@
 """A description counts what the config and the headers say, and reads no weight."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -7,8 +9,11 @@ import moejax.models
 from moejax.core.errors import InputError
 from moejax.io import describe as io_describe
 from moejax.io import safetensors
+from moejax.methods.merge import dense_config
+from moejax.models.config import ModelConfig
 from moejax.models.description import describe_config
 from moejax.models.families import FAMILIES
+from moejax.moe.config import MoEConfig
 from tests.tiny_llama import fields_of, tensors_of, write_llama
 
 
@@ -18,7 +23,9 @@ def test_a_folder_is_described_without_its_weights(tmp_path, monkeypatch):
     write_llama(tmp_path, fields, tensors)
     monkeypatch.setattr(safetensors.SafetensorsFolder, "read", None)
     found = moejax.models.describe(tmp_path)
-    assert found == io_describe.describe(tmp_path)
+    read = io_describe.describe(tmp_path)
+    assert found.stored_dtypes == {} and dataclasses.replace(read, stored_dtypes={}) == found
+    assert read.stored_dtypes == {"float32": found.num_params}
     assert found.num_params == found.active_params == sum(v.size for v in tensors.values())
     # Keys and values of 2 layers, 2 heads of 6, 2 bytes each.
     assert found.kv_cache_bytes_per_token == 2 * 2 * 2 * 6 * 2
@@ -48,3 +55,22 @@ def test_deepseek_v2_is_as_its_paper_says():
     found = describe_config(family.presets["deepseek-v2"])
     assert round(found.num_params / 1e9) == 236 and round(found.active_params / 1e9) == 21
     assert found.kv_cache_bytes_per_token == 2 * 576 * 60
+
+
+@pytest.mark.parametrize(
+    ("moe", "expected"),
+    [
+        (MoEConfig(4, 2, num_shared=0, weighting="selected"), "yes, but no learned lambda"),
+        (MoEConfig(4, 2, num_shared=1), "yes"),
+        (MoEConfig(4, 2, expert_ffn=8), "no: "),
+    ],
+)
+def test_merging_is_offered_where_the_method_accepts_the_config(moe, expected):
+    config = ModelConfig("llama", 32, 2, 16, 24, 2, 2, 8, moe=moe)
+    use = describe_config(config).uses["merge"]
+    assert use.startswith(expected)
+    if use.startswith("no"):
+        with pytest.raises(InputError, match="only an upcycled model"):
+            dense_config(config)
+    else:
+        assert dense_config(config).moe is None
