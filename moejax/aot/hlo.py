@@ -42,6 +42,8 @@ class Instruction:
     """One line of a computation.
 
     calls: the computations it names and the target of a custom call. chain: its chain_id or ''.
+    rest: the line from the operands on, after the bracket. is_root: whether its computation
+        returns it.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Instruction:
     operands: tuple[str, ...]
     calls: tuple[str, ...]
     chain: str
+    rest: str = ""
+    is_root: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Collective:
     kind: str
     name: str
     bytes: int
+    participants: int
     is_async: bool
     between: tuple[Instruction, ...]
     with_matmul: bool
@@ -95,14 +100,15 @@ def collectives(text: str) -> list[Collective]:
     for computation, instructions in program.items():
         if computation in inside:
             continue  # counted where the fusion, or the async pair, stands
-        for first, last, kind, shape in _spans(program, instructions):
+        for first, last, source, shape in _spans(program, instructions):
             start = instructions[first]
             between = tuple(instructions[first + 1 : last])
             found.append(
                 Collective(
-                    kind=kind,
+                    kind=source.opcode.removesuffix("-start"),
                     name=start.name,
                     bytes=shape_bytes(shape),
+                    participants=_participants(source.rest),
                     is_async=last > first,
                     between=between,
                     with_matmul=any(has_matmul(program, i) for i in between),
@@ -153,34 +159,52 @@ def _instruction(line: str) -> Instruction:
         operands=tuple(re.findall(r"%([\w.\-]+)", after.partition(")")[0])),
         calls=tuple(calls),
         chain=chain[1] if chain else "",
+        rest=after,
+        is_root=bool(head[1]),
     )
 
 
 def _spans(
     program: Program, instructions: list[Instruction]
-) -> Iterator[tuple[int, int, str, str]]:
-    """(place of the start, place of the done, kind, type of the result) of each collective."""
+) -> Iterator[tuple[int, int, Instruction, str]]:
+    """(place of the start, of the done, the collective itself, type of the result) of each."""
     done = {i.operands[0]: n for n, i in enumerate(instructions) if i.opcode.endswith("-done")}
     chains: dict[str, tuple[int, int, Instruction]] = {}
     for place, instruction in enumerate(instructions):
         opcode = instruction.opcode
         if opcode in KINDS:
-            yield place, place, opcode, instruction.shape
+            yield place, place, instruction, instruction.shape
         elif opcode.removesuffix("-start") in KINDS and instruction.name in done:
             last = _last_done(instructions, done, place)
-            yield place, last, opcode.removesuffix("-start"), instructions[last].shape
+            yield place, last, instruction, instructions[last].shape
         elif opcode == "async-start":
             inner = _collectives_in(program, instruction)
             if inner:
                 last = _last_done(instructions, done, place)
-                yield place, last, inner[0].opcode, instructions[last].shape
+                yield place, last, inner[0], instructions[last].shape
         elif opcode == "fusion":
             for inner_one in _collectives_in(program, instruction):
                 chain = inner_one.chain or instruction.name
                 first = chains[chain][0] if chain in chains else place
                 chains[chain] = (first, place, inner_one)
     for first, last, inner_one in chains.values():
-        yield first, last, inner_one.opcode, inner_one.shape
+        yield first, last, inner_one, inner_one.shape
+
+
+def _participants(rest: str) -> int:
+    """Devices of one replica group, in each of the ways they are written; 0 if they are not."""
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
+    if listed:
+        return listed[1].count(",") + 1
+    iota = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
+    if iota:
+        return int(iota[1])
+    named = re.search(r"replica_groups=\w+\[([^\]]*)\][^{]*\{([^}]*)\}", rest)
+    if named:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        used = re.findall(r"'(\w+)'", named[2])
+        return math.prod(int(sizes[axis]) for axis in used if axis in sizes)
+    return 0
 
 
 def _last_done(instructions: list[Instruction], done: dict[str, int], place: int) -> int:

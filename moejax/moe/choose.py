@@ -2,12 +2,10 @@
 
 import dataclasses
 
+from moejax.core.chips import CHIPS
 from moejax.core.errors import InputError
 
 STRATEGIES = ("local", "all_gather", "capacity", "chunked")
-# Per chip and direction over its links, bytes/s, and bf16 FLOP/s: vendors' published peaks.
-LINK = {"v5e": 2.0e11, "v5p": 6.0e11, "v6e": 4.5e11, "h100": 4.5e11}
-PEAK = {"v5e": 1.97e14, "v5p": 4.59e14, "v6e": 9.18e14, "h100": 9.89e14}
 # Time before the first byte of a collective arrives; the model's one guess, not measured.
 LATENCY_S = 1e-5
 
@@ -41,8 +39,8 @@ def choose(load: Load, chip: str = "v5p") -> Choice:
     balanced load, 1.25 N K (P - 1) / P rows each way, in 4 (two halves). "capacity" drops tokens
     and is only used when asked for. "local" where there is one shard.
     """
-    if chip not in LINK:
-        raise InputError(f"chip {chip!r} is none of the {len(LINK)} known: {', '.join(LINK)}.")
+    if chip not in CHIPS:
+        raise InputError(f"chip {chip!r} is none of the {len(CHIPS)} known: {', '.join(CHIPS)}.")
     if load.shards == 1:
         return Choice("local", "1 expert shard: nothing to exchange", {"local": 0}, {"local": 0.0})
     row = load.d_model * load.bytes_per_number
@@ -53,7 +51,8 @@ def choose(load: Load, chip: str = "v5p") -> Choice:
         "chunked": round(2 * 1.25 * pairs * row * others / load.shards),
     }
     calls = {"all_gather": 2, "chunked": 4}
-    seconds = {name: calls[name] * LATENCY_S + received[name] / LINK[chip] for name in received}
+    rate = CHIPS[chip].link_bytes_per_s
+    seconds = {name: calls[name] * LATENCY_S + received[name] / rate for name in received}
     best = min(seconds, key=seconds.__getitem__)
     reason = (
         f"{load.tokens} tokens x top-{load.top_k} over {load.shards} expert shards on {chip}: "

@@ -1,0 +1,294 @@
+"""What a compiled program's text costs: matrix FLOPs and memory traffic, loops times their trips.
+
+XLA's own `cost_analysis` counts the body of a loop once, and a step is a scan over layers. Here a
+computation counts as often as it runs: a loop's trips are read from its condition (a counter less
+than a constant), a branch of a conditional counts its share. A loop whose end depends on data is
+counted once and reported. Only matrix products count as FLOPs.
+"""
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+
+import numpy as np
+
+from moejax.aot.hlo import Instruction, Program, shape_bytes
+
+# Rounds of the expert exchange that a balanced load does not need (`moejax.moe.chunked`).
+UNBALANCED = "unbalanced_rounds"
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"}
+_FREE |= {"call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier"}
+_PASS = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done")
+_ARRAY = re.compile(r"\b[a-z]+\d*[a-z0-9]*\[([\d,]*)\]")
+_ELSEWHERE = re.compile(r"\bS\([1-9]")  # a layout in the chip's own memory, or the host's
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """One device's run of the program.
+
+    flops: of matrix products. traffic_bytes: read from and written to HBM. runs: how often each
+    computation runs. open_loops: loops whose trips depend on data, counted once each.
+    """
+
+    flops: float
+    traffic_bytes: float
+    runs: dict[str, float]
+    open_loops: int
+
+
+def cost(program: Program) -> Cost:
+    """Counts a parsed program (`moejax.aot.hlo.parse`)."""
+    runs, open_loops = count_runs(program)
+    inner = _inside_fusions(program)
+    flops = traffic = 0.0
+    for name, instructions in program.items():
+        if not runs[name]:
+            continue
+        shapes = {i.name: i.shape for i in instructions}
+        for instruction in instructions:
+            flops += runs[name] * _flops(instruction, shapes)
+            if name not in inner:
+                traffic += runs[name] * _traffic(program, instruction, shapes)
+    return Cost(flops, traffic, dict(runs), open_loops)
+
+
+def count_runs(program: Program) -> tuple[dict[str, float], int]:
+    """How often each computation runs, and the number of loops with unknown trips."""
+    called = {c for lines in program.values() for i in lines for c in i.calls}
+    runs: dict[str, float] = defaultdict(float)
+    open_loops: set[str] = set()
+
+    def visit(name: str, times: float) -> None:
+        runs[name] += times
+        for instruction in program[name]:
+            callees = [c for c in instruction.calls if c in program]
+            each = times
+            if instruction.opcode == "while":
+                found = trips(program, name, instruction)
+                if found is None:
+                    open_loops.add(instruction.name)
+                each = times * (1 if found is None else found)
+            elif instruction.opcode == "conditional":
+                each = times / max(1, len(callees))
+            elif instruction.opcode in ("async-update", "async-done"):
+                callees = []  # counted where it starts
+            for callee in callees:
+                visit(callee, each)
+
+    for name in program:
+        if name not in called:
+            visit(name, 1.0)
+    return runs, len(open_loops)
+
+
+def trips(program: Program, computation: str, loop: Instruction) -> int | None:
+    """How often a loop's body runs; None where that depends on data."""
+    if UNBALANCED in loop.rest:
+        return 0
+    known = re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.rest)
+    if known:
+        return int(known[1])
+    condition = re.search(r"condition=%([\w.\-]+)", loop.rest)
+    lines = program.get(condition[1], []) if condition else []
+    root = next((i for i in lines if i.is_root), None)
+    while root is not None and root.opcode in _PASS:
+        root = _find(lines, root.operands[0])
+    if root is not None and root.opcode == "fusion" and root.calls:
+        lines, root = _through_fusion(program, lines, root)
+    if root is None or root.opcode != "compare" or len(root.operands) != 2:
+        return None
+    direction = re.search(r"direction=(\w+)", root.rest)
+    pair = [_limit(program, computation, loop, lines, name) for name in root.operands]
+    if direction is not None and direction[1] in ("GT", "GE"):
+        pair.reverse()
+    start, end = pair
+    if end is None or start is None:
+        return None
+    more = direction is not None and direction[1] in ("LE", "GE")
+    return max(0, end - start + more)
+
+
+def _through_fusion(program: Program, lines: list[Instruction], fusion: Instruction):
+    """The fusion's root with its parameters replaced by what they stand for outside."""
+    inside = program.get(fusion.calls[0], [])
+    root = next((i for i in inside if i.is_root), None)
+    outer = {
+        i.name: fusion.operands[int(index[1])]
+        for i in inside
+        if i.opcode == "parameter" and (index := re.match(r"(\d+)\)", i.rest))
+    }
+    if root is None:
+        return lines, None
+    operands = tuple(outer.get(name, name) for name in root.operands)
+    return [*lines, *inside], dataclasses.replace(root, operands=operands)
+
+
+def _limit(program: Program, computation: str, loop: Instruction, lines, name: str) -> int | None:
+    """The integer that a value of the condition starts from: a constant, or the tuple's entry."""
+    at = _find(lines, name)
+    while at is not None and at.opcode in _PASS and at.operands:
+        at = _find(lines, at.operands[0])
+    if at is None:
+        return None
+    if at.opcode == "constant":
+        return _constant(at)
+    index = re.search(r"index=(\d+)", at.rest) if at.opcode == "get-tuple-element" else None
+    if index is None:
+        return None
+    around = program[computation]
+    entry = _find(around, loop.operands[0])
+    if entry is None or entry.opcode != "tuple" or int(index[1]) >= len(entry.operands):
+        return None
+    value = _find(around, entry.operands[int(index[1])])
+    while value is not None and value.opcode in _PASS and value.operands:
+        value = _find(around, value.operands[0])
+    return _constant(value) if value is not None and value.opcode == "constant" else None
+
+
+def _constant(instruction: Instruction) -> int | None:
+    found = re.match(r"(-?\d+)\)", instruction.rest)
+    return int(found[1]) if found else None
+
+
+def _find(lines: list[Instruction], name: str) -> Instruction | None:
+    return next((i for i in lines if i.name == name), None)
+
+
+def _dims(shape: str) -> tuple[int, ...]:
+    found = _ARRAY.search(shape)
+    return tuple(int(d) for d in found[1].split(",") if d) if found else ()
+
+
+def _ints(pattern: str, rest: str) -> tuple[int, ...]:
+    found = re.search(pattern, rest)
+    return tuple(int(d) for d in re.findall(r"\d+", found[1])) if found else ()
+
+
+def _flops(instruction: Instruction, shapes: dict[str, str]) -> float:
+    """Of one matrix product; a kernel is believed its own estimate."""
+    rest = instruction.rest
+    operands = [_dims(shapes.get(name, "")) for name in instruction.operands[:2]]
+    if instruction.opcode == "dot":
+        contracted = _ints(r"lhs_contracting_dims=\{([\d,]*)\}", rest)
+        return 2.0 * math.prod(_dims(instruction.shape)) * _picked(operands[0], contracted)
+    if instruction.opcode == "convolution":
+        return _convolution(instruction, *operands)
+    if instruction.opcode != "custom-call":
+        return 0.0
+    estimated = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', rest)
+    if estimated:
+        return float(estimated[1])
+    if any(call.startswith("__cublas") for call in instruction.calls):
+        contracted = _ints(r'"lhs_contracting_dimensions":\[([^\]]*)\]', rest)
+        return 2.0 * math.prod(_dims(instruction.shape)) * _picked(operands[0], contracted)
+    return 0.0
+
+
+def _picked(dims: tuple[int, ...], which: tuple[int, ...]) -> int:
+    return math.prod(dims[i] for i in which)
+
+
+def _convolution(instruction: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> float:
+    """2 x outputs x input features x the window's places that lie on an element.
+
+    TPUs write every matrix product as a convolution, batch dims as windows with holes.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
+    assert labels is not None, instruction.rest
+    out = _dims(instruction.shape)
+    pairs = zip(labels.groups(), (lhs, rhs, out), strict=True)
+    sizes = [dict(zip(names, dims, strict=True)) for names, dims in pairs]
+    window = re.search(r"window=\{([^}]*)\}", instruction.rest)
+    fields = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
+    total = 2.0 * sizes[2]["b"] * sizes[2]["f"] * sizes[1]["i"]
+    for dim in (name for name in labels[2] if name.isdigit()):
+        place = int(dim)
+
+        def field(name: str, default: str, place: int = place) -> list[int]:
+            text = fields.get(name)
+            return [int(n) for n in (text.split("x")[place] if text else default).split("_")]
+
+        out_at = np.arange(sizes[2][dim])[:, None] * field("stride", "1")[0]
+        window_at = np.arange(sizes[1][dim]) * field("rhs_dilate", "1")[0]
+        at = out_at + window_at - field("pad", "0_0")[0]
+        holes = field("lhs_dilate", "1")[0]
+        total *= int(((at >= 0) & (at % holes == 0) & (at // holes < sizes[0][dim])).sum())
+    return total
+
+
+def _inside_fusions(program: Program) -> set[str]:
+    """Computations whose values stay on the chip: those of fusions, and of reductions."""
+    todo = [c for lines in program.values() for i in lines if i.opcode == "fusion" for c in i.calls]
+    applied = (re.search(r"to_apply=%([\w.\-]+)", i.rest) for v in program.values() for i in v)
+    todo += [found[1] for found in applied if found]
+    inner: set[str] = set()
+    while todo:
+        name = todo.pop()
+        if name not in inner:
+            inner.add(name)
+            todo += [c for i in program.get(name, []) for c in i.calls]
+    return inner
+
+
+def _traffic(program: Program, instruction: Instruction, shapes: dict[str, str]) -> float:
+    """HBM bytes of one scheduled instruction: operands it reads, results it writes."""
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith("-done"):
+        return 0.0
+    inside = program.get(instruction.calls[0], []) if opcode == "fusion" else []
+    if opcode in ("dynamic-slice", "slice", "gather"):
+        return 2.0 * _hbm_bytes(instruction.shape)
+    if opcode == "dynamic-update-slice":
+        return 2.0 * _hbm_bytes(shapes.get(instruction.operands[1], ""))
+    if opcode in ("copy-start", "async-start") or opcode.endswith("-start"):
+        return float(sum(_hbm_bytes(shapes.get(name, "")) for name in instruction.operands))
+    reads = [shapes.get(name, "") for name in instruction.operands]
+    if inside:
+        operands = sum(_read_inside(inside, place, shape) for place, shape in enumerate(reads))
+    else:
+        operands = sum(map(_hbm_bytes, reads))
+    written = _written_inside(inside) if inside else None
+    return operands + (_hbm_bytes(instruction.shape) if written is None else written)
+
+
+def _read_inside(inside: list[Instruction], place: int, shape: str) -> float:
+    """Bytes that a fusion reads of an operand: only the slices it takes, if it only slices it."""
+    whole = _hbm_bytes(shape)
+    parameter = next(
+        (i for i in inside if i.opcode == "parameter" and i.rest.startswith(f"{place})")), None
+    )
+    if parameter is None or not whole:
+        return whole
+    users = [i for i in inside if parameter.name in i.operands]
+    if not users:
+        return 0.0
+    total = 0.0
+    for user in users:
+        if user.opcode in ("dynamic-slice", "slice", "gather"):
+            total += shape_bytes(user.shape)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+            continue  # written in place
+        else:
+            return whole
+    return min(whole, total)
+
+
+def _written_inside(inside: list[Instruction]) -> float | None:
+    """Bytes written by a fusion that updates a slice in place; None for every other one."""
+    root = next((i for i in inside if i.is_root), None)
+    while root is not None and root.opcode in ("bitcast", "copy"):
+        root = _find(inside, root.operands[0])
+    if root is None or root.opcode != "dynamic-update-slice":
+        return None
+    update = _find(inside, root.operands[1])
+    return float(shape_bytes(update.shape)) if update is not None else None
+
+
+def _hbm_bytes(shape: str) -> float:
+    """Bytes of a type that lie in HBM: those with another memory space in their layout do not."""
+    if not _ELSEWHERE.search(shape):
+        return float(shape_bytes(shape))
+    parts = re.findall(r"[a-z]+\d*[a-z0-9]*\[[\d,]*\](?:\{[^{}]*\})?", shape)
+    return float(sum(shape_bytes(part) for part in parts if not _ELSEWHERE.search(part)))

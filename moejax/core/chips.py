@@ -1,0 +1,39 @@
+"""What one chip has: memory, and how fast it computes, reads and sends. Published peaks."""
+
+import dataclasses
+
+from moejax.core.errors import InputError
+from moejax.core.memory import GIB
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """hbm_bytes: what a program may use. Per second: bf16 operations of the matrix units, bytes of
+    HBM, and bytes in one direction over all of its links to other chips."""
+
+    name: str
+    hbm_bytes: int
+    flops_per_s: float
+    hbm_bytes_per_s: float
+    link_bytes_per_s: float
+
+
+# Rates: Google Cloud's TPU pages and NVIDIA's H100 data sheet (SXM). Sizes of the TPUs: what libtpu
+# 0.0.42 lets a program use; of the H100: what CUDA reports of 80 GB.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", int(15.75 * GIB), 1.97e14, 8.19e11, 2.0e11),
+        Chip("v5p", int(95.74 * GIB), 4.59e14, 2.765e12, 6.0e11),
+        Chip("v6e", int(31.25 * GIB), 9.18e14, 1.64e12, 4.5e11),
+        Chip("h100", 84_942_979_072, 9.89e14, 3.352e12, 4.5e11),
+    )
+}
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology's name ("v5p:2x2x2", "h100x8"); InputError for any other."""
+    name = "h100" if topology.startswith("h100") else topology.partition(":")[0]
+    if name not in CHIPS:
+        raise InputError(f"no chip {name!r}: there are {', '.join(CHIPS)}")
+    return CHIPS[name]

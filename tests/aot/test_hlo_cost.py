@@ -1,0 +1,132 @@
+"""FLOPs, traffic and collectives of small program texts, counted by hand beside each."""
+
+import math
+
+import pytest
+
+from moejax.aot import hlo, hlo_cost, roofline
+from moejax.core.chips import CHIPS, chip_of
+from moejax.core.errors import InputError
+
+# 24 trips; in each a product of [8, 16] and one [16, 32] of a stack, and an all-gather of 2.
+LOOP = """
+%matmul (p: bf16[8,16], w: bf16[24,16,32], i: s32[]) -> bf16[8,32] {
+  %p = bf16[8,16]{1,0} parameter(0)
+  %w = bf16[24,16,32]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %slice = bf16[1,16,32]{2,1,0} dynamic-slice(%w, %i), dynamic_slice_sizes={1,16,32}
+  %flat = bf16[16,32]{1,0} bitcast(%slice)
+  ROOT %c = bf16[8,32]{1,0} convolution(%p, %flat), dim_labels=bf_io->bf
+}
+
+%body (t: (s32[], bf16[8,16], bf16[24,16,32])) -> (s32[], bf16[8,16], bf16[24,16,32]) {
+  %t = (s32[], bf16[8,16]{1,0}, bf16[24,16,32]{2,1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%t), index=0
+  %x = bf16[8,16]{1,0} get-tuple-element(%t), index=1
+  %ws = bf16[24,16,32]{2,1,0} get-tuple-element(%t), index=2
+  %y = bf16[8,32]{1,0} fusion(%x, %ws, %i.1), kind=kOutput, calls=%matmul
+  %g = bf16[16,32]{1,0} all-gather(%y), replica_groups=mesh['a'=4,'b'=2] {'b'}, dimensions={0}
+  ROOT %out = (s32[], bf16[8,16]{1,0}, bf16[24,16,32]{2,1,0}) tuple(%i.1, %x, %ws)
+}
+
+%cond (t.1: (s32[], bf16[8,16], bf16[24,16,32])) -> pred[] {
+  %n = s32[] constant(24)
+  %t.1 = (s32[], bf16[8,16]{1,0}, bf16[24,16,32]{2,1,0}) parameter(0)
+  %at = s32[]{:T(128)} get-tuple-element(%t.1), index=0
+  ROOT %less = pred[]{:T(512)} compare(%at, %n), direction=LT
+}
+
+ENTRY %main (a: bf16[8,16], b: bf16[24,16,32]) -> bf16[8,16] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %b = bf16[24,16,32]{2,1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %start = s32[] copy(%zero)
+  %all = (s32[], bf16[8,16]{1,0}, bf16[24,16,32]{2,1,0}) tuple(%start, %a, %b)
+  %loop = (s32[], bf16[8,16]{1,0}, bf16[24,16,32]{2,1,0}) while(%all), condition=%cond, body=%body
+  ROOT %r = bf16[8,16]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_loop_counts_with_its_trips():
+    found = hlo_cost.cost(hlo.parse(LOOP))
+    assert found.runs["body"] == 24 and found.runs["matmul"] == 24 and found.open_loops == 0
+    assert found.flops == 24 * 2 * 8 * 16 * 32
+    # The fusion reads x, one slice of the stack and an index, and writes y; the gather moves them.
+    fusion, gather = 2 * (8 * 16 + 16 * 32 + 8 * 32) + 4, 2 * (8 * 32 + 16 * 32)
+    compare, start = 4 + 4 + 1, 4 + 4  # of the counter: each trip, and its copy once
+    assert found.traffic_bytes == 24 * (fusion + gather + compare) + start
+
+
+def test_trips_the_text_states_and_trips_that_depend_on_data():
+    stated = LOOP.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
+    assert hlo_cost.cost(hlo.parse(stated)).runs["body"] == 7
+    open_end = hlo_cost.cost(hlo.parse(LOOP.replace("constant(24)", "custom-call(%t.1)")))
+    assert open_end.runs["body"] == 1 and open_end.open_loops == 1
+    named = LOOP.replace("body=%body", f'body=%body, metadata={{op_name="{hlo_cost.UNBALANCED}"}}')
+    assert hlo_cost.cost(hlo.parse(named)).runs["body"] == 0
+
+
+def test_collectives_count_with_their_trips_and_their_group():
+    program = hlo.parse(LOOP)
+    (row,) = roofline.by_kind(hlo.collectives(LOOP), hlo_cost.cost(program).runs)
+    assert (row.kind, row.count, row.result_bytes) == ("all-gather", 24, 24 * 16 * 32 * 2)
+    assert row.sent_bytes == row.result_bytes / 2 and row.overlapped_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "flops"),
+    [
+        # A plain product; a batch of 16 written as a window with holes; a window with padding.
+        ("f32[8,4] convolution(%a, %b), dim_labels=bf_io->bf|f32[8,5]|f32[5,4]", 2 * 8 * 5 * 4),
+        (
+            "f32[16,256,64] convolution(%a, %b), window={size=16 stride=15 lhs_dilate=16}, "
+            "dim_labels=0bf_0oi->0bf|f32[16,256,128]|f32[16,64,128]",
+            2 * 16 * 256 * 64 * 128,
+        ),
+        (
+            "f32[1,3,2] convolution(%a, %b), window={size=3 pad=1_1}, "
+            "dim_labels=b0f_0io->b0f|f32[1,3,5]|f32[3,5,2]",
+            2 * 2 * 5 * (2 + 3 + 2),
+        ),
+        (
+            "f32[7,8,4] dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}, "
+            "rhs_batch_dims={0}, rhs_contracting_dims={1}|f32[7,8,5]|f32[7,5,4]",
+            2 * 7 * 8 * 4 * 5,
+        ),
+        (
+            'f32[8,4] custom-call(%a, %b), custom_call_target="tpu_custom_call", '
+            'backend_config={"custom_call_config":{"cost_estimate":{"flops":"123"}}}|f32[8]|f32[4]',
+            123,
+        ),
+    ],
+)
+def test_flops_of_a_product(text, flops):
+    result, lhs, rhs = text.split("|")
+    lines = [f"%a = {lhs} parameter(0)", f"%b = {rhs} parameter(1)", f"ROOT %c = {result}"]
+    program = hlo.parse("ENTRY %main (a: f32[]) -> f32[] {\n  " + "\n  ".join(lines) + "\n}\n")
+    assert hlo_cost.cost(program).flops == flops
+
+
+def test_what_lies_in_the_chips_own_memory_is_no_traffic():
+    text = LOOP.replace("%y = bf16[8,32]{1,0}", "%y = bf16[8,32]{1,0:T(8,128)S(1)}")
+    less = hlo_cost.cost(hlo.parse(LOOP)).traffic_bytes - 24 * 2 * (2 * 8 * 32)
+    assert hlo_cost.cost(hlo.parse(text)).traffic_bytes == less
+
+
+def test_bytes_sent_per_kind_and_the_roofline():
+    assert roofline.sent_bytes("all-gather", 800, 8) == 700
+    assert roofline.sent_bytes("all-reduce", 800, 8) == 1400
+    assert roofline.sent_bytes("reduce-scatter", 100, 8) == 700
+    assert roofline.sent_bytes("collective-permute", 800, 8) == 800
+    chip = CHIPS["v5p"]
+    moved = [roofline.Moved("all-gather", 1, 0, 2 * chip.link_bytes_per_s, chip.link_bytes_per_s)]
+    found = roofline.roofline(3 * chip.flops_per_s, chip.hbm_bytes_per_s, moved, chip)
+    assert (found.bound, found.step_s, found.exposed_s) == ("compute", 3, 1)
+    assert math.isclose(found.in_turn_s, 4)
+
+
+def test_the_chip_of_a_topology():
+    assert chip_of("v5p:2x2x2").name == "v5p" and chip_of("h100x8").name == "h100"
+    with pytest.raises(InputError, match="v5e, v5p, v6e, h100"):
+        chip_of("v9:2x2")
