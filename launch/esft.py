@@ -1,0 +1,69 @@
+"""ESFT: train the experts that a task uses, and only them (arXiv 2407.01906).
+
+    python -m launch.esft --stage=select --scores=DIR --score=token --threshold=0.2 --out=FILE.json
+
+select  chooses experts by their scores: per layer the smallest set whose scores reach --threshold,
+        or --count best ones, or as many as another config has (--counts_from), or what fits in
+        --byte_budget. --random_seed draws as many at random instead, the control. --scores is a
+        folder with summary.json or per-token files, ours or the reference's, or such a file.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from launch import cli
+from moejax.core.errors import InputError
+
+STAGES = ("select",)
+
+STAGE = flags.DEFINE_enum("stage", None, STAGES, "What to do.", required=True)
+OUT = flags.DEFINE_string("out", None, "File or folder to make.")
+MODEL = flags.DEFINE_string("model", None, "Model: folder, .gguf file or hub id.")
+SCORES = flags.DEFINE_string("scores", None, "select: folder or file of scores.")
+SCORE = flags.DEFINE_enum(
+    "score",
+    "token",
+    ("token", "gate", "gradient"),
+    "select: token selection ratio, average gate score, or the gradient's size.",
+)
+THRESHOLD = flags.DEFINE_float("threshold", None, "select: sum of scores to reach, in (0, 1].")
+DECIMALS = flags.DEFINE_integer(
+    "round_decimals", 4, "select: decimals of the scores, as the reference's have; -1: all."
+)
+TOP_K = flags.DEFINE_integer("top_k", 6, "select: experts per token of per-token files.")
+COUNT = flags.DEFINE_integer("count", None, "select: so many experts of each layer.")
+COUNTS_FROM = flags.DEFINE_string(
+    "counts_from", None, "select: as many experts of each layer as this config has."
+)
+BYTE_BUDGET = flags.DEFINE_string(
+    "byte_budget", None, "select: what the chosen experts may take, as 2.57GB; needs --model."
+)
+RANDOM_SEED = flags.DEFINE_integer(
+    "random_seed", None, "select: draw as many experts at random instead."
+)
+SHARED = flags.DEFINE_bool("shared_experts", False, "select: train the shared experts too.")
+OTHERS = flags.DEFINE_bool("non_expert_modules", False, "select: train what is no expert too.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what is at --out.")
+
+
+def main(argv) -> None:
+    del argv
+    if STAGE.value == "select":
+        from launch import esft_select
+
+        esft_select.main(_named("out", "scores"))
+        return
+
+
+def _named(*names: str) -> dict:
+    """All flags by name; InputError unless those named here are given."""
+    values = {name: flags.FLAGS[name].value for name in flags.FLAGS if not name.startswith("_")}
+    for name in names:
+        if not values[name]:
+            raise InputError(f"--stage={values['stage']} needs --{name}")
+    return values
+
+
+if __name__ == "__main__":
+    cli.run(main)
