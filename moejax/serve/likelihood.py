@@ -155,11 +155,17 @@ def _score(params, config, pairs, batch: list[_Text], how) -> list[Likelihood]:
 
 
 def _likelihood(log_probs_M, greedy_M, top_ids_MK, top_log_probs_MK) -> Likelihood:
-    tops = (), ()
-    if top_ids_MK.shape[1]:
-        tops = tuple(tuple(map(tuple, x.tolist())) for x in (top_ids_MK, top_log_probs_MK))
-    total = float(np.sum(log_probs_M, dtype=np.float64))
-    return Likelihood(total, bool(greedy_M.all()), tuple(log_probs_M.tolist()), *tops)
+    found = Likelihood(
+        log_prob=float(np.sum(log_probs_M, dtype=np.float64)),
+        greedy=bool(greedy_M.all()),
+        token_log_probs=tuple(log_probs_M.tolist()),
+    )
+    if not top_ids_MK.shape[1]:
+        return found
+    top_ids, top_log_probs = (
+        tuple(tuple(row) for row in array.tolist()) for array in (top_ids_MK, top_log_probs_MK)
+    )
+    return dataclasses.replace(found, top_ids=top_ids, top_log_probs=top_log_probs)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "how"))
