@@ -50,12 +50,14 @@ class ForwardOptions:
         (keep block inputs only).
       moe_implementation: a name of `moejax.ops.grouped_matmul.IMPLEMENTATIONS`, None chooses.
       attention: a name of `moejax.ops.attention.IMPLEMENTATIONS`, None chooses.
+      trace_routing: keep each token's experts in `Output.stats.trace`, [L, B, T, K].
     """
 
     compute_dtype: str = "float32"
     remat: str = "none"
     moe_implementation: str | None = None
     attention: str | None = None
+    trace_routing: bool = False
 
     def __post_init__(self):
         if self.remat not in ("none", *REMAT_POLICIES):
@@ -256,6 +258,7 @@ def _block(layer, x_BTD, rng, extend, context: _Context, window: Window):
             mask_BT=context.mask_BT,
             rng=rng,
             implementation=options.moe_implementation,
+            trace=options.trace_routing,
         )
 
     x_BTD, state = _residual(cast, "attn", x_BTD, attend, config)

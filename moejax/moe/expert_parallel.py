@@ -19,7 +19,7 @@ from moejax.core.mesh import TOKEN_AXES, check_axes
 from moejax.core.sharding import param_spec
 from moejax.moe.choose import STRATEGIES, Choice, Load, choose
 from moejax.moe.config import MoEConfig
-from moejax.moe.layer import MoEStats, add_shared_network, layer_stats
+from moejax.moe.layer import MoEStats, Trace, add_shared_network, layer_stats
 from moejax.moe.routing import Routing, route
 from moejax.moe.strategies import AXIS, BY_NAME, Context
 from moejax.ops.gated_ffn import Activation, gated_ffn
@@ -85,6 +85,7 @@ def sharded_moe_layer(
     mask_BT: jax.Array | None = None,
     rng: jax.Array | None = None,
     implementation: str | None = None,
+    trace: bool = False,
 ) -> tuple[jax.Array, MoEStats]:
     """`moejax.moe.layer.moe_layer` on a mesh; equal to it unless the strategy drops.
 
@@ -104,7 +105,8 @@ def sharded_moe_layer(
     def body(params, x_BTD, mask_BT, rng):
         if rng is not None:
             rng = jax.random.fold_in(rng, jax.lax.axis_index(TOKEN_AXES))
-        return _layer_on_device(params, specs, (x_BTD, mask_BT, rng), config, context, name)
+        inputs = (x_BTD, mask_BT, rng, trace)
+        return _layer_on_device(params, specs, inputs, config, context, name)
 
     mapped = jax.shard_map(
         body,
@@ -115,15 +117,22 @@ def sharded_moe_layer(
             None if mask_BT is None else _TOKENS,
             None if rng is None else P(),
         ),
-        out_specs=(_TOKENS, P()),
+        out_specs=(_TOKENS, _stats_specs(trace)),
         check_vma=False,  # kernels and custom gradients do not say how their results vary
     )
     return mapped(params, x_BTD, mask_BT, rng)
 
 
+def _stats_specs(trace: bool) -> Any:
+    """How the statistics lie on the mesh: sums on every device, a trace where its tokens are."""
+    tokens: Any = _TOKENS
+    sums: dict[str, Any] = {field.name: P() for field in dataclasses.fields(MoEStats)}
+    return MoEStats(**sums | {"trace": Trace(tokens, tokens) if trace else None})
+
+
 def _layer_on_device(params, specs, inputs, config: MoEConfig, context: Context, name: str):
     """Routes this device's tokens, sends them, adds what is shared; sums over tensor."""
-    x_BTD, mask_BT, rng = inputs
+    x_BTD, mask_BT, rng, trace = inputs
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     routing = route(
         params["router"],
@@ -138,7 +147,7 @@ def _layer_on_device(params, specs, inputs, config: MoEConfig, context: Context,
     y_ND, dropped = _mix(gathered["experts"], x_ND, routing, config, context, name)
     y_ND = add_shared_network(gathered, y_ND.astype(x_ND.dtype), x_ND, context.activation)
     y_ND = jax.lax.psum(y_ND, "tensor")
-    stats = layer_stats(routing)
+    stats = layer_stats(routing, x_BTD.shape[:2] if trace else None)
     stats = dataclasses.replace(stats, dropped=stats.dropped + dropped)
     return y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape), stats
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from moejax.core.errors import InputError
 from moejax.moe.config import MoEConfig
 from moejax.moe.dispatch import combine, dispatch, plan
 from moejax.moe.experts import ExpertParams, grouped_ffn
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MoEStats",
+    "Trace",
     "abstract_router",
     "add_shared_expert",
     "add_shared_network",
@@ -37,6 +39,18 @@ FEW_TOKENS = 64
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Trace:
+    """Every token's choice: experts_BTK int32 in the layer's numbering, scores_BTK float32.
+
+    The scores are the router's before any weighting (`moejax.moe.routing.Routing.scores_NK`).
+    """
+
+    experts_BTK: jax.Array
+    scores_BTK: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class MoEStats:
     """What a layer's router did in one forward pass, all float32, padding excluded.
 
@@ -46,6 +60,7 @@ class MoEStats:
     shared_weight: mean weight of the shared expert over tokens; 0 without one.
     dropped: share of (token, expert) pairs that were not computed, 0 on one device; under expert
         choice the share of tokens that no expert took.
+    trace: each token's experts, where it was asked for.
     """
 
     counts_E: jax.Array
@@ -54,6 +69,7 @@ class MoEStats:
     z_loss: jax.Array
     shared_weight: jax.Array
     dropped: jax.Array
+    trace: Trace | None = None
 
 
 def moe_layer(
@@ -66,6 +82,7 @@ def moe_layer(
     rng: jax.Array | None = None,
     implementation: str | None = None,
     parallel: "Parallel | None" = None,
+    trace: bool = False,
 ) -> tuple[jax.Array, MoEStats]:
     """y = sum_i g_i E_i(x) over the chosen experts, plus the shared expert or network.
 
@@ -73,14 +90,15 @@ def moe_layer(
     the residual. mask_BT is true on real tokens (all are computed, only real ones enter the
     statistics, and expert choice takes those first); rng turns on what perturbs the router;
     implementation names a grouped matmul, None chooses one, or every expert on every token where
-    few tokens use most; parallel runs the layer on a mesh (`moejax.moe.expert_parallel`). Equals
-    `moejax.moe.dense.dense_moe`, unless the strategy named there drops.
+    few tokens use most; parallel runs the layer on a mesh (`moejax.moe.expert_parallel`); trace
+    keeps each token's choice in the statistics. Equals `moejax.moe.dense.dense_moe`, unless the
+    strategy named there drops.
     """
     if parallel is not None:
         from moejax.moe.expert_parallel import sharded_moe_layer  # it stands on this file
 
         more: dict[str, Any] = {"activation": activation, "mask_BT": mask_BT, "rng": rng}
-        more["implementation"] = implementation
+        more |= {"implementation": implementation, "trace": trace}
         return sharded_moe_layer(params, x_BTD, config, parallel, **more)
     assert params["experts"]["w_up"].shape[0] == config.num_experts
     num_sequences, _, d_model = x_BTD.shape
@@ -98,7 +116,8 @@ def moe_layer(
     mix = _mix_every_expert if every else functools.partial(_mix_chosen, implementation)
     y_ND = mix(params["experts"], x_ND, routing, activation)
     y_ND = add_shared_network(params, y_ND, x_ND, activation)
-    return y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape), layer_stats(routing)
+    stats = layer_stats(routing, x_BTD.shape[:2] if trace else None)
+    return y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape), stats
 
 
 def add_shared_expert(
@@ -130,8 +149,17 @@ def add_shared_network(
     return y_ND + shared_ND
 
 
-def layer_stats(routing: Routing) -> MoEStats:
-    """What of the routing the caller keeps."""
+def layer_stats(routing: Routing, shape_BT: tuple[int, ...] | None = None) -> MoEStats:
+    """What of the routing the caller keeps, with a trace of tokens [B, T] if their shape is given.
+
+    Raises InputError for a trace of expert choice, where tokens have differing numbers of experts.
+    """
+    trace = None
+    if shape_BT is not None:
+        if routing.token_N is not None:
+            raise InputError("expert choice has no experts per token: its routing is not traced")
+        shape = (*shape_BT, routing.experts_NK.shape[1])
+        trace = Trace(routing.experts_NK.reshape(shape), routing.scores_NK.reshape(shape))
     return MoEStats(
         counts_E=routing.counts_E,
         prob_sums_J=routing.prob_sums_J,
@@ -139,6 +167,7 @@ def layer_stats(routing: Routing) -> MoEStats:
         z_loss=routing.z_loss,
         shared_weight=routing.shared_weight,
         dropped=routing.dropped,
+        trace=trace,
     )
 
 

@@ -37,6 +37,8 @@ class Routing:
         tokens have differing numbers of experts, a row is one (token, expert) pair: K = 1, and
         token_N is its token. Gather tokens by it before dispatch, add rows up by it afterwards.
     shared_weight_N: float32 weight of the shared expert for each token; None when there is none.
+    scores_NK: float32 scores of the chosen before any weighting: parts of a softmax over all routed
+        experts, or sigmoids.
     importance_J, load_J: the quantities whose evenness "cv_squared" asks for, of this device.
 
     The rest are float32, over the tokens that count, of all devices along `axis_names`:
@@ -51,6 +53,7 @@ class Routing:
     weights_NK: jax.Array
     token_N: jax.Array | None
     shared_weight_N: jax.Array | None
+    scores_NK: jax.Array
     importance_J: jax.Array
     load_J: jax.Array
     counts_E: jax.Array
@@ -157,6 +160,7 @@ def route(
         weights_NK=weights_NK * config.scale,
         token_N=token_N,
         shared_weight_N=shared_weight_N,
+        scores_NK=weights_NK if token_N is not None else _pick(scores_NJ, chosen_NK),
         shared_weight=jnp.zeros(())
         if shared_weight_N is None
         else mean(shared_weight_N, real_N, axis_names),

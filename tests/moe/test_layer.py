@@ -16,6 +16,7 @@ from moejax.moe.dispatch import combine, dispatch, plan
 from moejax.moe.layer import moe_layer as plain_layer
 from moejax.moe.layer import moe_shapes
 from moejax.moe.routing import abstract_router
+from moejax.moe.scores import gate_logits, scores
 from moejax.ops.gated_ffn import gated_ffn
 from moejax.ops.grouped_matmul import IMPLEMENTATIONS, PLATFORM
 from tests.draws import normal, router_params
@@ -212,3 +213,22 @@ def test_backward_keeps_no_gathered_weights():
     gathered = 2 * size["n"] * size["d"] * size["f"] * 4  # a matrix per routed row
     temp = compiled.memory_analysis().temp_size_in_bytes
     assert temp < activations + 3 * 8 * size["d"] * size["f"] * 4 < gathered / 8
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n != "expert_choice"])
+def test_a_trace_holds_each_token_s_experts_and_their_raw_scores(name):
+    config = CONFIGS[name]
+    params, x_BTD = make_params(config), normal((2, 5, D), 3)
+    _, stats = jax.jit(plain_layer, static_argnames=("config", "trace"))(
+        params, x_BTD, config=config, trace=True
+    )
+    trace = stats.trace
+    assert trace.experts_BTK.shape == (2, 5, config.routed_per_token)
+    first = config.num_shared
+    counts_E = np.bincount(trace.experts_BTK.reshape(-1), minlength=config.num_experts)
+    np.testing.assert_array_equal(counts_E[first:], stats.counts_E[first:])
+    logits_BTJ = gate_logits(params["router"], x_BTD.reshape(-1, D), config).reshape(2, 5, -1)
+    scores_BTJ = scores(logits_BTJ.reshape(10, -1), config).reshape(2, 5, -1)
+    wanted = jnp.take_along_axis(scores_BTJ, trace.experts_BTK - first, axis=2)
+    np.testing.assert_allclose(trace.scores_BTK, wanted, rtol=1e-6)
+    assert plain_layer(params, x_BTD, config)[1].trace is None
