@@ -77,11 +77,13 @@ def _ways(others: Sequence[int], abstaining: int, most: int, left: int) -> np.nd
     Returns [ties + 1, left + 1]: by how many of them got exactly `most`, and by votes given.
     """
     ways_TV = np.zeros((left // most + 1, left + 1))
-    ways_TV[0] = [math.comb(abstaining, votes) for votes in range(left + 1)]
-    for num in others:
-        fewer = [math.comb(num, votes) for votes in range(min(num, most - 1, left) + 1)]
+    # Those who cannot reach `most` may vote as they like, like those who abstain: one binomial.
+    free = abstaining + sum(num for num in others if num < most)
+    ways_TV[0] = [math.comb(free, votes) for votes in range(left + 1)]
+    for num in (num for num in others if num >= most):
+        fewer = [math.comb(num, votes) for votes in range(min(most - 1, left) + 1)]
         grown = np.stack([np.convolve(row, fewer)[: left + 1] for row in ways_TV])
-        if num >= most and left >= most:
+        if left >= most:
             grown[1:, most:] += math.comb(num, most) * ways_TV[:-1, : left + 1 - most]
         ways_TV = grown
     return ways_TV

@@ -6,7 +6,7 @@ models are compared on the same examples, drawn together, so that what is hard f
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -48,6 +48,21 @@ def ratio(sums: ArrayLike, counts: ArrayLike, *, seed: int = 0) -> Interval:
         [(w @ sums) / np.maximum(w @ counts, 1e-300) for w in _weights(len(sums), seed)]
     )
     return _interval(float(sums.sum() / counts.sum()), draws)
+
+
+def of_means(
+    columns: ArrayLike, statistic: Callable[[np.ndarray], np.ndarray], *, seed: int = 0
+) -> tuple[float, float]:
+    """95% bounds of a function of several means over the same examples, as a variance is one.
+
+    columns: [examples, M]; statistic: means [draws, M] -> values [draws].
+    """
+    table = np.asarray(columns, np.float64)
+    if table.ndim != 2 or not table.size or not np.isfinite(table).all():
+        raise ValueError(f"finite columns [examples, M] are needed, got shape {table.shape}")
+    draws = [statistic(w @ table / len(table)) for w in _weights(len(table), seed)]
+    low, high = np.quantile(np.concatenate(draws), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def paired_mean(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Interval:
