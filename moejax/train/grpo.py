@@ -107,7 +107,8 @@ def make_grpo_loss(
     A batch has what `moejax.train.loss` needs, one answer a row, and `advantages` [B], `old_logp`
     [B, T] and, with a kl_weight, `ref_logp` [B, T], all float32. Metrics: objective terms `policy`
     and `kl`, `clipped` (share of tokens whose gradient the clip stopped), `entropy` (mean of -log
-    pi over the batch's own tokens: an estimate, of the policy that drew them while it is the same).
+    pi over the batch's own tokens: an estimate, of the policy that drew them while it is the same);
+    with `reward` and `mixed` [B] in the batch also their means, and the answers' mean `length`.
     """
 
     def loss_fn(trainable, frozen, batch, rng) -> tuple[jax.Array, Metrics]:
@@ -127,6 +128,10 @@ def make_grpo_loss(
             "target_count": count,
             "token_count": jnp.sum(jnp.asarray(batch["segment_ids"]) > 0),
         }
+        if "reward" in batch:
+            metrics["reward"] = jnp.mean(batch["reward"])
+            metrics["mixed_groups"] = jnp.mean(batch["mixed"])
+            metrics["length"] = jnp.mean(jnp.sum(weight_BT, axis=1))
         loss = -policy
         if settings.kl_weight:
             gap_BT = batch["ref_logp"] - logp_BT

@@ -39,7 +39,8 @@ from moejax.train.peak import Peak
 from moejax.train.state import TrainState, init_state
 from moejax.train.step import Adjust, LossFn, make_train_step
 
-Batches = Callable[[int], Mapping[str, np.ndarray]]
+# (step) -> batch, or (step, parameters) -> batch where `RunInfo.on_policy` says so.
+Batches = Callable[..., Mapping[str, np.ndarray]]
 EvalFn = Callable[[tree.Tree, tree.Tree], Mapping[str, float]]
 # Settings of TrainConfig that may change between two starts of one run: its steps stay the same.
 FREE = ("log_every", "save_every", "eval_every", "keep_last")
@@ -89,6 +90,7 @@ class RunInfo:
       identity: what else makes this run this run (model, data), JSON; kept in config.json.
       flops_per_step: of one update, for GFLOP/s; peak: what they are held against, for MFU.
       donate: the caller hands `trainable` over (its arrays are gone afterwards) and saves a copy.
+      on_policy: `batches` is also given the parameters as they are before the step.
     """
 
     title: str = ""
@@ -97,6 +99,7 @@ class RunInfo:
     peak: Peak | None = None
     quiet: bool = False
     donate: bool = False
+    on_policy: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +160,8 @@ def fit(
     state = run.start(trainable)
     del trainable
     if run.step < config.steps:
-        _check_rows(batches(run.step), config.accumulation)
+        if not info.on_policy:
+            _check_rows(batches(run.step), config.accumulation)
         with RunLog(workdir, info.title, config.steps, run.step, info.quiet) as log:
             if run.step:
                 log.say(f"resuming at step {run.step} of {config.steps} from {workdir}")
@@ -238,7 +242,8 @@ class _Run:
         self._since = time.perf_counter()
         with _stop_on_sigint(log) as stop:
             while self.step < config.steps and not stop.is_set():
-                state, metrics = self._update(state, frozen, batches(self.step), key)
+                seen = (self.step, state.params) if self._info.on_policy else (self.step,)
+                state, metrics = self._update(state, frozen, batches(*seen), key)
                 self.step += 1
                 self._pending.append((self.step, metrics))
                 last = self.step == config.steps
