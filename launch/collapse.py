@@ -7,7 +7,7 @@ Bandit: a softmax policy over arms of which some earn 1 and the rest 0.
               since an arm learns at the rate at which it is drawn
   sampled     REINFORCE, one draw a step: drifts to ONE of them by chance, though all earn the same
   kl          reward - beta * KL(policy || start): the odds between good arms stay those of the
-              start, which is its closed form start * exp(r / beta): KL keeps diversity and makes none
+              start, which is its closed form start * exp(r / beta): KL keeps diversity, no more
 Tuning: logistic regression on separable examples, gradient descent on the cross-entropy. Its margin
 grows without end, so the chance p to answer a test problem goes to 0 or 1: Pass@1 = E[p] rises,
 Var(p) rises, and Pass@k of a larger k falls. Dotted: the bound 1 - ((1 - E p)^2 + Var p)^(k/2).
@@ -17,9 +17,7 @@ Writes collapse.json, collapse.csv and collapse.png. Takes seconds; no accelerat
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from launch import cli
 from moejax.core.errors import InputError
 from moejax.evals.at_k import pass_at_k_bound
 from moejax.io import atomic
+from moejax.report.table import as_csv
 
 OUT = flags.DEFINE_string("out", None, "Folder for the figures.", required=True)
 SEED = flags.DEFINE_integer("seed", 0, "Of the start, the draws and the examples.")
@@ -168,15 +167,6 @@ def bandit_summary(bandit: Bandit, runs: dict[str, np.ndarray], beta: float) -> 
         }
         for name, policy in ends.items()
     }
-
-
-def as_csv(table: list[dict[str, float]]) -> str:
-    """A table as CSV text."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(table[0]))
-    writer.writeheader()
-    writer.writerows(table)
-    return text.getvalue()
 
 
 def draw(bandit: Bandit, runs: dict[str, np.ndarray], table: list[dict[str, float]]):

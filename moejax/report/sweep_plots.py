@@ -1,4 +1,4 @@
-"""The plots of a sweep over interpolations and decodings; rows are those of `moejax.evals.sweep`."""
+"""The plots of a sweep over interpolations and decodings, from `moejax.evals.sweep.rows_of`."""
 
 from __future__ import annotations
 

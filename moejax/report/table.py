@@ -1,9 +1,11 @@
-"""A report as text: for the terminal, and as Markdown for a README."""
+"""A report as text: for the terminal, as Markdown for a README, rows as CSV."""
 
 from __future__ import annotations
 
+import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -25,6 +27,15 @@ HEADERS = (
     "time",
 )
 DIFFERENCE_HEADERS = ("difference", "nll", "95% interval", "", "pass@1", "95% interval", "")
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as CSV text, the keys as its first line."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def render(report: Report, *, color: bool = False) -> str:

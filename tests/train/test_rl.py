@@ -85,9 +85,8 @@ def test_killed_between_two_updates_of_an_iteration(start, tmp_path):
 
 
 def test_every_problem_is_seen_before_one_is_seen_again(tmp_path):
-    batches = OnPolicy(
-        MODEL, RlConfig(3, 2, max_answer=4), GrpoConfig(kl_weight=0), PROMPTS, (rollout, likes_sevens), tmp_path
-    )
+    functions, settings = (rollout, likes_sevens), RlConfig(3, 2, max_answer=4)
+    batches = OnPolicy(MODEL, settings, GrpoConfig(kl_weight=0), PROMPTS, functions, tmp_path)
     seen = [n for i in range(4) for n in batches.problems(i)]
     assert all(sorted(seen[at : at + 4]) == [0, 1, 2, 3] for at in (0, 4, 8))
 

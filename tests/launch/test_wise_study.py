@@ -1,0 +1,84 @@
+"""The study of WiSE-FT: its data and grader at full speed, every stage once at a tiny size."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.wise import study
+from launch import wise_arms, wise_training
+from launch.wise_training import EOS, Lab, decode, encode, rows_of
+from moejax.data.countdown import solves
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return Lab.of(study.get_config("tiny"))
+
+
+def test_splits_share_no_problem_and_every_taught_derivation_is_right(lab):
+    problems = [p for p, _ in (*lab.tune, *lab.validation, *lab.test)]
+    keys = {(tuple(sorted(p.numbers)), p.target) for p in problems}
+    assert len(keys) == len(problems) == 40 + 12 + 16
+    assert all(solves(problem, text) for problem, text in lab.tune)
+
+
+def test_a_row_is_the_prompt_then_what_counts(lab):
+    problem, text = lab.tune[0]
+    rows = rows_of([(problem, text)])
+    ids = rows["tokens"][0]
+    counted = ids[rows["loss_mask"][0]]
+    assert decode(counted) == text and counted[-1] == EOS
+    assert decode(ids[: int(np.argmax(rows["loss_mask"][0]))]) == problem.prompt
+    assert lab.grade(problem, counted).correct
+    assert not lab.grade(problem, encode(text[:-1]) + [EOS]).correct
+    assert decode(encode("1+2=3") + [EOS] + encode("4")) == "1+2=3"
+
+
+def test_a_tree_goes_to_disk_and_back(lab, tmp_path):
+    params = {"a": {"b": np.arange(3.0, dtype=np.float32)}}
+    wise_training.save_tree(tmp_path / "t.npz", params)
+    found = wise_training.load_tree(tmp_path / "t.npz", params)
+    np.testing.assert_array_equal(found["a"]["b"], params["a"]["b"])
+    with pytest.raises(Exception, match="another model"):
+        wise_training.load_tree(tmp_path / "t.npz", {"a": {"b": np.zeros(4, np.float32)}})
+
+
+def test_matched_temperature_is_read_between_those_drawn():
+    config = study.get_config("tiny")
+    chosen = wise_arms.Arm("step 1", 0.5, wise_arms.PLAIN)
+    arms = wise_arms.test_arms(config, chosen, ["step 1"])
+    values = {"late": (0.4, 0.6), "late T 0.7": (0.5, 0.5), "chosen": (0.45, 0.7)}
+    rows = [
+        {"arm": arm, "measure": "pass", "k": k, "value": value}
+        for arm, pair in values.items()
+        for k, value in zip((1, 4), pair, strict=True)
+    ]
+    seed = wise_arms.Seed(0, [1, 2], chosen, arms, {}, rows)
+    found = wise_arms.matched(seed, 4)
+    assert found["late pass@4 at that pass@1"] == pytest.approx(0.55)
+    assert found["chosen pass@4"] == 0.7
+
+
+@pytest.mark.slow
+def test_every_stage_and_again(tmp_path):
+    command = [sys.executable, "-m", "launch.wise_study", f"--workdir={tmp_path}"]
+    command += ["--config=configs/wise/study.py:tiny"]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert first.returncode == 0, first.stderr
+    found = json.loads((tmp_path / "study.json").read_text())
+    assert set(found) == {"facts", "chosen", "collapse", "differences", "rl", "matched"}
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 4
+    samples = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("samples/*.jsonl")}
+    assert len(samples) == 17
+    again = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert again.returncode == 0 and "test:" not in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in samples} == samples
+    assert json.loads((tmp_path / "study.json").read_text()) == found
