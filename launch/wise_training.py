@@ -72,7 +72,8 @@ class Lab:
             max_position=2 * ROW,
             tie_embeddings=True,
         )
-        rng, seen, drawn = np.random.default_rng(2504), set(), []
+        rng, seen = np.random.default_rng(2504), set()
+        drawn: list[Countdown] = []
         while len(drawn) < p.tune + p.validation + p.test:
             problem = countdown.draw_problem(rng, p.numbers, p.largest)
             key = tuple(sorted(problem.numbers)), problem.target
@@ -248,7 +249,8 @@ def save_tree(path: Path, params: tree.Tree) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     with atomic.space_errors(path), part.open("wb") as file:
-        np.savez(file, **{name: np.asarray(leaf) for name, leaf in tree.flatten(params).items()})
+        arrays: dict[str, Any] = {n: np.asarray(leaf) for n, leaf in tree.flatten(params).items()}
+        np.savez(file, **arrays)
     os.replace(part, path)
 
 

@@ -124,7 +124,7 @@ class Sweep:
         rows = self._draw(params, problems, self._num_samples, arm.sampling, self._seed)
         lines = []
         for problem, answers in zip(problems, rows, strict=True):
-            record = {"id": problem.id, "arm": arm.label, "split": split}
+            record: dict[str, Any] = {"id": problem.id, "arm": arm.label, "split": split}
             record["samples"] = [dataclasses.asdict(answer) for answer in answers]
             lines.append(json.dumps(record) + "\n")
         path.parent.mkdir(parents=True, exist_ok=True)

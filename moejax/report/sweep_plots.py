@@ -105,7 +105,7 @@ def bias_variance(rows: Rows, k: int) -> Figure:
     """
     figure = Figure(figsize=(6.8, 5.0), layout="constrained")
     axes = figure.subplots()
-    arms: dict[str, dict[str, Any]] = {}
+    arms: dict[str, dict[tuple[str, int], Any]] = {}
     for row in rows:
         arms.setdefault(row["arm"], {})[row["measure"], row["k"]] = row
     for i, (label, found) in enumerate(arms.items()):
