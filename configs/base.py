@@ -12,7 +12,9 @@ def get_config() -> ConfigDict:
                 "source": "",
                 # Of the parameters at rest (and so of the optimizer's arithmetic on them).
                 "dtype": "float32",
-                # With preset:NAME, the mixture of experts to plan for; 0 for a dense model.
+                # Named sizes to plan with where the source is not on this machine.
+                "preset": "",
+                # With a preset, the mixture of experts to plan for; 0 for a dense model.
                 "experts": 0,
                 "top_k": 0,
             },
