@@ -28,9 +28,7 @@ class Visible:
     mask_BTS: jax.Array | None = None
 
 
-def mask_of(
-    visible: Visible, num_queries: int, num_keys: int, window: Window = 0
-) -> jax.Array:
+def mask_of(visible: Visible, num_queries: int, num_keys: int, window: Window = 0) -> jax.Array:
     """bool [B or 1, T, S], true where a query sees a key; a window of 0 is none."""
     mask = visible.mask_BTS
     if mask is not None and isinstance(window, int) and window == 0:

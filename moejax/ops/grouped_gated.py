@@ -1,0 +1,40 @@
+"""Gate, up and activation of experts: what stands before the last product of a gated layer."""
+
+import jax
+
+from moejax.core.errors import InputError
+from moejax.ops.gated_ffn import Activation
+from moejax.ops.grouped_matmul import grouped_matmul
+
+
+def grouped_gated(
+    lhs: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    group_sizes: jax.Array,
+    activation: Activation,
+    *,
+    implementation: str | None = None,
+    groups: jax.Array | None = None,
+) -> jax.Array:
+    """The hidden layer of gated experts, each on its own group of rows (Shazeer 2020, eq. 6).
+
+    out[r] = act(lhs[r] @ w_gate[e]) * (lhs[r] @ w_up[e]) where row r lies in group e; rows past
+    sum(group_sizes) give zeros and pass no gradient.
+
+    lhs [R, D], w_gate and w_up [E, D, F], group_sizes [E] integers >= 0 -> [R, F], of the operands'
+    dtype. activation: elementwise, such as jax.nn.silu. implementation, groups and what is raised:
+    as in `grouped_matmul`, which the two products are.
+    """
+    if w_gate.shape != w_up.shape:
+        raise InputError(
+            f"grouped_gated: w_gate is {list(w_gate.shape)} and w_up {list(w_up.shape)}; "
+            "they must be equal."
+        )
+
+    def product(weight: jax.Array) -> jax.Array:
+        return grouped_matmul(
+            lhs, weight, group_sizes, implementation=implementation, groups=groups
+        )
+
+    return activation(product(w_gate)) * product(w_up)
