@@ -21,6 +21,7 @@ from moejax.models.layers import ACTIVATION, feed_forward, norm
 from moejax.models.mha import AttentionInputs, mha
 from moejax.models.mla import mla
 from moejax.models.params import abstract_params, init_leaf, init_params
+from moejax.moe.expert_parallel import Parallel, split_rows, whole_columns
 from moejax.moe.layer import MoEStats, moe_layer
 from moejax.moe.losses import pooled_balance
 from moejax.ops.attention import AttentionSpec, Visible, Window, shared_mask, soft_capped
@@ -51,6 +52,8 @@ class ForwardOptions:
       moe_implementation: a name of `moejax.ops.grouped_matmul.IMPLEMENTATIONS`, None chooses.
       attention: a name of `moejax.ops.attention.IMPLEMENTATIONS`, None chooses.
       trace_routing: keep each token's experts in `Output.stats.trace`, [L, B, T, K].
+      parallel: the mesh, and how tokens travel to their experts on it; None is one device. Rows
+        are then split over its data, fsdp and expert axes, so their number must divide by those.
     """
 
     compute_dtype: str = "float32"
@@ -58,6 +61,7 @@ class ForwardOptions:
     moe_implementation: str | None = None
     attention: str | None = None
     trace_routing: bool = False
+    parallel: Parallel | None = None
 
     def __post_init__(self):
         if self.remat not in ("none", *REMAT_POLICIES):
@@ -109,7 +113,13 @@ def forward(
     if cache is not None:
         slots = cache.length + jnp.arange(tokens_BT.shape[1])
         mask_BT = slots[None, :] >= cache.start_B[:, None]
-    x_BTD = _embed(params["embed"], config, tokens_BT, positions_BT, options.compute_dtype)
+    embed = params["embed"]
+    if options.parallel is not None:
+        # Gathered at use like every weight: looked up while D is split, rows would all travel.
+        embed = whole_columns(embed, options.parallel.mesh)
+    x_BTD = _embed(embed, config, tokens_BT, positions_BT, options.compute_dtype)
+    if options.parallel is not None:
+        x_BTD = split_rows(x_BTD, options.parallel.mesh)
     new_k, new_v, stats = {}, {}, []
     for index, run in enumerate(config.runs):
         slot = None if cache is None else cache.length
@@ -259,6 +269,7 @@ def _block(layer, x_BTD, rng, extend, context: _Context, window: Window):
             rng=rng,
             implementation=options.moe_implementation,
             trace=options.trace_routing,
+            parallel=options.parallel,
         )
 
     x_BTD, state = _residual(cast, "attn", x_BTD, attend, config)

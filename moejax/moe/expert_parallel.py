@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.core import tree
 from moejax.core.errors import InputError
@@ -130,6 +130,22 @@ def _stats_specs(trace: bool) -> Any:
     return MoEStats(**sums | {"trace": Trace(tokens, tokens) if trace else None})
 
 
+def split_rows(x_BTD: jax.Array, mesh: Mesh) -> jax.Array:
+    """x with its rows split over data, fsdp and expert, as the layer takes and gives them.
+
+    Raises InputError if the B rows do not divide by those devices.
+    """
+    _check_rows(x_BTD.shape[0], mesh)
+    return jax.lax.with_sharding_constraint(x_BTD, NamedSharding(mesh, _TOKENS))
+
+
+def whole_columns(embed: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+    """An embedding's tables as they are looked up in: rows split over tensor, no column split."""
+    rows = NamedSharding(mesh, P("tensor"))
+    table_VD = jax.lax.with_sharding_constraint(embed["tokens"], rows)
+    return {**embed, "tokens": table_VD}
+
+
 def _layer_on_device(params, specs, inputs, config: MoEConfig, context: Context, name: str):
     """Routes this device's tokens, sends them, adds what is shared; sums over tensor."""
     x_BTD, mask_BT, rng, trace = inputs
@@ -192,10 +208,14 @@ def _check(config: MoEConfig, x_shape: tuple[int, ...], mesh: Mesh) -> None:
             f"{config.num_experts} experts do not divide by an expert axis of {shards}: choose "
             f"expert={', '.join(map(str, divisors))}."
         )
+    _check_rows(x_shape[0], mesh)
+
+
+def _check_rows(num_rows: int, mesh: Mesh) -> None:
     parts = math.prod(mesh.shape[axis] for axis in TOKEN_AXES)
-    if x_shape[0] % parts:
+    if num_rows % parts:
         raise InputError(
-            f"a batch of {x_shape[0]} rows does not divide by the {parts} devices of "
+            f"a batch of {num_rows} rows does not divide by the {parts} devices of "
             f"{'+'.join(TOKEN_AXES)}: give a multiple of {parts} rows (padded and masked), or put "
             "devices on the tensor axis."
         )

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -22,32 +15,15 @@ from moejax.core.precision import TOLERANCE
 from moejax.core.sharding import param_spec
 from moejax.models.families import FAMILIES
 from moejax.models.transformer import abstract_params
+from tests.fake_devices import on_two_processes, results, start
 from tests.io import sharded_cases
 from tests.tiny_llama import fields_of, tensors_of, write_llama
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def start(devices: int, *arguments: str) -> subprocess.Popen[str]:
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "io" / "sharded_cases.py"), *arguments],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def results(process: subprocess.Popen[str]) -> list[dict]:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err[-3000:]
-    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+PROGRAM = "io/sharded_cases.py"
 
 
 def test_eight_devices_get_their_slices_and_nothing_else_is_read(tmp_path):
-    *found, native = results(start(8, str(tmp_path)))
+    *found, native = results(start(PROGRAM, 8, str(tmp_path)))
     assert native == {"name": "native"} and len(found) == len(sharded_cases.CASES)
     for one in found:
         assert one["read"] == one["needed"], one
@@ -57,17 +33,8 @@ def test_eight_devices_get_their_slices_and_nothing_else_is_read(tmp_path):
 
 def test_each_of_two_processes_reads_only_its_own_bytes(tmp_path):
     folder = sharded_cases.write(sharded_cases.CASES[0], tmp_path / "model")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    processes = [start(4, str(folder), str(index), port) for index in range(2)]
-    try:
-        for process in processes:
-            (one,) = results(process)
-            assert one["read"] == one["needed"] < 0.6 * one["all"], one
-    finally:
-        for process in processes:
-            process.kill()
+    for (one,) in on_two_processes(PROGRAM, str(folder)):
+        assert one["read"] == one["needed"] < 0.6 * one["all"], one
 
 
 def mesh_of(*sizes: int) -> AbstractMesh:

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,28 +14,9 @@ from moejax.core.mesh import make_mesh
 from moejax.core.precision import TOLERANCE
 from moejax.moe.choose import Load, choose
 from moejax.moe.expert_parallel import Parallel, _check
+from tests.fake_devices import on_two_processes, results, start
 
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = ROOT / "tests" / "moe" / "expert_parallel_cases.py"
-
-
-def start(devices: int, *arguments: str) -> subprocess.Popen[str]:
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
-    return subprocess.Popen(
-        [sys.executable, str(PROGRAM), *arguments],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def results(process: subprocess.Popen[str]) -> dict[str, dict[str, float]]:
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err[-3000:]
-    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    return {line.pop("name"): line for line in lines}
+PROGRAM = "moe/expert_parallel_cases.py"
 
 
 def assert_equal(name: str, found: dict[str, float]) -> None:
@@ -52,7 +26,7 @@ def assert_equal(name: str, found: dict[str, float]) -> None:
 
 
 def test_sharded_equals_dense_on_eight_devices():
-    found = results(start(8))
+    found = {one.pop("name"): one for one in results(start(PROGRAM, 8))}
     assert len(found) == 10
     # All go to two experts on two shards: 8 pairs of a device for each, of which 4 fit.
     short = found.pop("ep8-capacity-all_to_one-1.25")
@@ -62,17 +36,8 @@ def test_sharded_equals_dense_on_eight_devices():
 
 
 def test_sharded_equals_dense_on_two_processes():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    processes = [start(4, str(index), port) for index in range(2)]
-    try:
-        for process in processes:
-            ((name, one),) = results(process).items()
-            assert_equal(name, one)
-    finally:
-        for process in processes:
-            process.kill()
+    for (one,) in on_two_processes(PROGRAM):
+        assert_equal(one.pop("name"), one)
 
 
 def test_the_layer_alone_on_a_mesh():

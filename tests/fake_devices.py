@@ -1,0 +1,46 @@
+"""Programs of tests that need several CPU devices, which a process has to ask for as it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def start(program: str, devices: int, *arguments: str) -> subprocess.Popen[str]:
+    """Starts tests/PROGRAM with so many CPU devices; it prints a JSON object per line."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / program), *arguments],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def results(process: subprocess.Popen[str], timeout_s: int = 600) -> list[dict]:
+    """The objects that the program printed, once it has ended well."""
+    out, err = process.communicate(timeout=timeout_s)
+    assert process.returncode == 0, err[-3000:]
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+
+
+def on_two_processes(program: str, *arguments: str) -> Iterable[list[dict]]:
+    """What two processes of four devices each print; they get their number and a port besides."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    processes = [start(program, 4, *arguments, str(index), port) for index in range(2)]
+    try:
+        yield from [results(process) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
