@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 from moejax.core.errors import InputError
@@ -133,6 +134,8 @@ class ModelConfig:
       initializer_range: standard deviation of random weights.
       gated: whether the feed-forward layer is act(x Wg) * (x Wu), else act(x Wu).
       num_dense_layers: how many layers of an MoE, the first ones, are dense.
+      later_dense: indices of layers that are dense after the first one of experts. Each change of
+        kind begins a run of its own, compiled apart.
       attention, norms, embedding: what fewer families need.
       mla: attention is DeepSeek-V2's, with these sizes; head_size is `mla.head_size` then.
     """
@@ -156,6 +159,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     gated: bool = True
     num_dense_layers: int = 0
+    later_dense: tuple[int, ...] = ()
     attention: AttentionConfig = AttentionConfig()
     norms: NormConfig = NormConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()
@@ -185,8 +189,19 @@ class ModelConfig:
                 f"num_dense_layers must leave a layer of experts: got {dense} of {self.num_layers} "
                 f"layers{'' if self.moe else ' of a model without experts'}"
             )
+        self._check_later_dense()
         if self.moe and not self.gated:
             raise InputError("experts are gated feed-forward layers, and this model's are not")
+
+    def _check_later_dense(self) -> None:
+        later = self.later_dense
+        inside = all(self.num_dense_layers < i < self.num_layers for i in later)
+        if (later and not self.moe) or not inside or list(later) != sorted(set(later)):
+            raise InputError(
+                f"later_dense must name layers after the first one of experts in order, got "
+                f"{list(later)} of {self.num_layers} layers, of which {self.num_dense_layers} are "
+                "dense before"
+            )
 
     def _check_mla(self, mla: MLAConfig) -> None:
         needs = {"head_size": mla.head_size, "num_kv_heads": self.num_heads}
@@ -212,16 +227,21 @@ class ModelConfig:
     @property
     def runs(self) -> tuple[LayerRun, ...]:
         """The homogeneous runs of layers, first to last."""
-        dense = self.num_dense_layers if self.moe else self.num_layers
-        sizes = (("dense", dense), ("moe", self.num_layers - dense))
-        pattern, first = self.attention.windows, 0
+        pattern = self.attention.windows
         found: list[LayerRun] = []
-        for kind, size in sizes:
-            if size:
-                windows = tuple(pattern[i % len(pattern)] for i in range(first, first + size))
-                found.append(LayerRun(str(len(found)), size, kind, windows))
-                first += size
+        for kind, layers in itertools.groupby(range(self.num_layers), self._kind):
+            windows = tuple(pattern[i % len(pattern)] for i in layers)
+            found.append(LayerRun(str(len(found)), len(windows), kind, windows))
         return tuple(found)
+
+    def _kind(self, layer: int) -> str:
+        dense = not self.moe or layer < self.num_dense_layers or layer in self.later_dense
+        return "dense" if dense else "moe"
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Indices of the layers without experts."""
+        return tuple(i for i in range(self.num_layers) if self._kind(i) == "dense")
 
     @property
     def embed_size(self) -> int:
@@ -249,6 +269,7 @@ class ModelConfig:
             for name, kind in _PARTS.items():
                 part = {key: _tuple(value) for key, value in fields.get(name, {}).items()}
                 fields[name] = kind(**part)
+            fields["later_dense"] = tuple(fields.get("later_dense", ()))
             return cls(**fields)
         except TypeError as error:
             raise InputError(f"this model config is not of this version: {error}") from error

@@ -127,8 +127,8 @@ def test_what_acts_in_training_only_does_not_hinder_export():
 
 
 REFUSED = [
-    ("qwen2_moe-mha_tied", {"mlp_only_layers": [1]}, r"\[1\] of 3 layers dense"),
-    ("qwen3_moe-odd_head_sum_to_one", {"decoder_sparse_step": 2}, r"\[0, 2\] of 3 layers dense"),
+    ("qwen2_moe-mha_tied", {"mlp_only_layers": [3]}, r"\[3\] make \[\] of 3 layers dense"),
+    ("qwen3_moe-odd_head_sum_to_one", {"decoder_sparse_step": 4}, r"\[0, 1, 2\] of 3 layers dense"),
     ("qwen3_moe-odd_head_sum_to_one", {"num_experts": None}, "lacks num_experts"),
     ("qwen2_moe-mha_tied", {"moe_intermediate_size": None}, "lacks moe_intermediate_size"),
     ("mixtral-grouped", {"num_experts_per_tok": 5}, "top_k=5 is more than num_experts=4"),

@@ -203,6 +203,12 @@ _QWEN2_MOE = {
         "qkv_bias": False,
         "rope_scaling": YARN,
     },
+    "every_second_layer": {
+        "decoder_sparse_step": 2,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 3,
+    },
 }
 _QWEN3_MOE = {
     "odd_head_sum_to_one": {"head_dim": 10, "norm_topk_prob": True, "decoder_sparse_step": 1},
@@ -215,6 +221,7 @@ _QWEN3_MOE = {
         "rope_scaling": LLAMA3,
         "tie_word_embeddings": True,
     },
+    "dense_between": {"mlp_only_layers": [1], "norm_topk_prob": True},
 }
 _DEEPSEEK_SHAPE = _EXPERTS | {
     "num_hidden_layers": 3,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moejax.core.errors import InputError
+from moejax.models.config import ModelConfig
 from moejax.models.families.fields import require
 from moejax.models.families.names import LLAMA_MODULES
 
@@ -40,22 +41,23 @@ def weighting_from_hf(fields: Mapping[str, Any]) -> str:
     return "renormalized" if fields.get("norm_topk_prob") else "scores"
 
 
-def dense_layers_from_hf(fields: Mapping[str, Any]) -> int:
-    """How many layers are dense, by decoder_sparse_step and mlp_only_layers; the first ones only.
+def dense_layers_from_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`ModelConfig`'s num_dense_layers and later_dense, by decoder_sparse_step and mlp_only_layers.
 
-    Errors: InputError where a dense layer follows one of experts. (No released model has one.)
+    Layer i has experts unless mlp_only_layers names it or decoder_sparse_step does not divide i + 1.
     """
     num_layers = fields["num_hidden_layers"]
     step, named = fields.get("decoder_sparse_step") or 1, fields.get("mlp_only_layers") or ()
     dense = [i for i in range(num_layers) if i in named or (i + 1) % step]
-    if dense != list(range(len(dense))) or len(dense) == num_layers:
+    if len(dense) == num_layers or any(not 0 <= i < num_layers for i in named):
         raise InputError(
             f"config.json: decoder_sparse_step {step} and mlp_only_layers {list(named)} make "
-            f"{dense} of {num_layers} layers dense: moejax reads dense layers before experts only"
+            f"{dense} of {num_layers} layers dense: name layers that are there, and leave one"
         )
-    return len(dense)
+    first = next(i for i, layer in enumerate([*dense, num_layers]) if i != layer)
+    return {"num_dense_layers": first, "later_dense": tuple(dense[first:])}
 
 
-def dense_layers_to_hf(num_dense_layers: int) -> dict[str, Any]:
+def dense_layers_to_hf(config: ModelConfig) -> dict[str, Any]:
     """The fields that `dense_layers_from_hf` reads."""
-    return {"decoder_sparse_step": 1, "mlp_only_layers": list(range(num_dense_layers))}
+    return {"decoder_sparse_step": 1, "mlp_only_layers": list(config.dense_layers)}

@@ -71,7 +71,7 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
     )
     return ModelConfig(
         **llama_like("qwen2_moe", fields),
-        num_dense_layers=dense_layers_from_hf(fields),
+        **dense_layers_from_hf(fields),
         attention_bias=bool(fields["qkv_bias"]),
         attention=AttentionConfig(_windows(fields), output_bias=False),
         moe=moe,
@@ -83,7 +83,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     assert config.moe is not None
     windows = windows_to_hf(config)
     return llama_like_to_hf(config) | {
-        **dense_layers_to_hf(config.num_dense_layers),
+        **dense_layers_to_hf(config),
         **windows,
         "qkv_bias": config.attention_bias,
         "use_sliding_window": windows["sliding_window"] is not None,

@@ -45,7 +45,7 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
     window = fields["sliding_window"] if fields["use_sliding_window"] else None
     return ModelConfig(
         **llama_like("qwen3_moe", fields),
-        num_dense_layers=dense_layers_from_hf(fields),
+        **dense_layers_from_hf(fields),
         attention_bias=bool(fields["attention_bias"]),
         attention=AttentionConfig(windows=(window or 0,), qk_norm="head"),
         moe=moe,
@@ -57,7 +57,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     assert config.moe is not None
     window = config.attention.windows[0]
     return llama_like_to_hf(config) | {
-        **dense_layers_to_hf(config.num_dense_layers),
+        **dense_layers_to_hf(config),
         "attention_bias": config.attention_bias,
         "use_sliding_window": window > 0,
         "sliding_window": window or None,
