@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from moejax.core.errors import InputError
-from moejax.io.gguf_layout import FIELDS, GgufLayout, Place, layout_of_file, places
+from moejax.io import gguf_rope
+from moejax.io.gguf_layout import GgufLayout, Place, layout_of_file, places
 from moejax.io.safetensors import Info, Range
 from moejax.models.families import by_name
 
@@ -29,9 +31,6 @@ _PLAIN = {
 }
 # What gguf's reader raises on a file that ends early or is not what it says.
 _BROKEN = (ValueError, IndexError, KeyError, OverflowError, TypeError)
-
-# Frequency factors of the "llama3" rope; llama.cpp stores them in place of the scheme's numbers.
-_ROPE_FACTORS = "rope_freqs.weight"
 
 
 class GgufFile:
@@ -51,27 +50,34 @@ class GgufFile:
         self.layout = layout_of_file(self.metadata, self.path)
         self.family = by_name(self.layout.family)
         stored = {tensor.name: tensor for tensor in reader.tensors}
-        factors = stored.pop(_ROPE_FACTORS, None)
-        self.config = _hf_config(self.metadata, stored.keys(), self.layout, self.path)
-        if factors is not None:
-            self.config["rope_scaling"] = _rope_scaling(factors.data, self.config, self.path)
+        factors = stored.pop(gguf_rope.FACTORS, None)
+        self.config = config_of(
+            self.metadata,
+            stored.keys(),
+            self.layout,
+            self.path,
+            None if factors is None else factors.data,
+        )
         model = self.family.config_from_hf(self.config)
         table = self.family.name_table(model)
-        self._places = places(self.layout, model, table)
+        self._places = places(self.layout, model, table, stored.keys())
         self._tensors = stored
-        used = {place.name for place in self._places.values()}
+        self._last: tuple[str, np.ndarray] | None = None
+        used = {place.name for parts in self._places.values() for place in parts}
         # A tensor without a place keeps its name, and the importer refuses it.
-        self._places |= {n: Place(n, None, 0, False) for n in stored.keys() - used}
+        self._places |= {name: [Place(name, None)] for name in stored.keys() - used}
         shapes = {weight.hf_name: weight.hf_shape for weight in table}
         self.infos = {
-            name: self._info(place, shapes.get(name))
-            for name, place in self._places.items()
-            if place.name in stored
+            name: self._info(parts, shapes.get(name))
+            for name, parts in self._places.items()
+            if all(place.name in stored for place in parts)
         }
 
-    def _info(self, place: Place, wanted: tuple[int, ...] | None) -> Info:
-        tensor = self._tensors[place.name]
+    def _info(self, parts: list[Place], wanted: tuple[int, ...] | None) -> Info:
+        place, tensor = parts[0], self._tensors[parts[0].name]
         shape = tuple(int(n) for n in reversed(tensor.shape))
+        if place.cut is not None:
+            return Info(self._joined_shape(parts), _dtype(tensor))
         if place.expert is not None:
             # Too few experts show as a shape that does not fit.
             shape = shape[1:] if len(shape) == 3 and place.expert < shape[0] else shape
@@ -81,7 +87,11 @@ class GgufFile:
 
     def read(self, name: str, rows: Range = None, columns: Range = None) -> np.ndarray:
         """Returns one tensor in Hugging Face's layout, or these rows and columns of it."""
-        place, info = self._places[name], self.infos[name]
+        place, info = self._places[name][0], self.infos[name]
+        if place.cut is not None:
+            value = self._joined(name)
+            value = value if rows is None else value[slice(*rows)]
+            return value if columns is None else np.ascontiguousarray(value[:, slice(*columns)])
         tensor = self._tensors[place.name]
         data = tensor.data if place.expert is None else tensor.data[place.expert]
         if len(tensor.shape) > 1:
@@ -98,6 +108,35 @@ class GgufFile:
             value = (value.astype(np.float32) - 1).astype(value.dtype)
         return value if columns is None else np.ascontiguousarray(value[:, slice(*columns)])
 
+    def _joined_shape(self, parts: list[Place]) -> tuple[int, ...]:
+        """Shape of a tensor that was cut apart; where parts do not fit, one that fits nothing."""
+        heads, widths, inputs = set(), 0, set()
+        for place in parts:
+            shape = tuple(int(n) for n in reversed(self._tensors[place.name].shape))
+            if place.cut is None or len(shape) != 3:
+                return shape
+            head, rows, columns = (shape[0], *shape[:0:-1]) if place.cut.transposed else shape
+            heads.add(head)
+            inputs.add(columns)
+            widths += rows
+        one = len(heads) == len(inputs) == 1
+        return (heads.pop() * widths, inputs.pop()) if one else (*sorted(heads), *sorted(inputs))
+
+    def _joined(self, name: str) -> np.ndarray:
+        """A whole tensor that was cut apart, head by head; the last one is kept."""
+        if self._last is not None and self._last[0] == name:
+            return self._last[1]
+        info, parts = self.infos[name], []
+        for place in self._places[name]:
+            tensor = self._tensors[place.name]
+            shape = tuple(int(n) for n in reversed(tensor.shape))
+            part = self._plain(np.ascontiguousarray(tensor.data), tensor, name).reshape(shape)
+            assert place.cut is not None
+            parts.append(np.swapaxes(part, 1, 2) if place.cut.transposed else part)
+        whole = np.concatenate(parts, axis=1).astype(info.dtype, copy=False).reshape(info.shape)
+        self._last = (name, whole)
+        return whole
+
     def _plain(self, data: np.ndarray, tensor, name: str) -> np.ndarray:
         """Stored rows as numbers: dequantised where they are quantised."""
         if tensor.tensor_type in _PLAIN:
@@ -109,11 +148,6 @@ class GgufFile:
                 f"{self.path}: tensor {name} is {tensor.tensor_type.name}, which is not read: "
                 "use a Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, K quant, F16, BF16 or F32 file"
             ) from None
-
-    @staticmethod
-    def config_of(metadata, names, layout: GgufLayout, place: Path) -> dict[str, Any]:
-        """config.json's fields of a file with such metadata and names of tensors."""
-        return _hf_config(metadata, names, layout, place)
 
     def close(self) -> None:
         """Forgets the parsed file, which takes some 100 MB; reading on parses it anew."""
@@ -154,13 +188,17 @@ def _dtype(tensor: gguf.gguf_reader.ReaderTensor) -> np.dtype:
     return _PLAIN.get(tensor.tensor_type, np.dtype(np.float32))
 
 
-def _shortest(value: float) -> float:
-    """The shortest decimal that is the same float32: 9.999999747378752e-06 was 1e-05 once."""
-    return float(str(np.float32(value)))
-
-
-def _hf_config(metadata: dict[str, Any], names, layout: GgufLayout, path: Path) -> dict[str, Any]:
+def config_of(
+    metadata: dict[str, Any],
+    names: Collection[str],
+    layout: GgufLayout,
+    path: Path,
+    factors: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """config.json's fields of a file with such metadata, names of tensors and factors of rope."""
     prefix, family = layout.architecture, by_name(layout.family)
+    start = len(prefix) + 1
+    stored = {key[start:]: v for key, v in metadata.items() if key.startswith(f"{prefix}.")}
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -172,52 +210,27 @@ def _hf_config(metadata: dict[str, Any], names, layout: GgufLayout, path: Path) 
         "mlp_bias": "blk.0.ffn_gate.bias" in names,
     }
     seen = set()
-    for field in (*FIELDS, *layout.fields):
-        value = metadata.get(f"{prefix}.{field.key}")
+    for field in layout.all_fields:
+        value = stored.get(field.key)
         if value is None and field.required:
             raise InputError(f"{path} lacks the field {prefix}.{field.key}: fetch it again")
         if value is not None and field.hf not in seen:
             seen.add(field.hf)
-            config[field.hf] = _shortest(value) if field.kind is float else value
+            config[field.hf] = gguf_rope.shortest(value) if field.kind is float else value
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
-    config |= layout.implied(config)
-    optional = functools.partial(_optional, metadata, prefix)
+    config |= {**layout.implied(config), **layout.fields_in(stored, path)}
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         token = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
         if token is not None:
             config[f"{ours}_token_id"] = token
-    kind = optional("rope.scaling.type", "none")
-    if kind not in ("none", "linear"):
-        raise InputError(f"{path}: rope scaling {kind!r} of a GGUF file is not read: use linear")
-    if kind == "linear":
-        factor = _shortest(optional("rope.scaling.factor", 1.0))
-        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    longest = config["max_position_embeddings"]
+    scaling = gguf_rope.scaling_of(stored, layout.mscales, longest, path)
+    if scaling is not None:
+        config["rope_scaling"] = scaling
+    if factors is not None:
+        said = metadata.get(gguf_rope.NUMBERS)
+        config["rope_scaling"] = gguf_rope.llama3_of(factors, said, config, path)
     return config
-
-
-def _optional(metadata: dict[str, Any], prefix: str | None, key: str, default: Any) -> Any:
-    return metadata.get(f"{prefix}.{key}", default)
-
-
-def _rope_scaling(factors: np.ndarray, config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Finds the "llama3" numbers behind the stored factors: Llama 3.1's and 3.2's, else refuses."""
-    factor = float(np.max(factors))
-    low, high, original = 1.0, 4.0, 8192
-    size = config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
-    wavelength = 2 * np.pi * config["rope_theta"] ** (np.arange(0, size, 2) / size)
-    smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
-        raise InputError(
-            f"{path}: {_ROPE_FACTORS} is not Llama 3's rope scaling: nothing else is read"
-        )
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
 
 
 def stored_rows(rows: np.ndarray, head_size: int) -> np.ndarray:

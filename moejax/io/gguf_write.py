@@ -15,9 +15,9 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from moejax.core.errors import InputError
-from moejax.io import atomic, hf, stream
-from moejax.io.gguf import GgufFile, stored_rows
-from moejax.io.gguf_layout import FIELDS, GgufLayout, Place, layout_of, places
+from moejax.io import atomic, gguf_rope, hf, stream
+from moejax.io.gguf import config_of, stored_rows
+from moejax.io.gguf_layout import GgufLayout, Place, layout_of, places
 from moejax.io.gguf_tokenizer import gguf_from_backend
 from moejax.io.loaded import Loaded, Progress
 from moejax.io.safetensors import Info, TensorSource
@@ -46,6 +46,10 @@ class _Group:
         vector = math.prod(info.shape) == info.shape[-1] and not stacked
         shape = info.shape[-1:] if vector else info.shape
         self.shape = (len(names), *shape) if stacked else shape
+        if place.cut is not None:
+            first, last, size, transposed = place.cut
+            matrix = (last - first, shape[1])
+            self.shape = (shape[0] // size, *(matrix[::-1] if transposed else matrix))
         # llama.cpp computes with vectors and routers in float32.
         exact = vector or ".ffn_gate_inp." in place.name
         self.type = Type.F32 if exact else _TYPES[info.dtype.name if dtype == "keep" else dtype]
@@ -59,18 +63,37 @@ class _Group:
 
     def parts(self, source: TensorSource) -> Iterator[np.ndarray]:
         """The tensor's bytes in order."""
-        head = self.place.head_size
+        head, cut = self.place.head_size, self.place.cut
         for name in self.names:
-            for value in stream.cast_parts(source, name, np.dtype(np.float32), head or 1):
+            # Parts hold whole heads.
+            together = head or (cut.size if cut else 1)
+            for value in stream.cast_parts(source, name, np.dtype(np.float32), together):
                 if head:
-                    # Parts hold whole heads: row r comes from where r's place is r.
+                    # Row r comes from where r's place is r.
                     value = value[np.argsort(stored_rows(np.arange(len(value)), head))]
+                if cut:
+                    value = value.reshape(-1, cut.size, value.shape[1])[:, cut.first : cut.last]
+                    value = np.swapaxes(value, 1, 2) if cut.transposed else value
                 if self.place.plus_one:
                     value = value + np.float32(1)
                 encoded = gguf.quants.quantize(np.ascontiguousarray(value), self.type)
                 if self.type == Type.F16 and not np.isfinite(encoded).all():
                     raise InputError(f"tensor {name} does not fit float16: use --dtype=bfloat16")
                 yield encoded
+
+
+class _Constant:
+    """A tensor of the file that is no weight, in float32."""
+
+    type = Type.F32
+
+    def __init__(self, value: np.ndarray):
+        self.value = value
+        self.shape, self.num_bytes = value.shape, value.nbytes
+
+    def parts(self, source: TensorSource) -> Iterator[np.ndarray]:
+        """The tensor's bytes."""
+        yield self.value
 
 
 def export_file(
@@ -102,14 +125,23 @@ def export_file(
     table = by_name(config.family).name_table(config)
     source = hf.tensors_of(loaded, table)
     groups: dict[str, _Group] = {}
-    for name, place in places(layout, config, table).items():
-        if place.name in groups:
-            groups[place.name].names.append(name)
-        else:
-            groups[place.name] = _Group([name], place, source.infos[name], dtype)
-    sizes = {name: _Group(g.names, g.place, g.info, dtype) for name, g in groups.items()}
+    for name, parts in places(layout, config, table).items():
+        for place in parts:
+            if place.name in groups:
+                groups[place.name].names.append(name)
+            else:
+                groups[place.name] = _Group([name], place, source.infos[name], dtype)
+    sizes: dict[str, _Group | _Constant] = {
+        name: _Group(g.names, g.place, g.info, dtype) for name, g in groups.items()
+    }
     metadata = _metadata(layout, loaded)
-    _check_says_it_all(config, metadata, sizes.keys(), layout, target)
+    factors = None
+    if layout.factors and config.rope.kind == "llama3":
+        factors = gguf_rope.factors_of(config.rope, config.rope_size)
+        metadata[gguf_rope.NUMBERS] = json.dumps(gguf_rope.llama3_numbers(config.rope))
+        sizes[gguf_rope.FACTORS] = _Constant(factors)
+    fields = config_of({**metadata}, groups.keys(), layout, target, factors)
+    _check_says_it_all(config, fields, layout)
     atomic.require_disk(target, sum(g.num_bytes for g in sizes.values()) + (16 << 20))
     metadata[LINEAGE] = json.dumps(list(finish(loaded).lineage))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -190,12 +222,11 @@ def _metadata(layout: GgufLayout, loaded: Loaded) -> dict[str, Any]:
     found: dict[str, Any] = {"general.name": Path(loaded.source).stem or config.family}
     if loaded.license.name:
         found["general.license"] = loaded.license.name
-    for field in (*FIELDS, *layout.fields):
+    for field in layout.all_fields:
         if fields.get(field.hf) is not None:
             found[f"{prefix}.{field.key}"] = field.kind(fields[field.hf])
-    if config.rope.kind == "linear":
-        found[f"{prefix}.rope.scaling.type"] = "linear"
-        found[f"{prefix}.rope.scaling.factor"] = float(config.rope.factor)
+    more = {**gguf_rope.rope_fields(config.rope, layout.mscales), **layout.fields_out(fields)}
+    found |= {f"{prefix}.{key}": value for key, value in more.items()}
     if loaded.tokenizer is not None:
         loaded.tokenizer.check_fits(config.vocab_size)
         found |= gguf_from_backend(loaded.tokenizer, config.vocab_size)
@@ -207,9 +238,8 @@ def _metadata(layout: GgufLayout, loaded: Loaded) -> dict[str, Any]:
     return found
 
 
-def _check_says_it_all(config: ModelConfig, metadata, names, layout, target) -> None:
-    """Raises InputError unless the file would be read back as the same model."""
-    fields = GgufFile.config_of({**metadata}, names, layout, target)
+def _check_says_it_all(config: ModelConfig, fields: dict[str, Any], layout: GgufLayout) -> None:
+    """Raises InputError unless a file that says these fields would be read as the same model."""
     again = hf.function_of(by_name(config.family).config_from_hf(fields))
     for name, value in hf.function_of(config).items():
         if name != "initializer_range" and not _close(again[name], value):

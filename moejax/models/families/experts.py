@@ -42,9 +42,9 @@ def weighting_from_hf(fields: Mapping[str, Any]) -> str:
 
 
 def dense_layers_from_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """`ModelConfig`'s num_dense_layers and later_dense, by decoder_sparse_step and mlp_only_layers.
+    """`ModelConfig`'s num_dense_layers and later_dense.
 
-    Layer i has experts unless mlp_only_layers names it or decoder_sparse_step does not divide i + 1.
+    Layer i is dense where mlp_only_layers names it or decoder_sparse_step does not divide i + 1.
     """
     num_layers = fields["num_hidden_layers"]
     step, named = fields.get("decoder_sparse_step") or 1, fields.get("mlp_only_layers") or ()
