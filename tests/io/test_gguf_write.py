@@ -145,7 +145,7 @@ LIMITS = [
     ("deepseek_v2", {"q_lora_rank": None}, "no deepseek2 file with no q_lora_rank and other than"),
     ("deepseek_v2", {"n_shared_experts": None}, "no deepseek2 file with no shared experts"),
     ("deepseek_v2", {"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05: llama.cpp would take it"),
-    ("deepseek_v2", {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}, "no place for rope="),
+    ("deepseek_v2", {"rope_scaling": DEEPSEEK_YARN | {"mscale": 1.0}}, "no place for rope="),
     ("qwen2", {"rope_scaling": LLAMA3}, "a GGUF file of qwen2 has no place for rope="),
     ("qwen3_moe", {"mlp_only_layers": [1]}, "has no place for later_dense="),
 ]
