@@ -15,11 +15,12 @@ from rich.console import Console
 from moejax.api import Model
 from moejax.core.errors import InputError
 from moejax.data.packing import Packed
-from moejax.evals import functions, nll, sandbox
+from moejax.evals import nll, sandbox, scores
 from moejax.evals.bootstrap import Interval
-from moejax.evals.functions import FunctionsConfig
 from moejax.evals.nll import NllResult
-from moejax.evals.tasks_functions import PROMPT_FORMS, load_tasks
+from moejax.evals.run import Record, RunConfig, run
+from moejax.evals.tasks import Grading, load_items
+from moejax.evals.tasks.functions import FUNCTIONS
 from moejax.io.atomic import read_json, write_json
 from moejax.report import difference
 from moejax.serve.generate import GenerateConfig, generate, prepare
@@ -42,10 +43,10 @@ class Judge:
     def __init__(self, folder: Path, heldout: Packed, config: JudgeConfig, console: Console):
         self._folder, self._heldout, self._config = folder, heldout, config
         self._console = console
-        self._tasks = load_tasks()
+        self._items = load_items(FUNCTIONS)
         self.no_tasks = self._why_no_tasks()
         self.nll: dict[str, NllResult] = {}
-        self.records: dict[str, list[functions.Record]] = {}
+        self.records: dict[str, list[Record]] = {}
         self.form: str | None = None
 
     def judge(self, name: str, get_model: Callable[[], Model]) -> None:
@@ -67,24 +68,24 @@ class Judge:
         entry: dict[str, Any] = {"model": model, "minus": other, "pass_at_1": None}
         entry["nll"] = _difference("nll", self.nll[model].minus(self.nll[other]))
         if self.records[model]:
-            passed = functions.minus(self.records[model], self.records[other])
+            passed = scores.minus(self.records[model], self.records[other])
             entry["pass_at_1"] = _difference("pass_at_1", passed)
         return entry
 
     def scores(self, name: str) -> dict[str, Any]:
         """A row's scores, for the report."""
         interval = self.nll[name].interval()
-        scores: dict[str, Any] = {
+        row: dict[str, Any] = {
             "nll": interval.mean,
             "nll_interval": [interval.low, interval.high],
             "nll_tokens": self.nll[name].num_tokens,
         }
         if self.records[name]:
-            found = functions.summary(self.records[name])
+            found = scores.summary(self.records[name])
         else:
             found = dict.fromkeys(("pass_at_1", "pass_at_1_n", "pass_at_1_interval"))
         keys = ("pass_at_1", "pass_at_1_n", "pass_at_1_interval")
-        return scores | {key: found[key] for key in keys}
+        return row | {key: found[key] for key in keys}
 
     def _why_no_tasks(self) -> str | None:
         """Why programs are not run, None if they are."""
@@ -96,19 +97,19 @@ class Judge:
             return str(error)
         return None
 
-    def _run_tasks(self, model: Model) -> tuple[str | None, list[functions.Record]]:
+    def _run_tasks(self, model: Model) -> tuple[str | None, list[Record]]:
         if self.no_tasks:
             return None, []
         if self.form is not None:
             return self.form, self._run_form(model, self.form)
-        by_form = {form: self._run_form(model, form) for form in PROMPT_FORMS}
+        by_form = {form: self._run_form(model, form) for form in FUNCTIONS.forms}
         for form, records in by_form.items():
             passed = sum(record["passed"] for record in records)
             self._console.print(f"  prompt form {form!r}: {passed} of {len(records)} tasks")
-        form = functions.choose_form(by_form)
+        form = scores.choose_form(by_form)
         return form, by_form[form]
 
-    def _run_form(self, model: Model, form: str) -> list[functions.Record]:
+    def _run_form(self, model: Model, form: str) -> list[Record]:
         stop = tuple(model.tokenizer.eos_ids)
         params = prepare(_on_device(model))
 
@@ -116,8 +117,9 @@ class Judge:
             config = GenerateConfig(self._config.max_new_tokens, stop_ids=stop, seed=seed)
             return generate(params, model.config, prompts, config)
 
-        config = FunctionsConfig(form, allow_code_execution=self._config.execute)
-        return functions.run_functions(complete, model.tokenizer, self._tasks, config)
+        grading = Grading(allow_code_execution=self._config.execute)
+        config = RunConfig(form, grading=grading)
+        return run(complete, model.tokenizer, FUNCTIONS, self._items, config)
 
     def _read(self, name: str, result: dict[str, Any]) -> None:
         rows = result["nll"]
@@ -129,11 +131,11 @@ class Judge:
         self.form = self.form or result["form"]
 
     def _say(self, name: str) -> None:
-        scores = self.scores(name)
-        text = f"[bold]{name}[/]: held-out nll {scores['nll']:.4f}"
-        if scores["pass_at_1"] is not None:
-            num = scores["pass_at_1_n"]
-            text += f", {round(scores['pass_at_1'] * num)} of {num} tasks pass"
+        row = self.scores(name)
+        text = f"[bold]{name}[/]: held-out nll {row['nll']:.4f}"
+        if row["pass_at_1"] is not None:
+            num = row["pass_at_1_n"]
+            text += f", {round(row['pass_at_1'] * num)} of {num} tasks pass"
         self._console.print(text)
 
 

@@ -36,7 +36,7 @@ def load_records(source: str, split: str = "train", limit: int | None = None) ->
     names file and line of a broken row, a missing field, an empty source and an unknown file type.
     """
     records: list[Record] = []
-    for where, row in _rows(source, split):
+    for where, row in rows(source, split):
         if limit is not None and len(records) >= limit:
             break
         records.append(record_from_row(row, where))
@@ -109,7 +109,8 @@ def _conversation(messages: Any, where: str) -> Record:
     return Record(where, tuple(made))
 
 
-def _rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
+def rows(source: str, split: str = "train") -> Iterator[tuple[str, Any]]:
+    """Every row of a file or hub data set with the place where it stands; InputError as above."""
     path = Path(source)
     if path.is_file():
         if source.endswith((".jsonl", ".jsonl.gz")):

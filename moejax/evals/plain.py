@@ -4,10 +4,13 @@ Also read by the sandbox's child, which has no packages: the standard library on
 """
 
 import math
+from collections import deque
+from collections.abc import ItemsView, Iterator, KeysView, ValuesView
+from itertools import islice
 from typing import Any
 
-MAX_DEPTH = 20
-_CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+MAX_DEPTH, MAX_ITEMS = 20, 100_000
+_CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
 
 
 def encode(value: Any, depth: int = 0) -> Any:
@@ -33,6 +36,40 @@ def encode(value: Any, depth: int = 0) -> Any:
     raise ValueError(f"not plain data: {kind.__name__}")
 
 
+def encode_loosely(value: Any, depth: int = 0) -> Any:
+    """`encode`, for values whose types are near enough: what they are compared by is what crosses.
+
+    A Counter is sent as a dict, a named tuple as a tuple, an enum of ints as an int; also complex
+    numbers, ranges, deques, and iterators as a list of what they give (at most MAX_ITEMS).
+
+    Raises:
+      ValueError: anything else, or nesting deeper than MAX_DEPTH.
+    """
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_DEPTH}")
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    for simple in (bool, int, float, str, bytes):
+        if isinstance(value, simple):
+            return encode(simple(value), depth)  # type: ignore[arg-type]
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, range):
+        return {"range": [value.start, value.stop, value.step]}
+    if isinstance(value, dict):
+        pairs = [(encode_loosely(k, depth + 1), v) for k, v in dict.items(value)]
+        return {"dict": [[key, encode_loosely(v, depth + 1)] for key, v in pairs]}
+    for name, kind in _CONTAINERS.items():
+        if isinstance(value, kind):
+            return {name: [encode_loosely(item, depth + 1) for item in value]}
+    if isinstance(value, (KeysView, ItemsView)):
+        return {"set": [encode_loosely(item, depth + 1) for item in value]}
+    if isinstance(value, (Iterator, ValuesView)):
+        items = [encode_loosely(item, depth + 1) for item in islice(iter(value), MAX_ITEMS)]
+        return {"iterator": items}
+    raise ValueError(f"not plain data: {type(value).__name__}")
+
+
 def decode(data: Any, depth: int = 0) -> Any:
     """Returns the value that `encode` made `data` of, as a new object.
 
@@ -53,6 +90,10 @@ def decode(data: Any, depth: int = 0) -> Any:
     try:
         if kind == "dict":
             return {decode(k, depth + 1): decode(v, depth + 1) for k, v in items}
+        if kind in ("complex", "range"):
+            return complex(*items) if kind == "complex" else range(*items)
+        if kind == "iterator":
+            return iter([decode(item, depth + 1) for item in items])
         if kind in _CONTAINERS:
             return _CONTAINERS[kind](decode(item, depth + 1) for item in items)
     except TypeError as error:  # an unhashable key, a pair that is not one

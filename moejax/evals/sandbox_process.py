@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moejax.evals import plain
@@ -21,7 +21,11 @@ _START_S = 20.0  # for a loaded machine to start the child, before its own clock
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one program may use; times in seconds, sizes in bytes."""
+    """What one program may use; times in seconds, sizes in bytes.
+
+    Without `address_space`, `memory_bytes` bounds what a process may write to (RLIMIT_DATA) and not
+    all it maps (RLIMIT_AS): JavaScript's and Java's machines reserve far more than they use.
+    """
 
     wall_s: float = 5.0
     cpu_s: int = 4
@@ -31,15 +35,50 @@ class Limits:
     disk_bytes: int = 64 << 20
     processes: int = 8
     open_files: int = 64
+    address_space: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """Python tests that run in a process of their own.
+
+    Attributes:
+      test: source; it calls `candidate`, and the functions by their names.
+      names: functions of the program that the tests call; `candidate` is the first.
+      setup: source that the tests need and the program need not have.
+    """
+
+    test: str
+    names: Sequence[str]
+    setup: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A program, and the calls to make of one of its functions (None: just run it)."""
+    """A program, and what to do with it: run it, make calls of a function, or hold an exam.
+
+    Attributes:
+      program: Python source, unless `commands` say otherwise.
+      function: the function that `calls` are made of.
+      calls: lists of arguments.
+      exam: tests in a second process; `results` is ({"value": True},) if all of them held.
+      packages: folders with packages that program and tests may import.
+      files: further files to write into the program's folder, by name.
+      commands: run these instead of Python, one after another while they succeed; {} in an
+        argument stands for the program's folder.
+      folders: what the commands need to read besides the system's folders.
+      environment: of the commands.
+    """
 
     program: str
     function: str | None = None
     calls: Sequence[Sequence[Any]] = ()
+    exam: Exam | None = None
+    packages: Sequence[str] = ()
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    commands: Sequence[Sequence[str]] = ()
+    folders: Sequence[str] = ()
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +117,16 @@ class Run:
             "calls": calls,
             "folder": folder,
             "limits": dataclasses.asdict(limits),
+            "exam": job.exam is not None,
+            "packages": list(job.packages),
+            "files": dict(job.files),
+            "commands": [list(command) for command in job.commands],
+            "folders": list(job.folders),
+            "environment": dict(job.environment),
         }
-        message = json.dumps(record).encode()
+        if job.exam is not None:
+            record["function"] = job.exam.names[0]
+        messages = [record] + ([dataclasses.asdict(job.exam)] if job.exam is not None else [])
         report_read, report_write = os.pipe()
         result_read, result_write = os.pipe()
         try:
@@ -107,7 +154,9 @@ class Run:
         self.data = {name: bytearray() for name in self.outputs}
         self.overflow = ""
         with contextlib.suppress(BrokenPipeError):  # if it died at once, no report says so
-            self.process.stdin.write(len(message).to_bytes(8, "big") + message)
+            for message in map(json.dumps, messages):
+                data = message.encode()
+                self.process.stdin.write(len(data).to_bytes(8, "big") + data)
             self.process.stdin.flush()
 
     def finish(self) -> Verdict:
@@ -166,16 +215,18 @@ class Run:
             tail = stderr.strip().splitlines()[-1:] or ["no word from it"]
             raise SandboxError(f"the sandbox's child failed: {tail[0]}")
         code = report.get("exit_code")
-        status, reason = self._status(report.get("stopped"), code, stderr)
+        status, reason = self._status(report, code, stderr)
         wall_s = time.monotonic() - self.started
         results = _parse_results(bytes(self.data["result"]))
         return Verdict(status, reason, code, stdout, stderr, wall_s, self.mode, results)
 
-    def _status(self, stopped: str | None, code: int | None, stderr: str) -> tuple[str, str]:
+    def _status(self, report: dict, code: int | None, stderr: str) -> tuple[str, str]:
         if self.overflow:
             return "output", f"more than {self.limits.output_bytes} bytes on {self.overflow}"
-        if stopped == "wall":
+        if report.get("stopped") == "wall":
             return "timeout", f"longer than {self.limits.wall_s:g} s"
+        if report.get("stopped") == "tests" or (report.get("early") and code == 0):
+            return "error", "it stopped answering before the tests were done"
         if code == 0:
             return "ok", "exit code 0"
         if code in (-signal.SIGXCPU, -signal.SIGKILL):

@@ -10,6 +10,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 
 import sandbox_cases_escape
+import sandbox_cases_exam
 import sandbox_cases_limits
 from sandbox_box import MODE
 
@@ -31,7 +32,8 @@ def main() -> None:
     os.umask(0o022)
     outcome = {"missing": sandbox.missing(MODE)}
     if outcome["missing"] is None:
-        everything = vars(sandbox_cases_limits) | vars(sandbox_cases_escape)
+        modules = (sandbox_cases_limits, sandbox_cases_escape, sandbox_cases_exam)
+        everything = {name: case for module in modules for name, case in vars(module).items()}
         cases = {name: case for name, case in everything.items() if name.startswith("case_")}
         shared = [name for name in cases if name not in ALONE]
         with ThreadPoolExecutor(4) as pool:

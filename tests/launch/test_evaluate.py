@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from moejax.evals.tasks_functions import load_tasks
+from moejax.evals.tasks import load_items
+from moejax.evals.tasks.functions import FUNCTIONS
 from moejax.io.load import save_any
 from moejax.io.loaded import Loaded
 from moejax.io.tokenizer import Tokenizer
@@ -49,8 +50,8 @@ for argv in json.load(sys.stdin):
 def samples(path: Path, field: str, **changes: str) -> str:
     """A file that answers every shipped task by its `field`, but for `changes`."""
     rows = [
-        {"id": task.id, "completion": changes.get(task.id, getattr(task, field))}
-        for task in load_tasks()
+        {"id": task.id, "completion": changes.get(task.id, task.row[field])}
+        for task in load_items(FUNCTIONS)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return f"--samples={path}"
@@ -110,7 +111,7 @@ def test_samples_made_elsewhere_are_graded(tmp_path):
     done = run("--task=functions", good, f"--out={tmp_path / 'out'}", "--allow_code_execution")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["verdicts"] == {"pass": len(load_tasks()) - 1, "wrong": 1}
+    assert result["verdicts"] == {"pass": len(load_items(FUNCTIONS)) - 1, "wrong": 1}
 
 
 def test_what_is_refused_is_one_line_and_leaves_nothing(folder, tmp_path):
@@ -126,17 +127,17 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(folder, tmp_path):
         ([functions, model], "--out is missing"),
         ([functions, out], "--model is missing"),
         ([functions, out, model], "--allow_code_execution"),
-        ([functions, out, good], "--allow_code_execution"),
+        ([functions, out, good, "--noallow_code_execution"], "--allow_code_execution"),
         ([functions, out, good, model, allow], "without --model"),
         (["--task=nll", out, good], "--samples grades"),
         ([functions, out, f"--samples={lacking}", allow], "no sample for"),
         ([functions, out, "--samples=/no/such", allow], "/no/such: no such file"),
         ([functions, out, model, "--k=1,2", allow], "--k=1,2 must lie between 1 and"),
         ([functions, out, model, "--k=x", allow], "--k takes whole numbers"),
-        ([functions, out, model, "--data=/no/such", allow], "no task file /no/such"),
+        ([functions, out, model, "--data=/no/such", allow], "/no/such does not exist"),
         ([functions, out, "--model=/no/such", allow, "--num=1"], "/no/such is missing"),
         (["--task=nll", out, model, "--data=/no/such.jsonl"], "/no/such.jsonl"),
-        (["--task=poetry", out, model], "functions|nll"),
+        (["--task=poetry", out, model], "functions|humaneval"),
     ]
     done = subprocess.run(
         [sys.executable, "-c", ONE_AFTER_ANOTHER],

@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 
 from moejax.core.errors import InputError
-from moejax.evals import bootstrap, functions
-from moejax.evals.functions import FunctionsConfig, grade, run_functions
-from moejax.evals.tasks_functions import load_tasks
+from moejax.evals import bootstrap, scores
+from moejax.evals.run import RunConfig, grade, grade_samples, run
+from moejax.evals.sandbox import Limits
+from moejax.evals.tasks import Grading, load_items
+from moejax.evals.tasks.functions import FUNCTIONS
 from moejax.io.tokenizer import Tokenizer
 from moejax.serve.generate import Completion
 from tests.tiny_tokenizer import gguf_fields
 
-TASKS = load_tasks()[:6]
-ALLOWED = FunctionsConfig(allow_code_execution=True, chunk_size=4)
+TASKS = load_items(FUNCTIONS, limit=6)
+RUN = Grading(allow_code_execution=True)
+ALLOWED = RunConfig(grading=RUN, chunk_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +37,8 @@ class Student:
         completions = []
         for ids in prompts:
             text = self.tokenizer.decode(ids, skip_special=False)
-            task = next(task for task in TASKS if f"function {task.signature} that" in text)
-            answer = task.solution if task.name in self.known else task.mutant
+            task = next(task for task in TASKS if f"function {task.row['signature']} that" in text)
+            answer = task.row["solution" if task.id in self.known else "mutant"]
             if text.endswith(":\n"):  # the answer's start was given
                 answer = answer.split(":\n", 1)[1] + "```"
             completions.append(Completion(self.tokenizer.encode(answer), True))
@@ -45,8 +48,8 @@ class Student:
 @pytest.mark.parametrize("form", ["chat", "fence"])
 def test_known_tasks_pass_and_others_do_not(tokenizer, form):
     student = Student(tokenizer, {"add", "square"})
-    config = FunctionsConfig(form=form, allow_code_execution=True)
-    records = run_functions(student, tokenizer, TASKS, config)
+    config = RunConfig(form, grading=RUN)
+    records = run(student, tokenizer, FUNCTIONS, TASKS, config)
     assert [record["id"] for record in records] == [task.id for task in TASKS]
     assert {r["id"] for r in records if r["passed"]} == {"add", "square"}
     assert {r["verdict"] for r in records if not r["passed"]} == {"wrong"}
@@ -54,7 +57,7 @@ def test_known_tasks_pass_and_others_do_not(tokenizer, form):
     first = records[0]
     assert first["form"] == form and "add(a, b)" in first["prompt"] and first["finished"]
     assert first["extracted"] == "def add(a, b):\n    return a + b\n"
-    summary = functions.summary(records)
+    summary = scores.summary(records)
     assert summary["pass_at_1"] == pytest.approx(2 / 6)
     wilson = bootstrap.wilson(2, 6)
     assert summary["pass_at_1_interval"] == [wilson.low, wilson.high]
@@ -64,19 +67,19 @@ def test_known_tasks_pass_and_others_do_not(tokenizer, form):
 def test_nothing_is_generated_without_permission(tokenizer):
     student = Student(tokenizer, set())
     with pytest.raises(InputError, match="allow_code_execution"):
-        run_functions(student, tokenizer, TASKS, FunctionsConfig())
+        run(student, tokenizer, FUNCTIONS, TASKS, RunConfig())
     assert student.calls == []
 
 
 def test_a_run_cut_off_and_resumed_equals_the_run_never_cut(tokenizer):
     student = Student(tokenizer, {"add"})
     seen = []
-    whole = run_functions(
-        student, tokenizer, TASKS, ALLOWED, on_records=lambda r: seen.append(len(r))
+    whole = run(
+        student, tokenizer, FUNCTIONS, TASKS, ALLOWED, on_records=lambda r: seen.append(len(r))
     )
-    assert student.calls == [(4, 0), (2, 1)] and seen == [4, 6]
+    assert student.calls == [(4, 0), (2, 1)] and seen == [4, 2]
     resumed = Student(tokenizer, {"add"})
-    again = run_functions(resumed, tokenizer, TASKS, ALLOWED, done=whole[:5])
+    again = run(resumed, tokenizer, FUNCTIONS, TASKS, ALLOWED, done=whole[:5])
     assert resumed.calls == [(2, 1)]  # whole chunks, with their own seed
 
     def timeless(records):
@@ -84,20 +87,20 @@ def test_a_run_cut_off_and_resumed_equals_the_run_never_cut(tokenizer):
 
     assert timeless(again) == timeless(whole)
     silent = Student(tokenizer, set())
-    assert run_functions(silent, tokenizer, TASKS, ALLOWED, done=whole) == whole
+    assert run(silent, tokenizer, FUNCTIONS, TASKS, ALLOWED, done=whole) == whole
     assert silent.calls == []
 
 
 def test_several_samples_give_pass_at_k(tokenizer):
-    config = FunctionsConfig(num_samples=2, chunk_size=6, allow_code_execution=True)
+    config = RunConfig(num_samples=2, chunk_size=6, grading=RUN)
     students = iter([Student(tokenizer, {"add"}), Student(tokenizer, {"add", "square"})])
-    records = run_functions(lambda p, s: next(students)(p, s), tokenizer, TASKS, config)
-    summary = functions.summary(records, ks=(1, 2))
+    records = run(lambda p, s: next(students)(p, s), tokenizer, FUNCTIONS, TASKS, config)
+    summary = scores.summary(records, ks=(1, 2))
     assert summary["pass_at_1"] == pytest.approx(3 / 12)
     assert summary["pass_at_k"] == pytest.approx({"1": 3 / 12, "2": 2 / 6})
     assert (summary["pass_at_1_n"], summary["num_answers"]) == (6, 12)
     with pytest.raises(InputError, match="k = 3 needs as many samples; 'add' has 2"):
-        functions.summary(records, ks=(3,))
+        scores.summary(records, ks=(3,))
 
 
 def sample(completion: str, task: str = "add") -> dict:
@@ -121,36 +124,63 @@ def sample(completion: str, task: str = "add") -> dict:
     ],
 )
 def test_verdicts(body, verdict, reason):
-    config = FunctionsConfig(limits=functions.Limits(wall_s=1.0), allow_code_execution=True)
-    (record,) = grade([sample(f"def add(a, b):\n    {body}")], TASKS, config)
+    config = RunConfig(grading=Grading(Limits(wall_s=1.0), allow_code_execution=True))
+    (record,) = grade([sample(f"def add(a, b):\n    {body}")], FUNCTIONS, TASKS, config)
     assert record["verdict"] == verdict and record["passed"] == (verdict == "pass")
     assert re.search(reason, record["reason"]), record["reason"]
     json.dumps(record, ensure_ascii=False).encode()
 
 
 def test_a_reply_without_the_function_is_counted_as_such():
-    (record,) = grade([sample("I would rather not.")], TASKS, ALLOWED)
-    assert (record["verdict"], record["passed"], record["extracted"]) == ("no function", False, "")
+    (record,) = grade([sample("I would rather not.")], FUNCTIONS, TASKS, ALLOWED)
+    assert (record["verdict"], record["passed"], record["extracted"]) == ("no program", False, "")
 
 
 def test_the_form_with_more_passes_is_chosen_and_the_first_of_equals():
     def rows(num_passed):
         return [{"passed": i < num_passed} for i in range(5)]
 
-    assert functions.choose_form({"chat": rows(1), "fence": rows(3)}) == "fence"
-    assert functions.choose_form({"chat": rows(2), "fence": rows(2)}) == "chat"
+    assert scores.choose_form({"chat": rows(1), "fence": rows(3)}) == "fence"
+    assert scores.choose_form({"chat": rows(2), "fence": rows(2)}) == "chat"
 
 
 def records_of(passed) -> list[dict]:
-    return [{"id": str(i), "sample": 0, "passed": bool(p)} for i, p in enumerate(passed)]
+    word = {True: "pass", False: "wrong"}
+    return [
+        {"id": str(i), "sample": 0, "passed": bool(p), "verdict": word[bool(p)]}
+        for i, p in enumerate(passed)
+    ]
 
 
 def test_differences_are_paired_by_task():
     rng = np.random.default_rng(0)
     a, b = rng.random(30) < 0.6, rng.random(30) < 0.5
     shuffled = [records_of(b)[i] for i in rng.permutation(30)]
-    assert functions.minus(records_of(a), shuffled) == bootstrap.paired_share(a, b)
+    assert scores.minus(records_of(a), shuffled) == bootstrap.paired_share(a, b)
     with pytest.raises(ValueError, match="not the same"):
-        functions.minus(records_of(a), records_of(b)[:-1])
+        scores.minus(records_of(a), records_of(b)[:-1])
     twice = [{**r, "sample": s} for r in records_of(a) for s in (0, 1)]
-    assert functions.minus(twice, records_of(b)).mean == pytest.approx(a.mean() - b.mean())
+    assert scores.minus(twice, records_of(b)).mean == pytest.approx(a.mean() - b.mean())
+
+
+def test_samples_made_elsewhere_are_run_once():
+    samples = [
+        sample(f"def add(a, b): return a {op} b") | {"sample": i} for i, op in enumerate("+-")
+    ]
+    seen: list[int] = []
+    records = grade_samples(
+        samples, FUNCTIONS, TASKS, ALLOWED, on_records=lambda new: seen.append(len(new))
+    )
+    assert [record["verdict"] for record in records] == ["pass", "wrong"] and seen == [2]
+    assert records[0]["prompt"].startswith("Write a Python function add(a, b)")
+    other = {**samples[1], "completion": "def add(a, b): return b + a"}
+    again = grade_samples([samples[0], other], FUNCTIONS, TASKS, ALLOWED, done=records)
+    assert again[0] == records[0] and again[1]["verdict"] == "pass"
+
+
+def test_what_cannot_be_scored_counts_neither_way():
+    records = [*records_of([True, False]), {"id": "x", "verdict": "unscored", "passed": None}]
+    summary = scores.summary(records)
+    assert (summary["pass_at_1"], summary["pass_at_1_n"]) == (0.5, 2)
+    assert summary["verdicts"]["unscored"] == 1
+    assert scores.summary(records[2:])["pass_at_1"] is None

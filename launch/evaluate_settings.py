@@ -1,0 +1,155 @@
+"""What one evaluation was asked, and what all kinds of evaluation share."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+
+from moejax.core import tree
+from moejax.core.errors import InputError
+from moejax.evals.samples import write_samples
+from moejax.evals.sandbox import Limits
+from moejax.io import lineage
+from moejax.io.atomic import write_json
+from moejax.io.load import Loaded, find_source, load_any
+
+CLAIM = "evaluate.json"  # in the folder: whose it is
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The flags of launch.evaluate, checked."""
+
+    task: str
+    model: str | None
+    out: Path
+    samples: Path | None = None
+    data: str | None = None
+    num: int | None = None
+    form: str | None = None
+    num_samples: int = 1
+    ks: tuple[int, ...] | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    batch_size: int | None = None
+    seq_len: int = 512
+    shots: int = 0
+    limits: Limits = Limits()
+    package_folders: tuple[str, ...] = ()
+    partial: bool = False
+    execute: bool = False
+    overlap: str | None = None
+    dry_run: bool = False
+
+
+# What was measured: the run's settings, its records and its result; None after a dry run.
+Outcome = tuple[dict[str, Any], Sequence[Mapping[str, Any]], dict[str, Any]]
+
+
+def write_run(settings: Settings, outcome: Outcome, began: float) -> None:
+    """Writes samples.jsonl and result.json, each whole."""
+    asked, records, result = outcome
+    write_samples(settings.out / "samples.jsonl", records)
+    (settings.out / PARTIAL).unlink(missing_ok=True)
+    whole = {**asked, **result, "model_sha256": model_hash(settings.model)}
+    wall_s = round(time.perf_counter() - began, 2)
+    write_json(settings.out / "result.json", {**whole, "wall_s": wall_s} | environment())
+    console.print(f"results: {settings.out / 'result.json'}", markup=False)
+
+
+PARTIAL = "samples.partial.jsonl"
+
+
+def environment() -> dict[str, Any]:
+    """What the figures were measured on."""
+    versions = {name: metadata.version(name) for name in ("moejax", "jax", "flax", "numpy")}
+    machine = {
+        "python": platform.python_version(),
+        **versions,
+        "device": jax.devices()[0].device_kind,
+        "machine": platform.machine(),
+        "kernel": platform.release(),
+        "cores": os.cpu_count(),
+    }
+    return {"environment": machine, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def model_hash(source: str | None) -> str | None:
+    """SHA-256 of the weights that were judged, None where samples were made elsewhere."""
+    return None if source is None else lineage.hash_path(find_source(source))
+
+
+def load_model(settings: Settings) -> Loaded:
+    """The model on the device, in float32."""
+    assert settings.model is not None
+    loaded = load_any(settings.model, "float32")
+    if loaded.tokenizer is None:
+        raise InputError(f"{settings.model} has no tokenizer, so it cannot be asked anything")
+    return dataclasses.replace(loaded, params=jax.device_put(loaded.params))
+
+
+def describe(loaded: Loaded) -> None:
+    """One line about a model."""
+    config = loaded.config
+    console.print(
+        f"model: {config.num_layers} layers of width {config.d_model}, "
+        f"{tree.num_params(loaded.params):,} parameters, "
+        f"{tree.num_bytes(loaded.params) / 2**30:.2f} GiB in float32",
+        markup=False,
+    )
+
+
+class Bar:
+    """Progress with a running score and the time left: a bar on a terminal, else a line a while."""
+
+    def __init__(self, name: str, total: int | None, progress: Progress | None) -> None:
+        self.name, self.total, self.progress = name, total, progress
+        self.began = self.said = time.monotonic()
+        self.first: int | None = None
+        self.id = progress.add_task(name, total=total, score="") if progress else None
+
+    def update(self, done: int, score: str = "", total: int | None = None) -> None:
+        """Says that `done` are done."""
+        self.total = total or self.total
+        if self.progress is not None and self.id is not None:
+            self.progress.update(self.id, completed=done, total=self.total, score=score)
+            return
+        if self.first is None:
+            self.first = done
+        now = time.monotonic()
+        if now - self.said < 10 or not self.total or done >= self.total:
+            return
+        self.said, rate = now, (done - self.first) / (now - self.began)
+        left = f", about {(self.total - done) / rate:.0f} s left" if rate > 0 else ""
+        console.print(
+            f"{self.name}: {done} of {self.total}, {rate:.2g}/s{left}; {score}", markup=False
+        )
+
+
+@contextmanager
+def bar(name: str, total: int | None) -> Iterator[Bar]:
+    """A Bar."""
+    if not console.is_terminal:
+        yield Bar(name, total, None)
+        return
+    columns = (
+        *Progress.get_default_columns()[:3],
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[score]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield Bar(name, total, progress)
