@@ -51,6 +51,14 @@ def get_config() -> ConfigDict:
                 "dtype": "float32",
                 "remat": "none",  # or "dots", "full": less memory, more arithmetic
                 "moe_implementation": "",  # of moejax.ops.grouped_matmul, "" chooses
+                "moe_strategy": "auto",  # how tokens travel to experts (moejax.moe.choose)
+            },
+            # Devices per axis; they multiply to the number of devices. 0 chooses.
+            "mesh": {
+                "data": 0,  # copies of everything
+                "fsdp": 0,  # state split, weights gathered at use
+                "expert": 0,  # experts split, tokens travel
+                "tensor": 0,  # widths split, results summed
             },
             "save": {
                 "format": "",  # "hf" or "orbax"; "" is hf for a dense model, orbax for an MoE

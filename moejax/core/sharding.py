@@ -1,9 +1,11 @@
-"""Path rules -> PartitionSpec: the only place that says how a parameter lies on the mesh."""
+"""Path rules -> PartitionSpec: the only place that says how a leaf lies on the mesh."""
 
 import math
 import re
+from collections.abc import Mapping
 
-from jax.sharding import Mesh, PartitionSpec
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from moejax.core.errors import InputError
 
@@ -42,7 +44,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 _STACKED = re.compile(r"layers/[^/]+/")  # has a leading dim of layers, which no axis splits
 
 
-def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Spec of one parameter; InputError if no rule fits or a size does not divide by its axes.
 
     path: as in `moejax.models.params.abstract_params`, where layers are stacked, or of one layer
@@ -64,3 +66,72 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
                 f"whose product divides {size}."
             )
     return spec
+
+
+def at_use(path: str, w: jax.Array, mesh: Mesh) -> jax.Array:
+    """A weight as a layer uses it: what "fsdp" and "expert" split is put together (all-gather).
+
+    Its gradient goes back to where the weight lies (reduce-scatter), so no device ever holds the
+    whole gradient of the model. For all weights but experts', whose rows travel to them instead.
+    """
+    spec = param_spec(path, w.shape, mesh)
+    whole = NamedSharding(mesh, P(*("tensor" if axes == "tensor" else None for axes in spec)))
+    split = NamedSharding(mesh, spec)
+
+    @jax.custom_vjp
+    def gather(w):
+        return jax.lax.with_sharding_constraint(w, whole)
+
+    gather.defvjp(
+        lambda w: (gather(w), None),
+        lambda _, grad: (jax.lax.with_sharding_constraint(grad, split),),
+    )
+    return gather(w)
+
+
+def slot_spec(
+    slot: str,
+    shape: tuple[int, ...],
+    params: Mapping[str, tuple[int, ...]],
+    mesh: Mesh | AbstractMesh,
+) -> PartitionSpec:
+    """Spec of a leaf of an optimizer's state: that of the parameter in its path.
+
+    A slot of the parameter's own shape lies as the parameter does. Adafactor's sums over columns or
+    rows keep the axes of the dims that are left (dims that it reads as one stay split if only the
+    first of them is). What belongs to no parameter, such as a counter, is on every device.
+
+    slot: its path, with the parameter's path in it ("0/mu/layers/0/attn/w_q"); params: the shapes.
+    """
+    keys = slot.split("/")
+    ends = range(len(keys), 0, -1)
+    spans = [(keys[i:j], keys[j:]) for j in ends for i in range(j)]
+    found = next(((span, rest) for span, rest in spans if "/".join(span) in params), None)
+    if found is None:
+        return P()
+    path = "/".join(found[0])
+    whole = params[path]
+    spec = param_spec(path, whole, mesh)
+    if shape == whole:
+        return spec
+    axes = tuple(spec) + (None,) * (len(whole) - len(spec))
+    return _of_sum(axes, whole, shape, last="col" in found[1])
+
+
+def _of_sum(spec: tuple, whole: tuple[int, ...], shape: tuple[int, ...], last: bool):
+    """Spec of dims [stacked ..., M], where M is one or more dims after the stacked ones.
+
+    The dims that M stands for are the last ones of the leaf (columns) or those that follow the
+    stacked ones (rows); their sizes tell which.
+    """
+    if not shape or math.prod(shape) <= 1:
+        return P()
+    stacked = len(shape) - 1
+    rest = whole[stacked:]
+    for count in range(1, len(rest) + 1):
+        dims = rest[-count:] if last else rest[:count]
+        if math.prod(dims) == shape[-1]:
+            first = len(whole) - count if last else stacked
+            inner = spec[first + 1 : first + count]
+            return P(*spec[:stacked], spec[first] if not any(inner) else None)
+    return P()

@@ -36,8 +36,8 @@ from moejax.train.log import (
 )
 from moejax.train.optim import OptimConfig, make_optimizer, make_schedule
 from moejax.train.peak import Peak
-from moejax.train.state import TrainState, init_state
-from moejax.train.step import Adjust, LossFn, make_train_step
+from moejax.train.state import TrainState, init_state, named, renamed
+from moejax.train.step import Adjust, LossFn, StepOptions, make_train_step
 
 # (step) -> batch, or (step, parameters) -> batch where `RunInfo.on_policy` says so.
 Batches = Callable[..., Mapping[str, np.ndarray]]
@@ -155,7 +155,7 @@ def fit(
     identity = {"train": dataclasses.asdict(config), **info.identity}
     claim_folder(workdir, identity, free=[f"train.{name}" for name in FREE])
     optimizer = make_optimizer(config.optim, config.steps)
-    update = make_train_step(loss_fn, optimizer, config.accumulation, adjust)
+    update = make_train_step(loss_fn, optimizer, StepOptions(config.accumulation), adjust)
     run = _Run(config, (optimizer, update), eval_fn, workdir, info)
     state = run.start(trainable)
     del trainable
@@ -319,11 +319,11 @@ class _Run:
         if results[name] < self.best().get("value", math.inf):
             # best.json follows the weights: killed in between, the weights are written again.
             best = Checkpoints(self._workdir / "best", keep_last=1)
-            best.save(self.step, _named(state.params), {name: results[name]})
+            best.save(self.step, named(state.params), {name: results[name]})
             write_json(self._workdir / "best.json", {"step": self.step, "value": results[name]})
 
     def _save(self, state: TrainState) -> int:
-        self._checkpoints.save(self.step, _named(state), {})
+        self._checkpoints.save(self.step, named(state), {})
         return self.step
 
 
@@ -355,21 +355,9 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _named(state: Any) -> tree.Tree:
-    """Any pytree as nested dicts: a checkpoint then reads the same whatever optax calls a node."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return tree.unflatten({_name(path): leaf for path, leaf in leaves})
-
-
-def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def _load(checkpoints: Checkpoints, step: int | None, like: Any) -> Any:
-    """Inverse of saving `_named`: the pytree of `like` with the checkpoint's arrays."""
-    restored = tree.flatten(checkpoints.restore(step, _named(like)))
-    paths, treedef = jax.tree_util.tree_flatten_with_path(like)
-    return jax.tree.unflatten(treedef, [restored[_name(path)] for path, _ in paths])
+    """Inverse of saving `named`: the pytree of `like` with the checkpoint's arrays."""
+    return renamed(checkpoints.restore(step, named(like)), like)
 
 
 @contextlib.contextmanager

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.core import tree
+from moejax.core.errors import InputError
+from moejax.core.mesh import TOKEN_AXES
 from moejax.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -19,6 +23,34 @@ LossFn = Callable[[tree.Tree, tree.Tree, Any, jax.Array], tuple[jax.Array, Metri
 # (parameters before the step, after it, its metrics) -> parameters.
 Adjust = Callable[[tree.Tree, tree.Tree, Metrics], tree.Tree]
 WEIGHT = "target_count"
+ACCUMULATION_DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """How an update is computed.
+
+    Attributes:
+      accumulation: microbatches per update; divides the rows of a batch.
+      accumulation_dtype: of the sum of their gradients.
+      skip_nonfinite: leave parameters and optimizer as they are after a step whose loss or
+        gradient is not finite; metrics then hold skipped_count, 1 for such a step.
+      mesh: where the state and the batch are split; None is one device.
+      shardings: of the state, as `moejax.train.placement.place` has them; None lets XLA choose.
+    """
+
+    accumulation: int = 1
+    accumulation_dtype: str = "float32"
+    skip_nonfinite: bool = False
+    mesh: Mesh | None = None
+    shardings: TrainState | None = None
+
+    def __post_init__(self):
+        if self.accumulation_dtype not in ACCUMULATION_DTYPES:
+            raise InputError(
+                f"accumulation_dtype {self.accumulation_dtype!r} is unknown: use "
+                f"{', '.join(ACCUMULATION_DTYPES)}"
+            )
 
 
 def is_sum(name: str) -> bool:
@@ -29,12 +61,12 @@ def is_sum(name: str) -> bool:
 def make_train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
-    accumulation: int = 1,
+    options: StepOptions = StepOptions(),
     adjust: Adjust | None = None,
-) -> Callable[[TrainState, tree.Tree, Any, jax.Array], tuple[TrainState, Metrics]]:
-    """Builds ``step(state, frozen, batch, key) -> (state, metrics)``; `state` is donated.
+) -> jax.stages.Wrapped:
+    """Builds the jitted ``step(state, frozen, batch, key) -> (state, metrics)``; donates `state`.
 
-    With `accumulation` A the batch's rows are cut into A microbatches, and the gradient is
+    With A microbatches the batch's rows are cut into A parts, and the gradient is
     sum_i n_i grad_i / sum_i n_i with n_i the target tokens of microbatch i: what one big batch
     gives for a mean over tokens. (A loss that is no such mean, as the balance loss over a batch,
     is averaged with the same weights.)  Microbatch i of step s draws fold_in(fold_in(key, s), i).
@@ -43,18 +75,38 @@ def make_train_step(
 
     def step(state, frozen, batch, key):
         key = jax.random.fold_in(key, state.step)
-        if accumulation == 1:
+        if options.accumulation == 1:
             grads, metrics = _grads(loss_fn, state.params, frozen, batch, key)
         else:
-            grads, metrics = _accumulate(loss_fn, state.params, frozen, batch, key, accumulation)
+            grads, metrics = _accumulate(loss_fn, state.params, frozen, batch, key, options)
+        grads = _placed(grads, options)
         metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if adjust is not None:
             params = adjust(state.params, params, metrics)
+        if options.skip_nonfinite:
+            fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            metrics["skipped_count"] = 1.0 - fine.astype(jnp.float32)
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(fine, new, old),
+                (params, opt_state),
+                (state.params, state.opt_state),
+            )
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if options.shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    assert options.mesh is not None
+    everywhere = NamedSharding(options.mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(options.shardings, everywhere))
+
+
+def _placed(grads: tree.Tree, options: StepOptions) -> tree.Tree:
+    """Gradients where their parameters are: each device keeps the part that it will update."""
+    if options.shardings is None:
+        return grads
+    return jax.lax.with_sharding_constraint(grads, options.shardings.params)
 
 
 def _grads(loss_fn, params, frozen, batch, key) -> tuple[tree.Tree, Metrics]:
@@ -63,15 +115,21 @@ def _grads(loss_fn, params, frozen, batch, key) -> tuple[tree.Tree, Metrics]:
     return grads, jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), metrics)
 
 
-def _accumulate(loss_fn, params, frozen, batch, key, accumulation) -> tuple[tree.Tree, Metrics]:
-    """Scans microbatches; sums of weighted gradients and metrics in float32, divided at the end."""
-    micro = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+def _accumulate(loss_fn, params, frozen, batch, key, options) -> tuple[tree.Tree, Metrics]:
+    """Scans microbatches; sums of weighted gradients, divided at the end; metrics in float32."""
+    num, dtype = options.accumulation, options.accumulation_dtype
+    micro = jax.tree.map(lambda x: x.reshape(num, -1, *x.shape[1:]), batch)
+    if options.mesh is not None:
+        rows = NamedSharding(options.mesh, PartitionSpec(None, TOKEN_AXES))
+        micro = jax.lax.with_sharding_constraint(micro, rows)
 
     def one(batch, index):
         grads, metrics = _grads(loss_fn, params, frozen, batch, jax.random.fold_in(key, index))
         weight = metrics[WEIGHT]
-        grads = jax.tree.map(lambda g: weight * g.astype(jnp.float32), grads)
-        return grads, {k: m if is_sum(k) else weight * m for k, m in metrics.items()}
+        grads = jax.tree.map(lambda g: (weight * g.astype(jnp.float32)).astype(dtype), grads)
+        return _placed(grads, options), {
+            k: m if is_sum(k) else weight * m for k, m in metrics.items()
+        }
 
     def body(total, xs):
         return jax.tree.map(jnp.add, total, one(*xs)), None
@@ -79,7 +137,9 @@ def _accumulate(loss_fn, params, frozen, batch, key, accumulation) -> tuple[tree
     first = jax.tree.map(lambda x: x[0], micro)
     shapes = jax.eval_shape(one, first, jnp.zeros((), jnp.int32))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    (grads, sums), _ = jax.lax.scan(body, zeros, (micro, jnp.arange(accumulation)))
+    (grads, sums), _ = jax.lax.scan(body, zeros, (micro, jnp.arange(num)))
     weight = jnp.maximum(sums[WEIGHT], 1e-9)
-    grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, params)
+    grads = jax.tree.map(
+        lambda g, p: (g.astype(jnp.float32) / weight).astype(p.dtype), grads, params
+    )
     return grads, {k: m if is_sum(k) else m / weight for k, m in sums.items()}

@@ -10,7 +10,7 @@ from moejax.models.config import ModelConfig
 from moejax.moe.config import CONVENTIONS, MoEConfig
 from moejax.train.selection_bias import selection_bias_update
 from moejax.train.state import init_state
-from moejax.train.step import make_train_step
+from moejax.train.step import StepOptions, make_train_step
 
 MOE = MoEConfig(4, 2, **{**CONVENTIONS["deepseek_v3"], "bias_rate": 0.01})
 CONFIG = ModelConfig("llama", 61, 2, 16, 24, 4, 2, 8, moe=MOE)
@@ -32,7 +32,9 @@ def test_bias_moves_against_the_whole_batch_s_load(accumulation):
     router = {"w_out": jnp.ones((2, 16, 4)), "b_select": jnp.full((2, 4), 0.5)}
     params = {"layers": {"0": {"moe": {"router": router}}}}
     optimizer = optax.adamw(0.1, weight_decay=0.1)
-    step = make_train_step(loss_fn, optimizer, accumulation, selection_bias_update(CONFIG))
+    step = make_train_step(
+        loss_fn, optimizer, StepOptions(accumulation), selection_bias_update(CONFIG)
+    )
     state, _ = step(init_state(params, optimizer), {}, COUNTS_BLJ, jax.random.key(0))
     router = state.params["layers"]["0"]["moe"]["router"]
     # Sums over the batch: [8, 2, 8, 6], mean 6, and [3, 7, 3, 7], mean 5.

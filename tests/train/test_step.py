@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from moejax.train.state import init_state
-from moejax.train.step import make_train_step
+from moejax.train.step import StepOptions, make_train_step
 
 
 def masked_mean(trainable, frozen, batch, rng):
@@ -35,7 +35,7 @@ def one_step(accumulation: int, optimizer=None, loss_fn=masked_mean, mask=None):
     trainable, frozen, batch = problem()
     if mask is not None:
         batch["mask"] = mask
-    step = make_train_step(loss_fn, optimizer, accumulation)
+    step = make_train_step(loss_fn, optimizer, StepOptions(accumulation))
     return step(init_state(trainable, optimizer), frozen, batch, jax.random.key(0))
 
 
@@ -79,7 +79,7 @@ def test_each_step_and_microbatch_draws_its_own_randomness():
     trainable, frozen, batch = problem()
 
     def losses(accumulation):
-        step = make_train_step(noise, optimizer, accumulation)
+        step = make_train_step(noise, optimizer, StepOptions(accumulation))
         state, seen = init_state(jax.tree.map(jnp.array, trainable), optimizer), []
         for _ in range(3):
             state, metrics = step(state, frozen, batch, jax.random.key(7))
@@ -94,6 +94,6 @@ def test_bfloat16_parameters_accumulate_in_float32_and_stay_bfloat16():
     optimizer = optax.sgd(0.1)
     trainable, frozen, batch = problem()
     trainable = {"w": trainable["w"].astype(jnp.bfloat16)}
-    step = make_train_step(masked_mean, optimizer, 4)
+    step = make_train_step(masked_mean, optimizer, StepOptions(4))
     state, _ = step(init_state(trainable, optimizer), frozen, batch, jax.random.key(0))
     assert state.params["w"].dtype == jnp.bfloat16

@@ -1,0 +1,85 @@
+"""From a config and a mesh to the training step as a program: what train runs and compile plans."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from launch.settings import forward_options, train_config
+from moejax.core import tree
+from moejax.models import transformer
+from moejax.models.config import ModelConfig
+from moejax.moe.expert_parallel import Parallel
+from moejax.train.layout import choose_mesh
+from moejax.train.loop import TrainConfig
+from moejax.train.loss import lm_loss
+from moejax.train.optim import make_optimizer
+from moejax.train.placement import StepProgram, step_program
+from moejax.train.selection_bias import selection_bias_update
+from moejax.train.step import LossFn, StepOptions
+
+BATCH_DTYPES = {"tokens": "int32", "segment_ids": "int32", "positions": "int32"} | {
+    "loss_mask": "float32"
+}
+
+
+def make_mesh_of(
+    config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh of --config.mesh.* (0 chooses a size) over all devices, or over those given."""
+    train, sizes = config.train, config.mesh.to_dict()
+    return choose_mesh(sizes, model, train.batch_size, train.accumulation, devices)
+
+
+def make_program(
+    config: ConfigDict,
+    model: ModelConfig,
+    mesh: Mesh,
+    settings: TrainConfig | None = None,
+) -> StepProgram:
+    """The jitted training step of a config on a mesh, with abstract state, batch and shardings.
+
+    Nothing is read and no array is made. To compile it for a topology whose devices are not here:
+
+        devices = moejax.aot.topology.devices("v5p:2x2x2")
+        program = make_program(config, model, make_mesh_of(config, model, devices))
+        compiled = program.lower().compile()
+
+    `settings` (default `train_config(config, None)`) holds the steps, which an epoch count alone
+    does not give. Errors: InputError where the model or the batch does not divide by the mesh.
+    """
+    settings = train_config(config, None) if settings is None else settings
+    params = transformer.abstract_params(model, config.model.dtype)
+    shape = (config.train.batch_size, config.data.seq_len)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in BATCH_DTYPES.items()}
+    return step_program(
+        make_loss(model, config, mesh),
+        make_optimizer(settings.optim, settings.steps),
+        (params, {}),
+        batch,
+        StepOptions(settings.accumulation, mesh=mesh),
+        selection_bias_update(model),
+    )
+
+
+def make_loss(model: ModelConfig, config: ConfigDict, mesh: Mesh | None = None) -> LossFn:
+    """The loss of all parameters, with the routers' noise."""
+    options = parallel_options(config, mesh)
+
+    def loss(params, frozen, batch, rng):
+        return lm_loss(tree.join(params, frozen), model, batch, rng, options)
+
+    return loss
+
+
+def parallel_options(config: ConfigDict, mesh: Mesh | None) -> transformer.ForwardOptions:
+    """How to compute, on a mesh of several devices or on one."""
+    options = forward_options(config)
+    if mesh is None or mesh.size == 1:
+        return options
+    strategy = config.compute.moe_strategy
+    return dataclasses.replace(options, parallel=Parallel(mesh, strategy))
