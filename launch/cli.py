@@ -16,6 +16,7 @@ from moejax.core.errors import InputError
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_PREEMPTED = 75  # SIGTERM, and all is saved: start the same command again
 
 COMPILE_CACHE = flags.DEFINE_string(
     "compile_cache",
@@ -28,8 +29,8 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print shapes, memory and FLOPs, t
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Runs an absl main so that whatever the user can mend is one line and an exit code.
 
-    0 done; 2 bad input, bad flags or no space left; 130 interrupted. Anything else is a bug of
-    ours and keeps its traceback.
+    0 done; 2 bad input, bad flags or no space left; 130 interrupted; 75 a training run that saved
+    its state at SIGTERM. Anything else is a bug of ours and keeps its traceback.
     """
     _show_help_of(main)
     argv = list(sys.argv)
@@ -44,7 +45,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             return _fail(str(error), EXIT_BAD_INPUT)
         except KeyboardInterrupt as stop:
             said = str(stop) or "interrupted; nothing half-written was left behind"
-            return _fail(said, EXIT_INTERRUPTED)
+            return _fail(said, getattr(stop, "exit_code", EXIT_INTERRUPTED))
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 where = f" while writing {error.filename}" if error.filename else ""

@@ -145,11 +145,16 @@ def _make_parents(folder: Path) -> list[Path]:
 def sync_files(folder: Path) -> None:
     """Flushes every file below to the disk, so that a rename never outlives its contents."""
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """Flushes one file, or the names in a folder (not what is below), to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _replace(temporary: Path, target: Path) -> None:

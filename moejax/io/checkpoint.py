@@ -3,8 +3,10 @@
     DIR/step_00000020/state/      the tree, written by orbax
     DIR/step_00000020/done.json   step, metrics, size and CRC of every file; written last
 
-A checkpoint is written under another name and renamed when all of it is on the disk; saving waits
-for that, and a step that was asked for is never skipped. One process, one writer.
+A checkpoint is written under another name, by threads of its own, and renamed when all of it is on
+the disk. The next save waits for the one before, so a step that was asked for is never skipped. On
+several processes, with one file system, every method is called by all of them in the same order;
+each writes its parts and process 0 the rest.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ import logging
 import os
 import re
 import shutil
+import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import jax
 
 from moejax.core import tree
 from moejax.core.errors import InputError
-from moejax.io import atomic, orbax
+from moejax.io import atomic, orbax, processes
 
 _DONE = "done.json"
 _PART = ".part"
@@ -33,18 +38,28 @@ class Checkpoints:
     Args:
       directory: made when the first one is saved.
       keep_last: how many of the newest are kept.
+      keep_every: also keep every step that this divides, as for weight averaging; 0 keeps none.
       best_metric: also keep the one whose metrics have this name at its lowest; None keeps none.
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], keep_last: int = 2, best_metric: str | None = None
+        self,
+        directory: str | os.PathLike[str],
+        keep_last: int = 2,
+        best_metric: str | None = None,
+        keep_every: int = 0,
     ):
         if keep_last < 1:
             raise InputError(f"keep_last must be at least 1, got {keep_last}")
+        if keep_every < 0:
+            raise InputError(f"keep_every must be 0 or more, got {keep_every}")
         self.directory = Path(directory)
         self._keep_last = keep_last
         self._best_metric = best_metric
+        self._keep_every = keep_every
         self._verdicts: dict[int, bool] = {}
+        self._writer: threading.Thread | None = None
+        self._error: BaseException | None = None
 
     def save(
         self, step: int, params: tree.Tree, metrics: Mapping[str, float] | None = None
@@ -54,25 +69,71 @@ class Checkpoints:
         A checkpoint of this step is replaced; later ones, of a run that was given up, are removed.
         InputError when the disk is full; what was there before is then still there.
         """
+        with orbax.interrupts_held():
+            self.start(step, params, metrics)
+            self.wait()
+
+    def start(
+        self, step: int, params: tree.Tree, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """`save` in the background; the arrays may be donated at once. Waits for a save before it.
+
+        Errors of the writing are raised by the next `start` or `wait`.
+        """
+        self.wait()
+        part, problem = self.directory / _PART, ""
+        if processes.is_first():
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(part, ignore_errors=True)
+                atomic.require_disk(self.directory, tree.num_bytes(params))
+                with atomic.space_errors(part):
+                    part.mkdir()
+            except InputError as error:
+                problem = str(error)
+        processes.agree(problem)
+        with atomic.space_errors(part):
+            written = orbax.start_saving(part / "state", params)
+        self._writer = threading.Thread(
+            target=self._finish, args=(step, dict(metrics or {}), written), name="checkpoint"
+        )
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Waits until what was started is on the disk, on every process; raises its error."""
+        if self._writer is None:
+            return
+        with orbax.interrupts_held():
+            self._writer.join()
+        self._writer, error, self._error = None, self._error, None
+        problem = "" if error is None else str(error) or type(error).__name__
+        if error is not None and not isinstance(error, InputError):
+            if jax.process_count() == 1:
+                raise error
+            _log.error("checkpoint in %s failed", self.directory, exc_info=error)
+        processes.agree(problem)
+
+    def _finish(self, step: int, metrics: dict[str, float], written: Callable[[], None]) -> None:
+        """What the thread does: waits for orbax, then makes a checkpoint of its files."""
         folder, part = self._folder(step), self.directory / _PART
-        self.directory.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(part, ignore_errors=True)
-        atomic.require_disk(self.directory, tree.num_bytes(params))
         try:
             with atomic.space_errors(folder):
-                part.mkdir()
-                orbax.save_tree(part / "state", params)
+                written()
+                if not processes.is_first():
+                    return
                 atomic.sync_files(part)
-                done = {"step": step, "metrics": dict(metrics or {}), "files": _checksums(part)}
+                done = {"step": step, "metrics": metrics, "files": _checksums(part)}
                 atomic.write_json(part / _DONE, done)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
-        if folder.exists():
-            _remove(folder)
-        os.replace(part, folder)
-        self._verdicts[step] = True
-        self._prune(step)
+                if folder.exists():
+                    _remove(folder)
+                os.replace(part, folder)
+                atomic.sync_path(self.directory)
+            self._verdicts[step] = True
+            self._prune(step)
+        except BaseException as error:  # raised by the thread that waits
+            self._error = error
+            if processes.is_first():
+                shutil.rmtree(part, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps that were saved to the end, in order, intact or not."""
@@ -85,8 +146,19 @@ class Checkpoints:
         """The newest step whose files are intact; a broken one is passed over with a warning.
 
         None when nothing was saved. InputError when all that was saved is broken: starting anew
-        then has to be somebody's decision.
+        then has to be somebody's decision. On several processes, what process 0 finds.
         """
+        step, problem = None, ""
+        if processes.is_first():
+            try:
+                step = self._latest_step()
+            except InputError as error:
+                problem = str(error)
+        processes.agree(problem)
+        found = processes.from_first(-1 if step is None else step)
+        return None if found < 0 else found
+
+    def _latest_step(self) -> int | None:
         steps = self.steps()
         for step in reversed(steps):
             if self._is_intact(step):
@@ -111,13 +183,14 @@ class Checkpoints:
         """What `save` was told about a step."""
         return atomic.read_json(self._folder(step) / _DONE)["metrics"]
 
-    def restore(self, step: int | None, wanted: tree.Tree) -> tree.Tree:
-        """Reads a checkpoint.
+    def restore(self, step: int | None, wanted: tree.Tree, partial: bool = False) -> tree.Tree:
+        """Reads a checkpoint, onto whatever mesh and processes `wanted` names.
 
         Args:
           step: which; None takes the newest that is intact.
           wanted: nested dicts of `jax.ShapeDtypeStruct`, with shardings or without (then on the
             default device).
+          partial: leave what `wanted` lacks on the disk, as the optimizer's state.
 
         Errors: InputError for a step that is not there or broken, or a tree of another config.
         """
@@ -125,12 +198,14 @@ class Checkpoints:
             step = self.latest_step()
             if step is None:
                 raise InputError(f"{self.directory} holds no checkpoint")
+        elif jax.process_count() > 1:
+            pass  # a step that process 0 found
         elif step not in self.steps():
             known = ", ".join(map(str, self.steps())) or "none"
             raise InputError(f"{self.directory} has no checkpoint of step {step}: it has {known}")
         elif not self._is_intact(step):
             raise InputError(f"checkpoint {self._folder(step)} is broken: choose another step")
-        return orbax.load_tree(self._folder(step) / "state", wanted)
+        return orbax.load_tree(self._folder(step) / "state", wanted, partial)
 
     def _folder(self, step: int) -> Path:
         return self.directory / f"step_{step:08d}"
@@ -152,6 +227,8 @@ class Checkpoints:
         steps = self.steps()
         kept = {step for step in steps if step <= current}
         kept = set(sorted(kept)[-self._keep_last :])
+        kept |= {step for step in steps if self._keep_every and step % self._keep_every == 0}
+        kept = {step for step in kept if step <= current}
         best = None if self._best_metric is None else self.best_step()
         if best is not None:
             kept.add(best)

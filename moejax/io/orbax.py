@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,17 @@ def save_tree(path: str | os.PathLike[str], params: tree.Tree) -> None:
         ocp.save(Path(path).absolute(), jax.tree.map(_as_jax, params))
 
 
+def start_saving(path: str | os.PathLike[str], params: tree.Tree) -> Callable[[], None]:
+    """`save_tree` in the background: what is returned waits for it and raises its error.
+
+    On return the arrays may be donated: what is saved is what they held. Every process makes the
+    call; each writes the parts of global arrays that it holds.
+    """
+    with _context():
+        response = ocp.save_async(Path(path).absolute(), jax.tree.map(_as_jax, params))
+    return lambda: response.result()
+
+
 def read_abstract(path: str | os.PathLike[str]) -> tree.Tree:
     """Shapes and dtypes of a folder's tree; InputError for one that cannot be read."""
     try:
@@ -39,26 +50,41 @@ def read_abstract(path: str | os.PathLike[str]) -> tree.Tree:
         raise _broken(path, error) from error
 
 
-def load_tree(path: str | os.PathLike[str], wanted: tree.Tree) -> tree.Tree:
+def load_tree(
+    path: str | os.PathLike[str], wanted: tree.Tree, partial: bool = False
+) -> tree.Tree:
     """Reads a folder into the kind of leaf that `wanted` holds. Inverse: `save_tree`.
 
     Args:
       path: the folder.
       wanted: nested dicts of `jax.ShapeDtypeStruct` (a jax array comes back, on its sharding or
         the default device) or of numpy arrays (`on_host` makes such templates).
+      partial: leave what `wanted` lacks on the disk.
 
     Errors: InputError where paths or shapes differ, or the files are broken.
     """
-    check_fits(path, wanted)
+    check_fits(path, wanted, partial)
+    wanted = jax.tree.map(_placed, wanted)
+    if partial:
+        rest = tree.map_with_path(lambda name, leaf: ocp.PLACEHOLDER, read_abstract(path))
+        asked = tree.flatten(wanted)
+        wanted = tree.unflatten(tree.flatten(rest) | asked)
     try:
         with _context():
-            return ocp.load(Path(path).absolute(), jax.tree.map(_placed, wanted))
+            found = ocp.load(Path(path).absolute(), wanted)
     except (ValueError, OSError, KeyError) as error:
         raise _broken(path, error) from error
+    if not partial:
+        return found
+    leaves = tree.flatten(found)
+    return tree.unflatten({name: leaves[name] for name in asked})
 
 
-def check_fits(path: str | os.PathLike[str], wanted: tree.Tree) -> None:
-    """Raises InputError unless a folder holds just the paths and shapes of `wanted`."""
+def check_fits(
+    path: str | os.PathLike[str], wanted: tree.Tree, partial: bool = False
+) -> None:
+    """Raises InputError unless a folder holds the paths and shapes of `wanted`, and no others
+    (unless `partial`)."""
     stored = tree.flatten(read_abstract(path))
     for name, leaf in tree.flatten(wanted).items():
         if name not in stored:
@@ -69,7 +95,7 @@ def check_fits(path: str | os.PathLike[str], wanted: tree.Tree) -> None:
                 f"{list(leaf.shape)}"
             )
     extra = sorted(stored.keys() - tree.flatten(wanted).keys())
-    if extra:
+    if extra and not partial:
         raise InputError(f"{path} also holds {extra[0]}: it was written for another config")
 
 
@@ -103,14 +129,14 @@ def _context() -> Iterator[None]:
     logger = logging.getLogger("absl")
     logger.addFilter(_is_not_orbax)
     try:
-        with context, _interrupts_held():
+        with context, interrupts_held():
             yield
     finally:
         logger.removeFilter(_is_not_orbax)
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
+def interrupts_held() -> Iterator[None]:
     """Holds ctrl-C and SIGTERM back while orbax works; a second one acts at once.
 
     Its threads would write on into a folder that the caller, interrupted, is removing.

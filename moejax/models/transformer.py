@@ -12,61 +12,27 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax.core import tree
 from moejax.core.errors import InputError
+from moejax.core.sharding import at_use
 from moejax.models.cache import KVCache
 from moejax.models.config import ModelConfig
 from moejax.models.layers import ACTIVATION, feed_forward, norm
 from moejax.models.mha import AttentionInputs, mha
 from moejax.models.mla import mla
+from moejax.models.options import BLOCK_INPUT, REMAT_POLICIES, ForwardOptions
 from moejax.models.params import abstract_params, init_leaf, init_params
-from moejax.moe.expert_parallel import Parallel, split_rows, whole_columns
+from moejax.moe.expert_parallel import split_rows, whole_columns
 from moejax.moe.layer import MoEStats, moe_layer
 from moejax.moe.losses import pooled_balance
 from moejax.ops.attention import AttentionSpec, Visible, Window, shared_mask, soft_capped
-from moejax.ops.attention_blockwise import SAVED
 from moejax.ops.rope import frequencies, rotation
 
 __all__ = ["abstract_params", "init_leaf", "init_params"]  # of the tree, from params.py
 __all__ += ["ForwardOptions", "Output", "Transformer", "forward", "logits", "split_layers"]
-__all__ += ["unembed"]
-
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(SAVED),
-    ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class ForwardOptions:
-    """How to compute, never what.
-
-    Attributes:
-      compute_dtype: dtype of the arithmetic (routers and norms' statistics stay float32).
-      remat: "none", "dots" (keep matrix products and what blockwise attention mixed) or "full"
-        (keep block inputs only).
-      moe_implementation: a name of `moejax.ops.grouped_matmul.IMPLEMENTATIONS`, None chooses.
-      attention: a name of `moejax.ops.attention.IMPLEMENTATIONS`, None chooses.
-      trace_routing: keep each token's experts in `Output.stats.trace`, [L, B, T, K].
-      parallel: the mesh, and how tokens travel to their experts on it; None is one device. Rows
-        are then split over its data, fsdp and expert axes, so their number must divide by those.
-    """
-
-    compute_dtype: str = "float32"
-    remat: str = "none"
-    moe_implementation: str | None = None
-    attention: str | None = None
-    trace_routing: bool = False
-    parallel: Parallel | None = None
-
-    def __post_init__(self):
-        if self.remat not in ("none", *REMAT_POLICIES):
-            raise ValueError(f"remat {self.remat!r} is unknown: use none, dots or full")
-
+__all__ += ["outer_at_use", "unembed"]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +79,10 @@ def forward(
     if cache is not None:
         slots = cache.length + jnp.arange(tokens_BT.shape[1])
         mask_BT = slots[None, :] >= cache.start_B[:, None]
+    params = outer_at_use(params, options)
     embed = params["embed"]
     if options.parallel is not None:
-        # Gathered at use like every weight: looked up while D is split, rows would all travel.
+        # Also its gradient is first whole: scattering rows with D split would gather every token.
         embed = whole_columns(embed, options.parallel.mesh)
     x_BTD = _embed(embed, config, tokens_BT, positions_BT, options.compute_dtype)
     if options.parallel is not None:
@@ -140,6 +107,17 @@ def forward(
         length = cache.length + tokens_BT.shape[1]
         cache = dataclasses.replace(cache, k=new_k, v=new_v, length=length)
     return Output(hidden, cache, _joined(stats, config) if stats else None)
+
+
+def outer_at_use(params: tree.Tree, options: ForwardOptions) -> tree.Tree:
+    """On a mesh, the weights that belong to no block as they are used; else what was given."""
+    if options.parallel is None:
+        return params
+
+    def placed(path, w):
+        return w if path.startswith("layers/") else _cast(path, w, options)
+
+    return tree.map_with_path(placed, params)
 
 
 def unembed(params: tree.Tree, config: ModelConfig, hidden: jax.Array) -> jax.Array:
@@ -245,11 +223,7 @@ def _attention_inputs(config, options, positions_BT, segment_ids_BT, cache) -> A
 def _block(layer, x_BTD, rng, extend, context: _Context, window: Window):
     """One block: attention, then the feed-forward layer or the experts, each with its norms."""
     config, options = context.config, context.options
-    # Routers keep their own precision; everything else is computed in compute_dtype.
-    cast = tree.map_with_path(
-        lambda path, w: w if path.startswith("moe/router") else w.astype(options.compute_dtype),
-        layer,
-    )
+    cast = tree.map_with_path(lambda path, w: _cast(path, w, options), layer)
 
     def attend(x):
         if config.mla is not None:
@@ -277,6 +251,19 @@ def _block(layer, x_BTD, rng, extend, context: _Context, window: Window):
     return x_BTD, state, stats
 
 
+def _cast(path: str, w: jax.Array, options: ForwardOptions) -> jax.Array:
+    """A weight in the dtype of the arithmetic (routers keep theirs) and, on a mesh, at its use.
+
+    What is gathered is gathered in that dtype. The MoE layer places its own weights.
+    """
+    if path.startswith("moe/router"):
+        return w
+    w = w.astype(options.compute_dtype)
+    if options.parallel is None or path.startswith("moe/"):
+        return w
+    return at_use(path, w, options.parallel.mesh)
+
+
 def _residual(layer, name: str, x_BTD, branch, config: ModelConfig):
     """x plus a branch of it, with the norms where `NormConfig.placement` has them."""
 
@@ -301,6 +288,9 @@ def _run_scanned(layers, x_BTD, state, rng, context: _Context):
 
     def body(carry, xs):
         x_BTD, state = carry
+        if context.options.parallel is not None:
+            x_BTD = split_rows(x_BTD, context.options.parallel.mesh)
+        x_BTD = checkpoint_name(x_BTD, BLOCK_INPUT)
         layer, index, window = xs
         key = None if rng is None else jax.random.fold_in(rng, index)
 
@@ -320,7 +310,7 @@ def _run_scanned(layers, x_BTD, state, rng, context: _Context):
         x_BTD, new_state, stats = _block(layer, x_BTD, key, extend, context, window)
         return (x_BTD, new_state), stats
 
-    if context.options.remat != "none":
+    if context.options.remat in REMAT_POLICIES:
         body = jax.checkpoint(
             body, policy=REMAT_POLICIES[context.options.remat], prevent_cse=False
         )

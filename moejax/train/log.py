@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from moejax.io import processes
 from moejax.io.atomic import write_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -61,6 +62,7 @@ def environment() -> dict[str, Any]:
         "backend": device.platform,
         "device": device.device_kind,
         "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -97,16 +99,22 @@ def format_duration(seconds: float) -> str:
 
 
 class RunLog:
-    """Writes records as they come. Use as a context manager; `quiet` silences the console only."""
+    """Writes records as they come. Use as a context manager; `quiet` silences the console only.
+
+    Of several processes only the first writes and speaks.
+    """
 
     def __init__(self, workdir: Path, title: str, total_steps: int, start: int, quiet: bool):
-        # 2 s of imports that only a run needs.
-        from tensorboardX import SummaryWriter
-
+        self._writes = processes.is_first()
+        quiet = quiet or not self._writes
         self._total_steps, self._title, self._quiet = total_steps, title, quiet
         self._last_step = start
-        self._jsonl = (workdir / METRICS_FILE).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / "tb"), purge_step=start + 1)
+        if self._writes:
+            # 2 s of imports that only a run needs.
+            from tensorboardX import SummaryWriter
+
+            self._jsonl = (workdir / METRICS_FILE).open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(workdir / "tb"), purge_step=start + 1)
         self._step_s: collections.deque[float] = collections.deque(maxlen=20)
         self._console = Console(file=sys.stdout, highlight=False, quiet=quiet)
         self._bar: Progress | None = None
@@ -130,8 +138,9 @@ class RunLog:
     def __exit__(self, *exc) -> None:
         if self._bar:
             self._bar.stop()
-        self._jsonl.close()
-        self._board.close()
+        if self._writes:
+            self._jsonl.close()
+            self._board.close()
 
     def train(self, record: Record, show: bool) -> None:
         """Records one update. `record` holds step, step_s, loss and whatever else is known."""
@@ -157,6 +166,8 @@ class RunLog:
         self._console.print(line, markup=False, soft_wrap=True)
 
     def _write(self, record: Record) -> None:
+        if not self._writes:
+            return
         self._jsonl.write(json.dumps(record) + "\n")
         self._jsonl.flush()
         for key, value in record.items():

@@ -2,30 +2,31 @@
 
 A run lives in a work directory: config.json (what it is), env.json, metrics.jsonl, tb/, ckpt/ and,
 if asked for, best/. Batches and randomness are functions of the step, so a run that was killed and
-started again equals, bit for bit, one that never was.
+started again equals, bit for bit on the same mesh, one that never was. On several processes all of
+them call `fit` with a directory that they share; process 0 keeps the records.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moejax.core import tree
 from moejax.core.errors import InputError
+from moejax.io import processes
 from moejax.io.atomic import read_json, write_json
 from moejax.io.checkpoint import Checkpoints
+from moejax.train.feed import Batches, Feed
+from moejax.train.folder import claim_folder
 from moejax.train.log import (
     Record,
     RunLog,
@@ -34,11 +35,17 @@ from moejax.train.log import (
     read_metrics,
     truncate_metrics,
 )
-from moejax.train.optim import OptimConfig, make_optimizer, make_schedule
-from moejax.train.peak import Peak
+from moejax.train.optim import make_optimizer, make_schedule
+from moejax.train.placement import step_program
+from moejax.train.run_config import FREE, FitResult, RunInfo, TrainConfig
 from moejax.train.state import TrainState, init_state, named, renamed
 from moejax.train.step import Adjust, LossFn, StepOptions, make_train_step
+from moejax.train.stopping import Agreement, StopRequest, Watchdog, stop_on_signal
 
+__all__ = ["FREE", "Batches", "EvalFn", "FitResult", "RunInfo", "TrainConfig"]
+__all__ += ["claim_folder", "fit", "load_best", "load_params"]
+
+<<<<<<< HEAD
 # (step) -> batch, or (step, parameters) -> batch where `RunInfo.on_policy` says so.
 Batches = Callable[..., Mapping[str, np.ndarray]]
 EvalFn = Callable[[tree.Tree, tree.Tree], Mapping[str, float]]
@@ -122,6 +129,9 @@ class FitResult:
     def train_tokens(self) -> int:
         """Tokens trained on, padding excluded."""
         return round(sum(r.get("token_count", 0.0) for r in self.records))
+=======
+EvalFn = Callable[[tree.Tree, tree.Tree], Mapping[str, float]]
+>>>>>>> d824268 (Training on a mesh and on several processes: weights gathered at use, batches by process, checkpoints in the background, SIGTERM, watchdog)
 
 
 def fit(
@@ -140,20 +150,22 @@ def fit(
     Args:
       config: the run's settings.
       loss_fn: see `moejax.train.step.LossFn`.
-      trainable: start values; untouched unless `info.donate`.
+      trainable: start values; untouched unless `info.donate`. With `info.mesh`, arrays on it.
       frozen: parameters that loss_fn only reads.
       batches: step (0-based) -> batch of arrays with equal leading dims.
       workdir: made if missing.
       eval_fn: (trainable, frozen) -> {name: float}.
-      info: what to say of the run.
+      info: what to say of the run, and the mesh it has.
       adjust: see `moejax.train.step.make_train_step`.
 
     Errors: InputError for a work directory of another config, rows that `accumulation` does not
-    divide, a loss that is not finite. KeyboardInterrupt after ctrl-C, once the state is saved.
+    divide, more steps in a row than `max_skipped` without a finite loss. KeyboardInterrupt after
+    ctrl-C and `moejax.train.stopping.Preempted` after SIGTERM, once the state is saved.
     """
     workdir = Path(workdir)
     identity = {"train": dataclasses.asdict(config), **info.identity}
     claim_folder(workdir, identity, free=[f"train.{name}" for name in FREE])
+<<<<<<< HEAD
     optimizer = make_optimizer(config.optim, config.steps)
     update = make_train_step(loss_fn, optimizer, StepOptions(config.accumulation), adjust)
     run = _Run(config, (optimizer, update), eval_fn, workdir, info)
@@ -166,105 +178,142 @@ def fit(
             if run.step:
                 log.say(f"resuming at step {run.step} of {config.steps} from {workdir}")
             state = run.train(state, frozen, batches, log)
+=======
+    run = _Run(config, eval_fn, workdir, info)
+    with Feed(batches, config.steps, info.mesh, config.prefetch) as feed:
+        run.prepare(loss_fn, (trainable, frozen), feed, adjust)
+        state = run.start(trainable)
+        del trainable
+        if run.step < config.steps:
+            with RunLog(workdir, info.title, config.steps, run.step, info.quiet) as log:
+                if run.step:
+                    log.say(f"resuming at step {run.step} of {config.steps} from {workdir}")
+                state = run.train(state, frozen, feed, log)
+>>>>>>> d824268 (Training on a mesh and on several processes: weights gathered at use, batches by process, checkpoints in the background, SIGTERM, watchdog)
     best = run.best()
     return FitResult(
         state.params, run.step, best.get("step"), best.get("value"), read_metrics(workdir)
     )
 
 
-def claim_folder(
-    folder: str | os.PathLike[str],
-    identity: Mapping[str, Any],
-    name: str = "config.json",
-    free: Collection[str] = (),
-) -> None:
-    """Makes a folder the place of one run: writes `identity` there, or compares it with what is.
-
-    Keys in `free` ("train.log_every") may differ. InputError names the keys that differ and both
-    values; nothing is touched then.
-    """
-    folder = Path(folder)
-    wanted = json.loads(json.dumps(identity))
-    if (folder / name).exists():
-        ours, theirs = _leaves(wanted), _leaves(read_json(folder / name))
-        missing = object()
-        differing = [
-            f"{key} ({theirs.get(key, 'unset')!r} there, {ours.get(key, 'unset')!r} here)"
-            for key in sorted(ours.keys() | theirs.keys())
-            if key not in free and ours.get(key, missing) != theirs.get(key, missing)
-        ]
-        if differing:
-            raise InputError(
-                f"{folder} holds a run of another config: {', '.join(differing)}; "
-                "give that config, or another folder"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / name, wanted)
-
-
 def load_best(workdir: str | os.PathLike[str], like: tree.Tree) -> tree.Tree:
-    """The parameters that evaluated best in a run; `like` gives shapes and dtypes."""
-    return _load(Checkpoints(Path(workdir) / "best", keep_last=1), None, tree.abstract(like))
+    """The parameters that evaluated best in a run; `like` gives shapes, dtypes and shardings."""
+    wanted = jax.tree.map(_abstract, like)
+    return _load(Checkpoints(Path(workdir) / "best", keep_last=1), None, wanted)
+
+
+def load_params(
+    workdir: str | os.PathLike[str], like: tree.Tree, step: int | None = None
+) -> tree.Tree:
+    """The trained parameters of a run's checkpoint (None: its newest), without the optimizer's
+    state; `like` gives shapes, dtypes and, for another mesh, shardings."""
+    wanted = {"params": jax.tree.map(_abstract, like)}
+    return Checkpoints(Path(workdir) / "ckpt").restore(step, wanted, partial=True)["params"]
 
 
 class _Run:
     """One start of a run: its checkpoints, its compiled step, how far it is."""
 
-    def __init__(self, config: TrainConfig, stepping, eval_fn, workdir: Path, info: RunInfo):
+    def __init__(self, config: TrainConfig, eval_fn, workdir: Path, info: RunInfo):
         self._config, self._eval_fn, self._workdir, self._info = config, eval_fn, workdir, info
-        self._optimizer, self._update = stepping
+        self._optimizer = make_optimizer(config.optim, config.steps)
         self._schedule = make_schedule(config.optim, config.steps)
-        self._checkpoints = Checkpoints(workdir / "ckpt", keep_last=config.keep_last)
+        self._checkpoints = Checkpoints(
+            workdir / "ckpt", keep_last=config.keep_last, keep_every=config.keep_every
+        )
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._bad_in_a_row = 0
         self.step = 0
+
+    def prepare(self, loss_fn: LossFn, params: tuple, feed: Feed, adjust: Adjust | None) -> None:
+        """Finds the newest checkpoint and builds the step, before anything is read or compiled."""
+        config, mesh = self._config, self._info.mesh
+        self._latest = self._checkpoints.latest_step()
+        self.step = self._latest or 0
+        options = StepOptions(
+            config.accumulation, config.accumulation_dtype, config.max_skipped > 0, mesh
+        )
+        self._update: Any
+        if mesh is None:
+            if self.step < config.steps:
+                feed.check(self.step, config.accumulation)
+            self._like = jax.eval_shape(lambda p: init_state(p, self._optimizer), params[0])
+            self._update = make_train_step(loss_fn, self._optimizer, options, adjust)
+            return
+        first = feed.check(min(self.step, config.steps - 1), config.accumulation)
+        batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in first.items()}
+        program = step_program(loss_fn, self._optimizer, params, batch, options, adjust)
+        self._like, self._update = program.state, program.step
 
     def start(self, trainable: tree.Tree) -> TrainState:
         """The latest checkpoint's state, or a fresh one."""
-        write_json(self._workdir / "env.json", environment())
-        latest = self._checkpoints.latest_step()
-        if latest is not None:
-            like = jax.eval_shape(lambda p: init_state(p, self._optimizer), trainable)
+        if processes.is_first():
+            write_json(self._workdir / "env.json", environment())
+            truncate_metrics(self._workdir, self.step)
+        if self._latest is not None:
             if self._info.donate:
                 jax.tree.map(lambda leaf: leaf.delete(), trainable)
-            state = _load(self._checkpoints, latest, like)
-            self.step = latest
-        else:
+            return _load(self._checkpoints, self._latest, self._like)
+        if self._info.mesh is None:
             # The step donates its state; the caller's arrays are the caller's.
             params = trainable if self._info.donate else jax.tree.map(_copy, trainable)
-            state = init_state(params, self._optimizer)
-        truncate_metrics(self._workdir, self.step)
-        return state
+            return init_state(params, self._optimizer)
+        places = jax.tree.map(lambda leaf: leaf.sharding, self._like)
+        fresh = jax.jit(
+            lambda params: init_state(params, self._optimizer),
+            out_shardings=places,
+            donate_argnums=0 if self._info.donate else (),
+        )
+        return fresh(trainable)
 
-    def train(self, state, frozen, batches: Batches, log: RunLog) -> TrainState:
+    def train(self, state, frozen, feed: Feed, log: RunLog) -> TrainState:
         """Steps to the end; saves there, every save_every steps, and before an interrupt."""
         config, key = self._config, jax.random.key(self._config.seed)
+        agreement = Agreement(self._info.mesh)
         saved = self.step
         self._since = time.perf_counter()
+<<<<<<< HEAD
         with _stop_on_sigint(log) as stop:
             while self.step < config.steps and not stop.is_set():
                 seen = (self.step, state.params) if self._info.on_policy else (self.step,)
                 state, metrics = self._update(state, frozen, batches(*seen), key)
+=======
+        stacks = self._workdir / "stacks" / f"process_{jax.process_index()}.txt"
+        with stop_on_signal(log.say) as stop, Watchdog(config.hang_s, stacks) as watchdog:
+            stopping = False
+            while self.step < config.steps and not stopping:
+                state, metrics = self._update(state, frozen, feed.get(self.step), key)
+>>>>>>> d824268 (Training on a mesh and on several processes: weights gathered at use, batches by process, checkpoints in the background, SIGTERM, watchdog)
                 self.step += 1
                 self._pending.append((self.step, metrics))
+                stopping = agreement.reached(stop.is_set())
                 last = self.step == config.steps
                 evaluate = self._eval_fn and (last or _due(self.step, config.eval_every))
                 save = last or _due(self.step, config.save_every)
-                if evaluate or save or stop.is_set() or _due(self.step, config.log_every):
+                if evaluate or save or stopping or _due(self.step, config.log_every):
                     self._flush(log)
                 if evaluate:
+                    watchdog.beat(self.step)
                     self._evaluate(state, frozen, log)
                 if save:
                     saved = self._save(state)
                 if evaluate or save:
                     self._since = time.perf_counter()
-            if stop.is_set() and self.step < config.steps:
+                watchdog.beat(self.step)
+            if stopping and self.step < config.steps:
                 if saved != self.step:
                     self._save(state)
-                raise KeyboardInterrupt(
-                    f"interrupted: step {self.step} of {config.steps} is saved in "
-                    f"{self._workdir}; the same command goes on from there"
-                )
+                self._interrupted(stop)
+            self._checkpoints.wait()
         return state
+
+    def _interrupted(self, stop: StopRequest) -> None:
+        """Waits for the checkpoint and raises what stopped the run."""
+        self._checkpoints.wait()
+        raise (stop.error or KeyboardInterrupt)(
+            f"interrupted: step {self.step} of {self._config.steps} is saved in "
+            f"{self._workdir}; the same command goes on from there"
+        )
 
     def best(self) -> dict[str, Any]:
         """{"step", "value"} of the best evaluation so far, or nothing."""
@@ -279,9 +328,14 @@ class _Run:
         self._since, self._pending = now, []
         for step, metrics in fetched:
             record = self._record(step, step_s, metrics)
-            if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+            fine = math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
+            self._bad_in_a_row = 0 if fine else self._bad_in_a_row + 1
+            if self._bad_in_a_row > self._config.max_skipped:
                 raise InputError(self._not_finite(step, record))
             log.train(record, show=step == fetched[-1][0])
+            if not fine:
+                found = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
+                log.say(f"step {step} is skipped, it changed nothing: {found}")
 
     def _record(self, step: int, step_s: float, metrics: dict[str, np.ndarray]) -> Record:
         lr = float(self._schedule(step - 1))
@@ -299,12 +353,14 @@ class _Run:
         return record
 
     def _not_finite(self, step: int, record: Record) -> str:
+        self._checkpoints.wait()
         latest = self._checkpoints.latest_step()
         where = f"the last checkpoint is step {latest}" if latest else "nothing was saved"
+        many = f" and {self._bad_in_a_row - 1} before it" if self._bad_in_a_row > 1 else ""
         return (
             f"the loss is {record['loss']} and the gradient norm {record['grad_norm']} at step "
-            f"{step} with lr {record['lr']:.2e}: lower the learning rate, lengthen the warm-up or "
-            f"clip gradients ({where} in {self._workdir})"
+            f"{step}{many} with lr {record['lr']:.2e}: lower the learning rate, lengthen the "
+            f"warm-up or clip gradients ({where} in {self._workdir})"
         )
 
     def _evaluate(self, state: TrainState, frozen, log: RunLog) -> None:
@@ -320,10 +376,13 @@ class _Run:
             # best.json follows the weights: killed in between, the weights are written again.
             best = Checkpoints(self._workdir / "best", keep_last=1)
             best.save(self.step, named(state.params), {name: results[name]})
-            write_json(self._workdir / "best.json", {"step": self.step, "value": results[name]})
+            if processes.is_first():
+                found = {"step": self.step, "value": results[name]}
+                write_json(self._workdir / "best.json", found)
+            processes.agree()  # nobody reads it before it is there
 
     def _save(self, state: TrainState) -> int:
-        self._checkpoints.save(self.step, named(state), {})
+        self._checkpoints.start(self.step, named(state), {})
         return self.step
 
 
@@ -332,54 +391,14 @@ def _due(step: int, every: int) -> bool:
 
 
 def _copy(leaf) -> jax.Array:
-    return jax.numpy.array(leaf, copy=True)
+    return jnp.array(leaf, copy=True)
 
 
-def _check_rows(batch: Mapping[str, np.ndarray], accumulation: int) -> None:
-    for name, value in batch.items():
-        if len(value) % accumulation:
-            raise InputError(
-                f"a batch of {len(value)} rows ({name}) cannot be cut into accumulation="
-                f"{accumulation} equal parts: choose a divisor"
-            )
-
-
-def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a.b": leaf} of nested JSON objects."""
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    return {
-        path: leaf
-        for key, item in value.items()
-        for path, leaf in _leaves(item, f"{prefix}.{key}" if prefix else key).items()
-    }
+def _abstract(leaf) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _load(checkpoints: Checkpoints, step: int | None, like: Any) -> Any:
     """Inverse of saving `named`: the pytree of `like` with the checkpoint's arrays."""
     return renamed(checkpoints.restore(step, named(like)), like)
-
-
-@contextlib.contextmanager
-def _stop_on_sigint(log: RunLog) -> Iterator[threading.Event]:
-    """Turns the first ctrl-C (or SIGTERM) into a request to stop; a second one acts as always."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in signals}
-
-    def handle(number, frame):
-        stop.set()
-        for each in signals:
-            signal.signal(each, before[each])
-        log.say("stopping after this step (once more stops at once, unsaved)")
-
-    for number in signals:
-        signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number in signals:
-            signal.signal(number, before[number])

@@ -97,7 +97,11 @@ def lm_loss(
     z_loss where the router has one.
     """
     output = _forward(params, config, batch, rng, options)
-    total, count = next_token_loss(params, config, output.hidden_BTD, batch, max_logit_bytes)
+    # Gathered here, once, and not in every chunk.
+    head = transformer.outer_at_use(params, options)
+    if options.parallel is not None:
+        max_logit_bytes *= options.parallel.mesh.size  # each device holds its part
+    total, count = next_token_loss(head, config, output.hidden_BTD, batch, max_logit_bytes)
     nll = total / jnp.maximum(count, 1.0)
     metrics = {"nll": nll, "target_count": count}
     metrics["token_count"] = jnp.sum(jnp.asarray(batch["segment_ids"]) > 0)

@@ -61,6 +61,51 @@ def test_every_save_is_kept_to_the_last_n_and_the_best(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step_{s:08d}" for s in (1, 3, 4)]
 
 
+def test_saves_in_quick_succession_are_all_kept_and_may_donate(tmp_path):
+    """Orbax's own Checkpointer skips a save while another is under way."""
+    checkpoints = Checkpoints(tmp_path, keep_last=5)
+    negate = jax.jit(lambda tree: jax.tree.map(lambda x: -x, tree), donate_argnums=0)
+    value = {"w": jnp.ones((64, 1024))}
+    for step in range(5):
+        checkpoints.start(step, value)
+        value = negate(value)
+    checkpoints.wait()
+    assert checkpoints.steps() == [0, 1, 2, 3, 4]
+    for step in range(5):
+        found = checkpoints.restore(step, tree.abstract(value))["w"]
+        assert np.unique(found).tolist() == [(-1.0) ** step]
+
+
+def test_every_nth_step_is_kept_for_averaging(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_every=3)
+    for step in range(1, 9):
+        checkpoints.save(step, state(step))
+    assert checkpoints.steps() == [3, 6, 8]
+    with pytest.raises(InputError, match="keep_every must be 0 or more, got -1"):
+        Checkpoints(tmp_path, keep_every=-1)
+
+
+def test_weights_alone(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state(1))
+    wanted = {"params": WANTED["params"]}
+    found = checkpoints.restore(None, wanted, partial=True)
+    assert tree.diff(found, {"params": state(1)["params"]}) == []
+    with pytest.raises(InputError, match="lacks params/v"):
+        checkpoints.restore(None, {"params": {"v": WANTED["step"]}}, partial=True)
+
+
+def test_an_error_of_the_background_is_raised_by_what_waits(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state(1))
+    full = OSError(errno.ENOSPC, "full")
+    monkeypatch.setattr(atomic, "sync_files", lambda path: (_ for _ in ()).throw(full))
+    checkpoints.start(2, state(2))
+    with pytest.raises(InputError, match="no space left while writing .*step_00000002"):
+        checkpoints.start(3, state(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+
+
 def test_an_older_step_saved_again_ends_what_followed_it(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=5)
     for step in (1, 2, 3):
@@ -112,19 +157,19 @@ def test_a_save_cut_off_leaves_the_one_before(tmp_path, monkeypatch, stop):
 def test_ctrl_c_waits_for_the_threads_that_write(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state(1))
-    save, finished = orbax.ocp.save, []
+    finish, finished = checkpoints._finish, []
 
     def interrupted(*args):
         signal.raise_signal(signal.SIGINT)
-        save(*args)
+        finish(*args)
         finished.append(True)
 
-    monkeypatch.setattr(orbax.ocp, "save", interrupted)
+    monkeypatch.setattr(checkpoints, "_finish", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save(2, state(2))
     assert finished == [True] and signal.getsignal(signal.SIGINT) is handler
-    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+    assert Checkpoints(tmp_path).latest_step() == 2
 
 
 def test_a_killed_save_is_no_checkpoint_and_the_next_one_clears_it(tmp_path):

@@ -1,6 +1,6 @@
 """Run as a program: a few training steps, sharded and not, JSON out.
 
-    sharded_cases.py                  8 devices, one process: every case against one device
+    sharded_cases.py quick|all        8 devices, one process: cases against one device
     sharded_cases.py INDEX PORT       one of two processes with 4 devices each: losses of TWO
 """
 
@@ -39,7 +39,7 @@ CASES = (
     ("moe local", MOE, (2, 2, 1, 2), "local", "adamw", 1, "none"),
     ("moe capacity", MOE, (1, 2, 4, 1), "capacity", "adamw", 1, "none"),
 )
-TWO = (CASES[1], CASES[2])
+QUICK = TWO = (CASES[1], CASES[2])
 
 
 def batch_of(step: int) -> dict[str, np.ndarray]:
@@ -112,8 +112,8 @@ def relative(found, wanted) -> float:
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 
 
-def one_process() -> None:
-    for case in CASES:
+def one_process(cases) -> None:
+    for case in cases:
         (losses, params), (found, sharded) = run_plain(case), run_sharded(case)
         worst = jax.tree.map(relative, sharded, params)
         about = {"name": case[0], "losses": relative(found, losses)}
@@ -131,7 +131,7 @@ def two_processes(index: int, port: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if len(sys.argv) > 2:
         two_processes(int(sys.argv[1]), sys.argv[2])
     else:
-        one_process()
+        one_process(QUICK if sys.argv[1] == "quick" else CASES)

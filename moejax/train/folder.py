@@ -1,0 +1,61 @@
+"""A folder is the place of one run: what it is stands in config.json and is compared."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from moejax.io import processes
+from moejax.io.atomic import read_json, write_json
+
+
+def claim_folder(
+    folder: str | os.PathLike[str],
+    identity: Mapping[str, Any],
+    name: str = "config.json",
+    free: Collection[str] = (),
+) -> None:
+    """Makes a folder the place of one run: writes `identity` there, or compares it with what is.
+
+    Keys in `free` ("train.log_every") may differ. InputError names the keys that differ and both
+    values; nothing is touched then.
+    """
+    folder, problem = Path(folder), ""
+    if processes.is_first():
+        wanted = json.loads(json.dumps(identity))
+        if (folder / name).exists():
+            problem = _difference(folder, wanted, read_json(folder / name), free)
+        if not problem:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / name, wanted)
+    processes.agree(problem)
+
+
+def _difference(folder: Path, wanted: Any, there: Any, free: Collection[str]) -> str:
+    ours, theirs, missing = _leaves(wanted), _leaves(there), object()
+    differing = [
+        f"{key} ({theirs.get(key, 'unset')!r} there, {ours.get(key, 'unset')!r} here)"
+        for key in sorted(ours.keys() | theirs.keys())
+        if key not in free and ours.get(key, missing) != theirs.get(key, missing)
+    ]
+    if not differing:
+        return ""
+    what = f"{folder} holds a run of another config: {', '.join(differing)}"
+    if any(key.startswith("data.") for key in ours if ours[key] != theirs.get(key, missing)):
+        what += ". The data is not what the run began with: bring that file back"
+        return what + ", or start anew in another folder"
+    return what + "; give that config, or another folder"
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a.b": leaf} of nested JSON objects."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {
+        path: leaf
+        for key, item in value.items()
+        for path, leaf in _leaves(item, f"{prefix}.{key}" if prefix else key).items()
+    }
