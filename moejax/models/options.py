@@ -1,299 +1,56 @@
-"""The training loop: resumes by default, evaluates, keeps the best, stops cleanly.
-
-A run lives in a work directory: config.json (what it is), env.json, metrics.jsonl, tb/, ckpt/ and,
-if asked for, best/. Batches and randomness are functions of the step, so a run that was killed and
-started again equals, bit for bit on the same mesh, one that never was. On several processes all of
-them call `fit` with a directory that they share; process 0 keeps the records.
-"""
+"""How a forward pass is computed, never what: dtypes, what is kept, implementations, the mesh."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
-import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from moejax.core import tree
 from moejax.core.errors import InputError
-from moejax.io import processes
-from moejax.io.atomic import read_json, write_json
-from moejax.io.checkpoint import Checkpoints
-from moejax.train.feed import Batches, Feed
-from moejax.train.folder import claim_folder
-from moejax.train.log import (
-    Record,
-    RunLog,
-    environment,
-    load_imbalance,
-    read_metrics,
-    truncate_metrics,
-)
-from moejax.train.optim import make_optimizer, make_schedule
-from moejax.train.placement import step_program
-from moejax.train.run_config import FREE, FitResult, RunInfo, TrainConfig
-from moejax.train.state import TrainState, init_state, named, renamed
-from moejax.train.step import Adjust, LossFn, StepOptions, make_train_step
-from moejax.train.stopping import Agreement, StopRequest, Watchdog, stop_on_signal
+from moejax.moe.expert_parallel import Parallel
+from moejax.ops.attention_blockwise import SAVED
 
-__all__ = ["FREE", "Batches", "EvalFn", "FitResult", "RunInfo", "TrainConfig"]
-__all__ += ["claim_folder", "fit", "load_best", "load_params"]
-
-EvalFn = Callable[[tree.Tree, tree.Tree], Mapping[str, float]]
+REMAT = ("nothing", "dots", "full", "offload")
+# Of what a block hands on, what "offload" keeps in the host's memory: its input.
+BLOCK_INPUT = "block_input"
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED),
+    ),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 
-def fit(
-    config: TrainConfig,
-    loss_fn: LossFn,
-    trainable: tree.Tree,
-    frozen: tree.Tree,
-    batches: Batches,
-    workdir: str | os.PathLike[str],
-    eval_fn: EvalFn | None = None,
-    info: RunInfo = RunInfo(),
-    adjust: Adjust | None = None,
-) -> FitResult:
-    """Trains `trainable` from where `workdir` stands to `config.steps`.
+@dataclasses.dataclass(frozen=True)
+class ForwardOptions:
+    """How to compute, never what.
 
-    Args:
-      config: the run's settings.
-      loss_fn: see `moejax.train.step.LossFn`.
-      trainable: start values; untouched unless `info.donate`. With `info.mesh`, arrays on it.
-      frozen: parameters that loss_fn only reads.
-      batches: step (0-based) -> batch of arrays with equal leading dims; of (step, parameters)
-        where `info.on_policy` says so.
-      workdir: made if missing.
-      eval_fn: (trainable, frozen) -> {name: float}.
-      info: what to say of the run, and the mesh it has.
-      adjust: see `moejax.train.step.make_train_step`.
-
-    Errors: InputError for a work directory of another config, rows that `accumulation` does not
-    divide, more steps in a row than `max_skipped` without a finite loss. KeyboardInterrupt after
-    ctrl-C and `moejax.train.stopping.Preempted` after SIGTERM, once the state is saved.
+    Attributes:
+      compute_dtype: dtype of the arithmetic (routers and norms' statistics stay float32).
+      remat: what of a block is computed again in the backward pass: "nothing" (also "none"),
+        "dots" (all but matrix products and what blockwise attention mixed), "full" (all; block
+        inputs are kept) or "offload" (all; block inputs wait in the host's memory).
+      moe_implementation: a name of `moejax.ops.grouped_matmul.IMPLEMENTATIONS`, None chooses.
+      attention: a name of `moejax.ops.attention.IMPLEMENTATIONS`, None chooses.
+      trace_routing: keep each token's experts in `Output.stats.trace`, [L, B, T, K].
+      parallel: the mesh, and how tokens travel to their experts on it; None is one device. Rows
+        are then split over its data, fsdp and expert axes, so their number must divide by those.
     """
-    workdir = Path(workdir)
-    identity = {"train": dataclasses.asdict(config), **info.identity}
-    claim_folder(workdir, identity, free=[f"train.{name}" for name in FREE])
-    run = _Run(config, eval_fn, workdir, info)
-    ahead = 0 if info.on_policy else config.prefetch
-    with Feed(batches, config.steps, info.mesh, ahead) as feed:
-        run.prepare(loss_fn, (trainable, frozen), feed, adjust)
-        state = run.start(trainable)
-        del trainable
-        if run.step < config.steps:
-            with RunLog(workdir, info.title, config.steps, run.step, info.quiet) as log:
-                if run.step:
-                    log.say(f"resuming at step {run.step} of {config.steps} from {workdir}")
-                state = run.train(state, frozen, feed, log)
-    best = run.best()
-    return FitResult(
-        state.params, run.step, best.get("step"), best.get("value"), read_metrics(workdir)
-    )
 
+    compute_dtype: str = "float32"
+    remat: str = "nothing"
+    moe_implementation: str | None = None
+    attention: str | None = None
+    trace_routing: bool = False
+    parallel: Parallel | None = None
 
-def load_best(workdir: str | os.PathLike[str], like: tree.Tree) -> tree.Tree:
-    """The parameters that evaluated best in a run; `like` gives shapes, dtypes and shardings."""
-    wanted = jax.tree.map(_abstract, like)
-    return _load(Checkpoints(Path(workdir) / "best", keep_last=1), None, wanted)
-
-
-def load_params(
-    workdir: str | os.PathLike[str], like: tree.Tree, step: int | None = None
-) -> tree.Tree:
-    """The trained parameters of a run's checkpoint (None: its newest), without the optimizer's
-    state; `like` gives shapes, dtypes and, for another mesh, shardings."""
-    wanted = {"params": jax.tree.map(_abstract, like)}
-    return Checkpoints(Path(workdir) / "ckpt").restore(step, wanted, partial=True)["params"]
-
-
-class _Run:
-    """One start of a run: its checkpoints, its compiled step, how far it is."""
-
-    def __init__(self, config: TrainConfig, eval_fn, workdir: Path, info: RunInfo):
-        self._config, self._eval_fn, self._workdir, self._info = config, eval_fn, workdir, info
-        self._optimizer = make_optimizer(config.optim, config.steps)
-        self._schedule = make_schedule(config.optim, config.steps)
-        self._checkpoints = Checkpoints(
-            workdir / "ckpt", keep_last=config.keep_last, keep_every=config.keep_every
-        )
-        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._bad_in_a_row = 0
-        self.step = 0
-
-    def prepare(self, loss_fn: LossFn, params: tuple, feed: Feed, adjust: Adjust | None) -> None:
-        """Finds the newest checkpoint and builds the step, before anything is read or compiled."""
-        config, mesh = self._config, self._info.mesh
-        self._latest = self._checkpoints.latest_step()
-        self.step = self._latest or 0
-        options = StepOptions(
-            config.accumulation, config.accumulation_dtype, config.max_skipped > 0, mesh
-        )
-        self._update: Any
-        if mesh is None:
-            if self.step < config.steps and not self._info.on_policy:
-                feed.check(self.step, config.accumulation)
-            self._like = jax.eval_shape(lambda p: init_state(p, self._optimizer), params[0])
-            self._update = make_train_step(loss_fn, self._optimizer, options, adjust)
-            return
-        first = feed.check(min(self.step, config.steps - 1), config.accumulation)
-        batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in first.items()}
-        program = step_program(loss_fn, self._optimizer, params, batch, options, adjust)
-        self._like, self._update = program.state, program.step
-
-    def start(self, trainable: tree.Tree) -> TrainState:
-        """The latest checkpoint's state, or a fresh one."""
-        if processes.is_first():
-            write_json(self._workdir / "env.json", environment())
-            truncate_metrics(self._workdir, self.step)
-        if self._latest is not None:
-            if self._info.donate:
-                jax.tree.map(lambda leaf: leaf.delete(), trainable)
-            return _load(self._checkpoints, self._latest, self._like)
-        if self._info.mesh is None:
-            # The step donates its state; the caller's arrays are the caller's.
-            params = trainable if self._info.donate else jax.tree.map(_copy, trainable)
-            return init_state(params, self._optimizer)
-        places = jax.tree.map(lambda leaf: leaf.sharding, self._like)
-        fresh = jax.jit(
-            lambda params: init_state(params, self._optimizer),
-            out_shardings=places,
-            donate_argnums=0 if self._info.donate else (),
-        )
-        return fresh(trainable)
-
-    def train(self, state, frozen, feed: Feed, log: RunLog) -> TrainState:
-        """Steps to the end; saves there, every save_every steps, and before an interrupt."""
-        config, key = self._config, jax.random.key(self._config.seed)
-        agreement = Agreement(self._info.mesh)
-        saved = self.step
-        self._since = time.perf_counter()
-        stacks = self._workdir / "stacks" / f"process_{jax.process_index()}.txt"
-        with stop_on_signal(log.say) as stop, Watchdog(config.hang_s, stacks) as watchdog:
-            stopping = False
-            while self.step < config.steps and not stopping:
-                seen = (state.params,) if self._info.on_policy else ()
-                state, metrics = self._update(state, frozen, feed.get(self.step, *seen), key)
-                self.step += 1
-                self._pending.append((self.step, metrics))
-                stopping = agreement.reached(stop.is_set())
-                last = self.step == config.steps
-                evaluate = self._eval_fn and (last or _due(self.step, config.eval_every))
-                save = last or _due(self.step, config.save_every)
-                if evaluate or save or stopping or _due(self.step, config.log_every):
-                    self._flush(log)
-                if evaluate:
-                    watchdog.beat(self.step)
-                    self._evaluate(state, frozen, log)
-                if save:
-                    saved = self._save(state)
-                if evaluate or save:
-                    self._since = time.perf_counter()
-                watchdog.beat(self.step)
-            if stopping and self.step < config.steps:
-                if saved != self.step:
-                    self._save(state)
-                self._interrupted(stop)
-            self._checkpoints.wait()
-        return state
-
-    def _interrupted(self, stop: StopRequest) -> None:
-        """Waits for the checkpoint and raises what stopped the run."""
-        self._checkpoints.wait()
-        raise (stop.error or KeyboardInterrupt)(
-            f"interrupted: step {self.step} of {self._config.steps} is saved in "
-            f"{self._workdir}; the same command goes on from there"
-        )
-
-    def best(self) -> dict[str, Any]:
-        """{"step", "value"} of the best evaluation so far, or nothing."""
-        path = self._workdir / "best.json"
-        return read_json(path) if self._config.best_metric and path.exists() else {}
-
-    def _flush(self, log: RunLog) -> None:
-        """Waits for the pending steps, checks their losses, records them."""
-        fetched = jax.device_get(self._pending)
-        now = time.perf_counter()
-        step_s = (now - self._since) / max(1, len(fetched))
-        self._since, self._pending = now, []
-        for step, metrics in fetched:
-            record = self._record(step, step_s, metrics)
-            fine = math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
-            self._bad_in_a_row = 0 if fine else self._bad_in_a_row + 1
-            if self._bad_in_a_row > self._config.max_skipped:
-                raise InputError(self._not_finite(step, record))
-            log.train(record, show=step == fetched[-1][0])
-            if not fine:
-                found = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
-                log.say(f"step {step} is skipped, it changed nothing: {found}")
-
-    def _record(self, step: int, step_s: float, metrics: dict[str, np.ndarray]) -> Record:
-        lr = float(self._schedule(step - 1))
-        record: Record = {"step": step, "step_s": step_s, "lr": lr}
-        record |= {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
-        if "token_count" in record:
-            record["tokens_per_s"] = record["token_count"] / step_s
-        if "expert_count" in metrics:
-            record["expert_count"] = metrics["expert_count"].astype(int).tolist()
-            record["load_max"] = load_imbalance(metrics["expert_count"])
-        if self._info.flops_per_step:
-            record["gflops"] = self._info.flops_per_step / step_s / 1e9
-            if self._info.peak:
-                record["mfu"] = record["gflops"] / self._info.peak.gflops
-        return record
-
-    def _not_finite(self, step: int, record: Record) -> str:
-        self._checkpoints.wait()
-        latest = self._checkpoints.latest_step()
-        where = f"the last checkpoint is step {latest}" if latest else "nothing was saved"
-        many = f" and {self._bad_in_a_row - 1} before it" if self._bad_in_a_row > 1 else ""
-        return (
-            f"the loss is {record['loss']} and the gradient norm {record['grad_norm']} at step "
-            f"{step}{many} with lr {record['lr']:.2e}: lower the learning rate, lengthen the "
-            f"warm-up or clip gradients ({where} in {self._workdir})"
-        )
-
-    def _evaluate(self, state: TrainState, frozen, log: RunLog) -> None:
-        assert self._eval_fn is not None
-        results = {k: float(v) for k, v in self._eval_fn(state.params, frozen).items()}
-        log.evaluation({"step": self.step} | {f"eval/{k}": v for k, v in results.items()})
-        name = self._config.best_metric
-        if not name:
-            return
-        if name not in results:
-            raise InputError(f"best_metric {name!r} is not evaluated: use {', '.join(results)}")
-        if results[name] < self.best().get("value", math.inf):
-            # best.json follows the weights: killed in between, the weights are written again.
-            best = Checkpoints(self._workdir / "best", keep_last=1)
-            best.save(self.step, named(state.params), {name: results[name]})
-            if processes.is_first():
-                found = {"step": self.step, "value": results[name]}
-                write_json(self._workdir / "best.json", found)
-            processes.agree()  # nobody reads it before it is there
-
-    def _save(self, state: TrainState) -> int:
-        self._checkpoints.start(self.step, named(state), {})
-        return self.step
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _copy(leaf) -> jax.Array:
-    return jnp.array(leaf, copy=True)
-
-
-def _abstract(leaf) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _load(checkpoints: Checkpoints, step: int | None, like: Any) -> Any:
-    """Inverse of saving `named`: the pytree of `like` with the checkpoint's arrays."""
-    return renamed(checkpoints.restore(step, named(like)), like)
+    def __post_init__(self):
+        if self.remat not in ("none", *REMAT):
+            raise InputError(f"remat {self.remat!r} is unknown: use {', '.join(REMAT)}")

@@ -45,93 +45,7 @@ from moejax.train.stopping import Agreement, StopRequest, Watchdog, stop_on_sign
 __all__ = ["FREE", "Batches", "EvalFn", "FitResult", "RunInfo", "TrainConfig"]
 __all__ += ["claim_folder", "fit", "load_best", "load_params"]
 
-<<<<<<< HEAD
-# (step) -> batch, or (step, parameters) -> batch where `RunInfo.on_policy` says so.
-Batches = Callable[..., Mapping[str, np.ndarray]]
 EvalFn = Callable[[tree.Tree, tree.Tree], Mapping[str, float]]
-# Settings of TrainConfig that may change between two starts of one run: its steps stay the same.
-FREE = ("log_every", "save_every", "eval_every", "keep_last")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """A run.
-
-    Attributes:
-      steps: updates in all. optim: the optimizer. seed: of all randomness.
-      accumulation: microbatches per update; divides the rows of a batch.
-      log_every: steps between console lines (every step is in metrics.jsonl); losses are fetched,
-        and checked to be finite, as often.
-      save_every: steps between checkpoints; 0 saves at the end and on ctrl-C only.
-      keep_last: checkpoints kept.
-      eval_every: steps between evaluations; 0 evaluates at the end only (if there is an eval_fn).
-      best_metric: name of the evaluation result whose smallest value is kept in best/; "" keeps
-        none.
-    """
-
-    steps: int
-    optim: OptimConfig = OptimConfig()
-    accumulation: int = 1
-    seed: int = 0
-    log_every: int = 1
-    save_every: int = 0
-    keep_last: int = 1
-    eval_every: int = 0
-    best_metric: str = ""
-
-    def __post_init__(self):
-        for name in ("steps", "accumulation", "log_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("save_every", "eval_every"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class RunInfo:
-    """What is known of a run beside its settings.
-
-    Attributes:
-      title: shown before console lines. quiet: no console.
-      identity: what else makes this run this run (model, data), JSON; kept in config.json.
-      flops_per_step: of one update, for GFLOP/s; peak: what they are held against, for MFU.
-      donate: the caller hands `trainable` over (its arrays are gone afterwards) and saves a copy.
-      on_policy: `batches` is also given the parameters as they are before the step.
-    """
-
-    title: str = ""
-    identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    flops_per_step: float = 0.0
-    peak: Peak | None = None
-    quiet: bool = False
-    donate: bool = False
-    on_policy: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class FitResult:
-    """params: after the last step; best_step, best_value: None unless best_metric is set; records:
-    all of metrics.jsonl."""
-
-    params: tree.Tree
-    step: int
-    best_step: int | None
-    best_value: float | None
-    records: list[Record]
-
-    @property
-    def wall_s(self) -> float:
-        """Seconds of training steps, over all starts of the run, without evaluation and saving."""
-        return sum(r.get("step_s", 0.0) for r in self.records)
-
-    @property
-    def train_tokens(self) -> int:
-        """Tokens trained on, padding excluded."""
-        return round(sum(r.get("token_count", 0.0) for r in self.records))
-=======
-EvalFn = Callable[[tree.Tree, tree.Tree], Mapping[str, float]]
->>>>>>> d824268 (Training on a mesh and on several processes: weights gathered at use, batches by process, checkpoints in the background, SIGTERM, watchdog)
 
 
 def fit(
@@ -152,7 +66,8 @@ def fit(
       loss_fn: see `moejax.train.step.LossFn`.
       trainable: start values; untouched unless `info.donate`. With `info.mesh`, arrays on it.
       frozen: parameters that loss_fn only reads.
-      batches: step (0-based) -> batch of arrays with equal leading dims.
+      batches: step (0-based) -> batch of arrays with equal leading dims; of (step, parameters)
+        where `info.on_policy` says so.
       workdir: made if missing.
       eval_fn: (trainable, frozen) -> {name: float}.
       info: what to say of the run, and the mesh it has.
@@ -165,22 +80,9 @@ def fit(
     workdir = Path(workdir)
     identity = {"train": dataclasses.asdict(config), **info.identity}
     claim_folder(workdir, identity, free=[f"train.{name}" for name in FREE])
-<<<<<<< HEAD
-    optimizer = make_optimizer(config.optim, config.steps)
-    update = make_train_step(loss_fn, optimizer, StepOptions(config.accumulation), adjust)
-    run = _Run(config, (optimizer, update), eval_fn, workdir, info)
-    state = run.start(trainable)
-    del trainable
-    if run.step < config.steps:
-        if not info.on_policy:
-            _check_rows(batches(run.step), config.accumulation)
-        with RunLog(workdir, info.title, config.steps, run.step, info.quiet) as log:
-            if run.step:
-                log.say(f"resuming at step {run.step} of {config.steps} from {workdir}")
-            state = run.train(state, frozen, batches, log)
-=======
     run = _Run(config, eval_fn, workdir, info)
-    with Feed(batches, config.steps, info.mesh, config.prefetch) as feed:
+    ahead = 0 if info.on_policy else config.prefetch
+    with Feed(batches, config.steps, info.mesh, ahead) as feed:
         run.prepare(loss_fn, (trainable, frozen), feed, adjust)
         state = run.start(trainable)
         del trainable
@@ -189,7 +91,6 @@ def fit(
                 if run.step:
                     log.say(f"resuming at step {run.step} of {config.steps} from {workdir}")
                 state = run.train(state, frozen, feed, log)
->>>>>>> d824268 (Training on a mesh and on several processes: weights gathered at use, batches by process, checkpoints in the background, SIGTERM, watchdog)
     best = run.best()
     return FitResult(
         state.params, run.step, best.get("step"), best.get("value"), read_metrics(workdir)
@@ -235,7 +136,7 @@ class _Run:
         )
         self._update: Any
         if mesh is None:
-            if self.step < config.steps:
+            if self.step < config.steps and not self._info.on_policy:
                 feed.check(self.step, config.accumulation)
             self._like = jax.eval_shape(lambda p: init_state(p, self._optimizer), params[0])
             self._update = make_train_step(loss_fn, self._optimizer, options, adjust)
@@ -272,18 +173,13 @@ class _Run:
         agreement = Agreement(self._info.mesh)
         saved = self.step
         self._since = time.perf_counter()
-<<<<<<< HEAD
-        with _stop_on_sigint(log) as stop:
-            while self.step < config.steps and not stop.is_set():
-                seen = (self.step, state.params) if self._info.on_policy else (self.step,)
-                state, metrics = self._update(state, frozen, batches(*seen), key)
-=======
         stacks = self._workdir / "stacks" / f"process_{jax.process_index()}.txt"
         with stop_on_signal(log.say) as stop, Watchdog(config.hang_s, stacks) as watchdog:
             stopping = False
             while self.step < config.steps and not stopping:
-                state, metrics = self._update(state, frozen, feed.get(self.step), key)
->>>>>>> d824268 (Training on a mesh and on several processes: weights gathered at use, batches by process, checkpoints in the background, SIGTERM, watchdog)
+                seen = (state.params,) if self._info.on_policy else ()
+                batch = feed.get(self.step, *seen)
+                state, metrics = self._update(state, frozen, batch, key)
                 self.step += 1
                 self._pending.append((self.step, metrics))
                 stopping = agreement.reached(stop.is_set())
