@@ -113,6 +113,14 @@ class Checkpoints:
             _log.error("checkpoint in %s failed", self.directory, exc_info=error)
         processes.agree(problem)
 
+    def settle(self, limit_s: float = 60.0) -> None:
+        """Lets a save that is under way come to its end when something else went wrong.
+
+        On several processes no longer than `limit_s`: one that is gone would be waited for.
+        """
+        if self._writer is not None:
+            self._writer.join(None if jax.process_count() == 1 else limit_s)
+
     def _finish(self, step: int, metrics: dict[str, float], written: Callable[[], None]) -> None:
         """What the thread does: waits for orbax, then makes a checkpoint of its files."""
         folder, part = self._folder(step), self.directory / _PART

@@ -90,7 +90,10 @@ def fit(
             with RunLog(workdir, info.title, config.steps, run.step, info.quiet) as log:
                 if run.step:
                     log.say(f"resuming at step {run.step} of {config.steps} from {workdir}")
-                state = run.train(state, frozen, feed, log)
+                try:
+                    state = run.train(state, frozen, feed, log)
+                finally:
+                    run.settle()
     best = run.best()
     return FitResult(
         state.params, run.step, best.get("step"), best.get("value"), read_metrics(workdir)
@@ -210,6 +213,10 @@ class _Run:
             f"interrupted: step {self.step} of {self._config.steps} is saved in "
             f"{self._workdir}; the same command goes on from there"
         )
+
+    def settle(self) -> None:
+        """Lets a checkpoint that is being written be finished, whatever ended the steps."""
+        self._checkpoints.settle()
 
     def best(self) -> dict[str, Any]:
         """{"step", "value"} of the best evaluation so far, or nothing."""
