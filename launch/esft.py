@@ -1,7 +1,13 @@
 """ESFT: train the experts that a task uses, and only them (arXiv 2407.01906).
 
-    python -m launch.esft --stage=select --scores=DIR --score=token --threshold=0.2 --out=FILE.json
+    python -m launch.esft --stage=score --model=MODEL --data=task.jsonl --out=SCORES
+    python -m launch.esft --stage=select --scores=SCORES --score=token --threshold=0.2 \\
+        --out=FILE.json
 
+score   counts, per layer and expert, which share of the task's tokens choose it and its mean gate
+        score. SCORES gets summary.json (the reference's layout), counts.npz (exact, also per
+        conversation), stability.json and .png (from how many tokens on the ranking is stable) and,
+        with --per_token, the reference's per-token files; --gradients adds a third signal.
 select  chooses experts by their scores: per layer the smallest set whose scores reach --threshold,
         or --count best ones, or as many as another config has (--counts_from), or what fits in
         --byte_budget. --random_seed draws as many at random instead, the control. --scores is a
@@ -15,11 +21,30 @@ from absl import flags
 from launch import cli
 from moejax.core.errors import InputError
 
-STAGES = ("select",)
+STAGES = ("score", "select")
 
 STAGE = flags.DEFINE_enum("stage", None, STAGES, "What to do.", required=True)
 OUT = flags.DEFINE_string("out", None, "File or folder to make.")
 MODEL = flags.DEFINE_string("model", None, "Model: folder, .gguf file or hub id.")
+DATA = flags.DEFINE_string(
+    "data", None, "score: stdlib, a .jsonl, .jsonl.gz or .parquet file, or a hub data set."
+)
+NUM_TOKENS = flags.DEFINE_integer(
+    "num_tokens", 131072, "score: tokens to read, the paper's number; 0: all of the data."
+)
+SEQ_LEN = flags.DEFINE_integer("seq_len", 4096, "score: tokens per packed row.", lower_bound=2)
+BATCH = flags.DEFINE_integer("batch_size", 1, "score: rows at a time.", lower_bound=1)
+HELDOUT = flags.DEFINE_float(
+    "heldout_share", 0.15, "score: share of the data that is not read, training's held-out part."
+)
+SEED = flags.DEFINE_integer("seed", 0, "score: of the order of the data.")
+DTYPE = flags.DEFINE_string("dtype", "float32", "score: of the arithmetic.")
+AVERAGE = flags.DEFINE_enum(
+    "average", "pooled", ("pooled", "sequence"), "score: over all tokens, or over sequences' means."
+)
+PER_TOKEN = flags.DEFINE_bool("per_token", False, "score: write expert_weights_<layer>.txt too.")
+GRADIENTS = flags.DEFINE_bool("gradients", False, "score: also by the size of gradients.")
+GRADIENT_BATCHES = flags.DEFINE_integer("gradient_batches", 8, "score: batches for --gradients.")
 SCORES = flags.DEFINE_string("scores", None, "select: folder or file of scores.")
 SCORE = flags.DEFINE_enum(
     "score",
@@ -49,11 +74,15 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what is at --out.")
 
 def main(argv) -> None:
     del argv
-    if STAGE.value == "select":
+    # A stage's modules are imported when it runs: --help should not wait for jax.
+    if STAGE.value == "score":
+        from launch import esft_score
+
+        esft_score.main(_named("out", "model", "data"))
+    elif STAGE.value == "select":
         from launch import esft_select
 
         esft_select.main(_named("out", "scores"))
-        return
 
 
 def _named(*names: str) -> dict:
