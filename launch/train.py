@@ -3,9 +3,12 @@
     python -m launch.train --config=configs/quickstart_sft.py --config.model.source=MODEL \\
         --workdir=runs/sft
     python -m launch.train --config=configs/quickstart_sft.py --config.train.lr=1e-5 --dry_run
+    python -m launch.train --multihost=HOST:PORT,NUM,INDEX --config=... --workdir=SHARED_FOLDER
 
---config.SECTION.KEY=VALUE changes a key; configs/base.py says what each means. A run whose
---workdir is there goes on where it stopped; the tuned model is WORKDIR/model.
+--config.SECTION.KEY=VALUE changes a key; configs/base.py says what each means. All devices are
+used, split as --config.mesh.* says (0 chooses). A run whose --workdir is there goes on where it
+stopped, also on another mesh or number of processes; the tuned model is WORKDIR/model.
+SIGTERM saves and exits with 75: start the same command again.
 """
 
 from __future__ import annotations
@@ -14,18 +17,18 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from launch import cli
+from launch import cli, multihost
+from launch.program import make_loss, make_mesh_of, parallel_options
 from launch.settings import (
     PRESET,
     Rows,
     checked,
     describe,
     describe_memory,
-    forward_options,
     load_rows,
     plan_memory,
     preset,
@@ -35,13 +38,14 @@ from moejax.core.errors import InputError
 from moejax.data.loader import batches
 from moejax.data.packing import Packed
 from moejax.evals import nll
-from moejax.io import lineage
+from moejax.io import lineage, processes
 from moejax.io.hf import has_class
 from moejax.io.load import Loaded, load_any, save_any
+from moejax.io.sharded import on_mesh
 from moejax.models import flops
 from moejax.models.config import ModelConfig
+from moejax.train.layout import describe_mesh
 from moejax.train.loop import FitResult, RunInfo, TrainConfig, fit, load_best
-from moejax.train.loss import lm_loss
 from moejax.train.peak import measure_gemm_peak
 from moejax.train.selection_bias import selection_bias_update
 
@@ -52,6 +56,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; resumed if it
 def main(argv) -> None:
     del argv
     config = checked(CONFIG.value)
+    multihost.start()
+    say = multihost.say
     if config.model.source.startswith(PRESET):
         plan_preset(config)
         return
@@ -63,29 +69,37 @@ def main(argv) -> None:
     plan = load_any(config.model.source, config.model.dtype, abstract=True)
     rows = load_rows(config, plan)
     settings = train_config(config, len(rows.train.ids))
+    mesh = make_mesh_of(config, plan.config)
     loss = make_loss(plan.config, config)
-    for line in describe(config, plan.config, settings, rows):
-        print(line, flush=True)
-    print(describe_memory(plan_memory(config, plan.config, settings, loss)), flush=True)
+    for line in [*multihost.device_table(), *describe(config, plan.config, settings, rows)]:
+        say(line)
+    say(f"mesh     {describe_mesh(mesh)}, {jax.process_count()} process(es)")
+    say(describe_memory(plan_memory(config, plan.config, settings, loss)))
     if workdir is None or cli.DRY_RUN.value:
-        print("dry run: nothing trained, nothing written")
+        say("dry run: nothing trained, nothing written")
         return
-    loaded = load_any(config.model.source, config.model.dtype)
+    train(config, load_on(mesh, config), rows, settings, (mesh, Path(workdir)))
+
+
+def load_on(mesh: Mesh, config: ConfigDict) -> Loaded:
+    """The model on the devices; of several, each process reads only what its devices hold."""
+    source, dtype = config.model.source, config.model.dtype
+    if mesh.size > 1:
+        return load_any(source, dtype, place=on_mesh(mesh))
+    loaded = load_any(source, dtype)
     # From here on the device's copy is the only one, and the run takes it over.
-    loaded = dataclasses.replace(loaded, params=jax.device_put(loaded.params))
-    train(config, loaded, rows, settings, Path(workdir))
-
-
-def make_loss(model: ModelConfig, config: ConfigDict):
-    """The loss of all parameters, with the routers' noise."""
-    options = forward_options(config)
-    return lambda params, frozen, batch, rng: lm_loss(params, model, batch, rng, options)
+    return dataclasses.replace(loaded, params=jax.device_put(loaded.params))
 
 
 def train(
-    config: ConfigDict, loaded: Loaded, rows: Rows, settings: TrainConfig, workdir: Path
+    config: ConfigDict,
+    loaded: Loaded,
+    rows: Rows,
+    settings: TrainConfig,
+    where: tuple[Mesh, Path],
 ) -> None:
     """Runs the stage and writes WORKDIR/model."""
+    mesh, workdir = where
     model, data = loaded.config, config.data
     if settings.best_metric and rows.heldout is None:
         raise InputError("train.keep_best needs held-out data: raise data.heldout_share above 0")
@@ -97,16 +111,24 @@ def train(
         "data": rows.summary,
     }
     peak = measure_gemm_peak(config.compute.dtype)
-    print(f"machine  {peak.gflops:,.0f} GFLOP/s in {peak.dtype} matrix products, {peak.device}")
+    rate = f"{peak.gflops:,.0f} GFLOP/s in {peak.dtype} matrix products"
+    multihost.say(f"machine  {rate}, {peak.device}")
     result = fit(
         settings,
-        make_loss(model, config),
+        make_loss(model, config, mesh),
         loaded.params,
         {},
         batches(rows.train, config.train.batch_size, data.seed),
         workdir,
-        make_eval(config, model, rows.heldout),
-        RunInfo("train", identity, step_flops, peak, donate=True),
+        make_eval(config, model, rows.heldout, mesh),
+        RunInfo(
+            "train",
+            identity,
+            step_flops,
+            peak,
+            donate=True,
+            mesh=mesh if mesh.size > 1 else None,
+        ),
         selection_bias_update(model),
     )
     best = settings.best_metric and result.best_step != result.step
@@ -115,11 +137,11 @@ def train(
     save(config, tuned_model, result, rows.summary, workdir / "model")
 
 
-def make_eval(config: ConfigDict, model: ModelConfig, heldout: Packed | None):
+def make_eval(config: ConfigDict, model: ModelConfig, heldout: Packed | None, mesh: Mesh):
     """Held-out nats per answer token, or nothing where nothing is held out."""
     if heldout is None:
         return None
-    options, batch_size = forward_options(config), config.train.batch_size
+    options, batch_size = parallel_options(config, mesh), config.train.batch_size
 
     def evaluate(params, frozen):
         found = nll.evaluate(params, model, heldout, batch_size=batch_size, options=options)
@@ -132,7 +154,19 @@ def save(
     config: ConfigDict, loaded: Loaded, result: FitResult, data: dict, target: Path
 ) -> None:
     """Writes the tuned model, replacing one that an earlier start of this run wrote."""
-    params = jax.tree.map(np.asarray, loaded.params)
+    loaded, problem = dataclasses.replace(loaded, params=processes.to_host(loaded.params)), ""
+    if processes.is_first():
+        try:
+            write(config, loaded, result, data, target)
+        except InputError as error:
+            problem = str(error)
+    processes.agree(problem)
+
+
+def write(
+    config: ConfigDict, loaded: Loaded, result: FitResult, data: dict, target: Path
+) -> None:
+    """`save` of parameters on the host, by one process."""
     results = {"step": result.step, "last_loss": result.records[-1].get("loss")}
     results |= {"train_tokens": result.train_tokens, "wall_s": round(result.wall_s, 1)}
     results["data"] = data
@@ -140,7 +174,7 @@ def save(
         results |= {"best_step": result.best_step, "best_nll": result.best_value}
     read = [lineage.input_of(loaded.source)]
     operations = lineage.append(loaded.lineage, "train", read, config.to_dict(), results)
-    loaded = dataclasses.replace(loaded, params=params, lineage=operations)
+    loaded = dataclasses.replace(loaded, lineage=operations)
     form = config.save.format or ("hf" if has_class(loaded.config) else "orbax")
     save_any(loaded, target, form, config.save.dtype, overwrite=True)
     print(f"written  {target} ({form}) after {result.wall_s:.0f} s of training")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -11,6 +11,28 @@ from moejax.core.errors import InputError
 from moejax.data.packing import Packed
 
 Batch = dict[str, np.ndarray]
+
+
+class TrainBatches:
+    """``batches(step)`` is a batch; ``batches.rows(step, first, last)`` some of its rows alone.
+
+    So each of several processes reads its own rows of the one global batch.
+    """
+
+    def __init__(self, rows: grain.MapDataset, batch_size: int):
+        self._rows, self._batch_size = rows, batch_size
+
+    def __call__(self, step: int) -> Batch:
+        """All rows of a step's batch."""
+        return self.rows(step, 0, self._batch_size)
+
+    def rows(self, step: int, first: int, last: int) -> Batch:
+        """Rows first .. last - 1 of a step's batch."""
+        if step < 0:
+            raise InputError(f"step {step} is negative; steps count from 0")
+        start = step * self._batch_size
+        found = [self._rows[start + row] for row in range(first, last)]
+        return {name: np.stack([row[name] for row in found]) for name in found[0]}
 
 
 class _Rows:
@@ -28,7 +50,7 @@ class _Rows:
 
 def batches(
     packed: Packed, batch_size: int, seed: int = 0, shuffle: bool = True
-) -> Callable[[int], Batch]:
+) -> TrainBatches:
     """`step -> batch` for training: every epoch another order, without end.
 
     Batches run over the borders of epochs, so all have `batch_size` rows and no row is left out.
@@ -43,14 +65,7 @@ def batches(
     dataset = grain.MapDataset.source(rows).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()
-    dataset = dataset.repeat(None).batch(batch_size)
-
-    def batch_at(step: int) -> Batch:
-        if step < 0:
-            raise InputError(f"step {step} is negative; steps count from 0")
-        return dataset[step]
-
-    return batch_at
+    return TrainBatches(dataset.repeat(None), batch_size)
 
 
 def fixed_batches(packed: Packed, batch_size: int) -> Iterator[Batch]:

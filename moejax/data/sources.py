@@ -30,9 +30,9 @@ FILE_TYPES = (".jsonl", ".jsonl.gz", ".parquet")
 
 
 def load_records(source: str, split: str = "train", limit: int | None = None) -> list[Record]:
-    """All conversations of a file, or of a data set on the hub (`owner/name`), in order.
+    """All conversations of a file, or of a data set on the hub, in order.
 
-    `split` chooses among a hub data set's parts; `limit` stops after that many rows. InputError
+    On the hub: `owner/name`, or `owner/name:subset` where it has several. `split` chooses among a hub data set's parts; `limit` stops after that many rows. InputError
     names file and line of a broken row, a missing field, an empty source and an unknown file type.
     """
     records: list[Record] = []
@@ -118,7 +118,7 @@ def rows(source: str, split: str = "train") -> Iterator[tuple[str, Any]]:
         if source.endswith(".parquet"):
             return _parquet(path)
         raise InputError(f"{source}: unknown file type; known are {', '.join(FILE_TYPES)}")
-    if path.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if path.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
         kind = "is a folder" if path.is_dir() else "does not exist"
         raise InputError(
             f"{source} {kind}; give a {' or '.join(FILE_TYPES)} file or a hub data set owner/name"
@@ -163,8 +163,9 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 def _hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
     import datasets  # slow to import, and only this needs it
 
+    place, _, subset = name.partition(":")
     try:
-        loaded = datasets.load_dataset(name, split=split)
+        loaded = datasets.load_dataset(place, subset or None, split=split)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.core import tree
 from moejax.data.loader import fixed_batches
@@ -69,7 +70,8 @@ def evaluate(
       progress: called with (batches done, batches in all).
     """
     num_segments = max(len(names) for names in packed.ids)
-    params = jax.device_put(params)  # once, and not for every batch
+    if options.parallel is None:
+        params = jax.device_put(params)  # once, and not for every batch
     num_batches = -(-len(packed.ids) // batch_size)
     parts = []
     for done, batch in enumerate(fixed_batches(packed, batch_size), 1):
@@ -94,4 +96,8 @@ def tokens_hash(packed: Packed) -> str:
 
 @functools.partial(jax.jit, static_argnames=("config", "num_segments", "options"))
 def _example_nll(params, batch, config: ModelConfig, num_segments: int, options: ForwardOptions):
-    return example_nll(params, config, batch, num_segments=num_segments, options=options)
+    found = example_nll(params, config, batch, num_segments=num_segments, options=options)
+    if options.parallel is None:
+        return found
+    everywhere = NamedSharding(options.parallel.mesh, PartitionSpec())
+    return jax.lax.with_sharding_constraint(found, everywhere)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from moejax.core import tree
 from moejax.core.errors import InputError
 
-_MESSAGE_BYTES = 600
+_MESSAGE_BYTES = 2000
 
 
 def is_first() -> bool:
@@ -15,17 +17,19 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def agree(problem: str = "") -> None:
-    """Raises InputError on every process when one of them has a problem, with its words."""
+def texts(text: str) -> list[str]:
+    """The text of every process, by its number; cut at 2,000 bytes."""
     if jax.process_count() == 1:
-        if problem:
-            raise InputError(problem)
-        return
-    raw = problem.encode()[:_MESSAGE_BYTES]
+        return [text]
+    raw = text.encode()[:_MESSAGE_BYTES]
     message = np.zeros(_MESSAGE_BYTES, np.uint8)
     message[: len(raw)] = np.frombuffer(raw, np.uint8)
-    for index, found in enumerate(_gather(message)):
-        text = bytes(found).rstrip(b"\0").decode(errors="replace")
+    return [bytes(found).rstrip(b"\0").decode(errors="replace") for found in _gather(message)]
+
+
+def agree(problem: str = "") -> None:
+    """Raises InputError on every process when one of them has a problem, with its words."""
+    for index, text in enumerate(texts(problem)):
         if text:
             raise InputError(text if text == problem else f"process {index}: {text}")
 
@@ -37,9 +41,25 @@ def from_first(value: int) -> int:
     return int(_gather(np.array([value], np.int32))[0, 0])
 
 
-def any_of(flag: bool) -> bool:
-    """Whether the flag is set on any process."""
-    return flag if jax.process_count() == 1 else bool(_gather(np.array([flag])).any())
+def to_host(params: tree.Tree) -> tree.Tree:
+    """Arrays that are spread over processes as numpy arrays on the first; elsewhere empty ones."""
+
+    def whole(leaf: jax.Array) -> np.ndarray:
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        assert isinstance(leaf.sharding, NamedSharding)
+        everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        gather = jax.jit(lambda x: x, out_shardings=everywhere)
+        value = np.empty(leaf.shape if is_first() else 0, leaf.dtype)
+        # A stack travels layer by layer, so that no device holds all of it.
+        parts = range(leaf.shape[0]) if leaf.ndim > 2 else [slice(None)]
+        for part in parts:
+            found = gather(leaf[part])
+            if is_first():
+                value[part] = found
+        return value
+
+    return jax.tree.map(whole, params)
 
 
 def _gather(value: np.ndarray) -> np.ndarray:

@@ -28,8 +28,8 @@ class Peak:
 def measure_gemm_peak(dtype: str = "float32", budget_s: float = 0.5) -> Peak:
     """Times square products (2 n^3 operations) of growing n and keeps the best rate.
 
-    One measured device times the number of devices: an upper bound that nothing shares. Cached,
-    so that a process measures once.
+    One measured device times the number of devices (of a CPU, of processes): an upper bound.
+    Cached, so that a process measures once.
     """
     product = jax.jit(jnp.matmul)
     best, best_size, size = 0.0, 0, 512
@@ -47,7 +47,9 @@ def measure_gemm_peak(dtype: str = "float32", budget_s: float = 0.5) -> Peak:
             break
         size *= 2
     device = jax.devices()[0]
-    return Peak(best * jax.device_count(), dtype, best_size, device.device_kind)
+    # Several CPU devices of a process are one and the same CPU.
+    num = jax.process_count() if device.platform == "cpu" else jax.device_count()
+    return Peak(best * num, dtype, best_size, device.device_kind)
 
 
 def _timed(product, x) -> float:

@@ -1,0 +1,102 @@
+"""Several processes as one run: who they are, how long they wait for each other, what they have."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+from typing import Any
+
+import jax
+from absl import flags
+
+from moejax.core.errors import InputError
+from moejax.io import processes
+
+MULTIHOST = flags.DEFINE_string(
+    "multihost",
+    "",
+    "auto: the cluster (TPU pod, Slurm, GKE, MPI) says who is who. HOST:PORT,NUM,INDEX: process "
+    "INDEX of NUM, process 0 listens at HOST:PORT. Empty: this process alone.",
+)
+MULTIHOST_TIMEOUT = flags.DEFINE_integer(
+    "multihost_timeout", 1800, "Seconds that processes wait for each other to start."
+)
+MULTIHOST_HEARTBEAT = flags.DEFINE_integer(
+    "multihost_heartbeat", 100, "Seconds without a sign of life after which a process is given up."
+)
+_PLACE = re.compile(r"(?P<host>[\w.\-\[\]:]+):(?P<port>\d+),(?P<num>\d+),(?P<index>\d+)")
+
+
+def start() -> None:
+    """Joins the other processes, if --multihost says that there are any. Before any device is used.
+
+    Errors: InputError for a value that is none, a cluster that is not recognised, processes that
+    did not come within the timeout.
+    """
+    value = MULTIHOST.value
+    if not value:
+        return
+    arguments: dict[str, Any] = {} if value == "auto" else _parse(value)
+    arguments["initialization_timeout"] = MULTIHOST_TIMEOUT.value
+    arguments["heartbeat_timeout_seconds"] = MULTIHOST_HEARTBEAT.value
+    # What CPU devices of several processes talk by; other platforms do not ask.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(**arguments)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        remedy = "write --multihost=HOST:PORT,NUM,INDEX" if value == "auto" else "check the address"
+        raise InputError(
+            f"--multihost={value}: the processes did not come together within "
+            f"{MULTIHOST_TIMEOUT.value} s (--multihost_timeout): {reason}; {remedy}, and see that "
+            "every process was started and reaches process 0"
+        ) from error
+    _check_alike()
+
+
+def device_table() -> list[str]:
+    """One line per process: host, pid, devices. All processes call it; the first prints it."""
+    devices = jax.local_devices()
+    ids = ",".join(str(device.id) for device in devices[:8]) + (",..." if len(devices) > 8 else "")
+    mine = (
+        f"{jax.process_index():>4}  {socket.gethostname():<24.24} {os.getpid():>8}  "
+        f"{len(devices):>3} x {devices[0].device_kind:<20.20} {ids}"
+    )
+    if jax.process_count() == 1:
+        return []
+    head = f"rank  {'host':<24} {'pid':>8}  {'devices':<26} ids"
+    return [head, *processes.texts(mine)]
+
+
+def say(text: str) -> None:
+    """Prints a line on the first process only."""
+    if processes.is_first():
+        print(text, flush=True)
+
+
+def _parse(value: str) -> dict[str, Any]:
+    found = _PLACE.fullmatch(value)
+    if not found:
+        raise InputError(f"--multihost={value}: write auto or HOST:PORT,NUM,INDEX")
+    num, index = int(found["num"]), int(found["index"])
+    if not 0 <= index < num:
+        raise InputError(f"--multihost={value}: INDEX must lie between 0 and {num - 1}")
+    if num > 1 and found["host"] in ("localhost", "127.0.0.1", "[::1]") and index == 0:
+        print("the coordinator is this machine's loopback: all processes must run here", flush=True)
+    place = f"{found['host']}:{found['port']}"
+    return {"coordinator_address": place, "num_processes": num, "process_id": index}
+
+
+def _check_alike() -> None:
+    """Processes of different flags or versions would hang in the first step that differs."""
+    own = [arg for arg in sys.argv[1:] if not arg.lstrip("-").startswith("multihost")]
+    words = f"jax {jax.__version__}, flags {' '.join(own)}"
+    for index, other in enumerate(processes.texts(words)):
+        if other != words:
+            raise InputError(
+                f"process {jax.process_index()} has {words}, process {index} {other}: start all "
+                "with the same versions and flags"
+            )
+
