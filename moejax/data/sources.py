@@ -32,8 +32,9 @@ FILE_TYPES = (".jsonl", ".jsonl.gz", ".parquet")
 def load_records(source: str, split: str = "train", limit: int | None = None) -> list[Record]:
     """All conversations of a file, or of a data set on the hub, in order.
 
-    On the hub: `owner/name`, or `owner/name:subset` where it has several. `split` chooses among a hub data set's parts; `limit` stops after that many rows. InputError
-    names file and line of a broken row, a missing field, an empty source and an unknown file type.
+    On the hub: `owner/name`, or `owner/name:subset` where it has several. `split` chooses among its
+    parts; `limit` stops after that many rows. InputError names file and line of a broken row, a
+    missing field, an empty source and an unknown file type.
     """
     records: list[Record] = []
     for where, row in rows(source, split):
