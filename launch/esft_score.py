@@ -24,6 +24,7 @@ from moejax.data.packing import Packed, pack
 from moejax.io import atomic, lineage
 from moejax.io.load import Loaded, load_any
 from moejax.methods import expert_scores, score_files
+from moejax.methods.expert_config import moe_layers
 from moejax.methods.expert_gradients import gradient_scores
 from moejax.methods.expert_scores import Counted
 from moejax.methods.score_stability import Stability, stability
@@ -42,7 +43,7 @@ def main(flags: dict[str, Any]) -> None:
     packed, summary = rows(flags, plan)
     tokens = int((packed.segment_ids > 0).sum())
     moe = plan.config.moe
-    num_layers = plan.config.num_layers - plan.config.num_dense_layers
+    num_layers = len(moe_layers(plan.config))
     print(
         f"model    {flags['model']}: {num_layers} layers "
         f"of {moe.num_routed} routed experts, {moe.routed_per_token} per token\n"
@@ -168,9 +169,9 @@ def bar(what: str, total: int) -> Iterator[Any]:
 
 def _write_tokens(stack, files: dict, folder: Path, config, trace, segment_ids) -> None:
     """Appends every conversation of a batch to its layers' per-token files."""
-    for index in range(trace.experts_BTK.shape[0]):
+    for index, layer in enumerate(moe_layers(config)):
         if index not in files:
-            path = folder / f"expert_weights_{config.num_dense_layers + index}.txt"
+            path = folder / f"expert_weights_{layer}.txt"
             files[index] = stack.enter_context(path.open("w"))
         for row, segments_T in enumerate(segment_ids):
             for segment in range(1, int(segments_T.max()) + 1):

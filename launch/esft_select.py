@@ -100,14 +100,15 @@ def expert_bytes(model) -> int:
     """Bytes of one expert, as the model is stored."""
     experts, _ = tree.split(model.params, "layers/*/moe/experts/*")
     stacks = tree.flatten(experts).values()
-    size = sum(np.prod(leaf.shape[2:], dtype=np.int64) for leaf in stacks)
+    runs = {path.split("/")[1] for path in tree.flatten(experts)}
+    size = sum(np.prod(leaf.shape[2:], dtype=np.int64) for leaf in stacks) // len(runs)
     return int(size) * main_dtype(model.params).itemsize
 
 
 def shared_bytes(model) -> int:
     """Bytes of all shared experts: networks beside the routed ones, or XFT's expert 0."""
     networks, _ = tree.split(model.params, "layers/*/moe/shared/*")
-    layers = model.config.num_layers - model.config.num_dense_layers
+    layers = len(expert_config.moe_layers(model.config))
     return tree.num_bytes(networks) + model.config.moe.num_shared * layers * expert_bytes(model)
 
 
@@ -128,7 +129,7 @@ def _check_model(scores: ExpertScores, model, source: str) -> None:
     config = model.config
     if config.moe is None:
         raise InputError(f"{model.source} is dense and has no experts to select: upcycle it first")
-    layers = list(range(config.num_dense_layers, config.num_layers))
+    layers = list(expert_config.moe_layers(config))
     experts = list(range(config.moe.num_shared, config.moe.num_experts))
     if sorted(scores.layers) != layers or list(scores.experts) != experts:
         raise InputError(

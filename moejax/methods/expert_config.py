@@ -69,13 +69,13 @@ class ExpertConfig:
         """Raises InputError unless every layer and expert is one of the model's routed ones."""
         if config.moe is None:
             raise InputError(f"{where} names experts, but the model is dense: upcycle it first")
-        first, last = config.num_dense_layers, config.num_layers - 1
+        layers = moe_layers(config)
         low, high = config.moe.num_shared, config.moe.num_experts - 1
         for layer, ids in self.experts.items():
-            if not first <= layer <= last:
+            if layer not in layers:
                 raise InputError(
-                    f"{where} names layer {layer}, but the model has experts in layers {first} to "
-                    f"{last}: it is of another model"
+                    f"{where} names layer {layer}, but the model's {len(layers)} layers of experts "
+                    f"lie between {layers[0]} and {layers[-1]}: it is of another model"
                 )
             wrong = [e for e in ids if not low <= e <= high]
             if wrong:
@@ -83,6 +83,11 @@ class ExpertConfig:
                     f"{where} names expert {wrong[0]} in layer {layer}, but the model's routed "
                     f"experts are {low} to {high}: it is of another model"
                 )
+
+
+def moe_layers(config: ModelConfig) -> tuple[int, ...]:
+    """Numbers of the layers with experts, counted over the whole model."""
+    return tuple(i for i in range(config.num_layers) if i not in config.dense_layers)
 
 
 def read(path: str | os.PathLike[str]) -> ExpertConfig:

@@ -37,11 +37,12 @@ def gradient_scores(
     @jax.jit
     def squares(experts, rest, batch):
         grads = jax.grad(lambda e: loss(tree.join(e, rest), batch))(experts)
-        total: Any = 0.0
-        for leaf in jax.tree.leaves(grads):
-            dims = tuple(range(2, leaf.ndim))
-            total = total + jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=dims)
-        return total
+        runs: dict[str, Any] = {}
+        for path, leaf in tree.flatten(grads).items():
+            run, dims = path.split("/")[1], tuple(range(2, leaf.ndim))
+            more = jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=dims)
+            runs[run] = runs.get(run, 0.0) + more
+        return jnp.concatenate([runs[run] for run in sorted(runs, key=int)])
 
     experts, rest = jax.device_put((experts, rest))
     total_LE: Any = 0.0

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.core.mesh import TOKEN_AXES
+from moejax.methods.expert_config import moe_layers
 from moejax.methods.expert_selection import ExpertScores
 from moejax.models import transformer
 from moejax.models.config import ModelConfig
@@ -114,7 +115,7 @@ def count(
     if config.moe is None:
         raise InputError("the model is dense: there are no experts to score")
     moe = config.moe
-    layers = tuple(range(config.num_dense_layers, config.num_layers))
+    layers = moe_layers(config)
     experts = tuple(range(moe.num_shared, moe.num_experts))
     shape = (len(layers), len(experts))
     step = _counting_step(config, options, num_segments, mesh)

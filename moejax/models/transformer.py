@@ -256,7 +256,7 @@ def _cast(path: str, w: jax.Array, options: ForwardOptions) -> jax.Array:
 
     What is gathered is gathered in that dtype. The MoE layer places its own weights.
     """
-    if path.startswith("moe/router"):
+    if path.startswith("moe/router") or not jnp.issubdtype(w.dtype, jnp.floating):
         return w
     w = w.astype(options.compute_dtype)
     if options.parallel is None or path.startswith("moe/"):

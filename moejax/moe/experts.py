@@ -1,12 +1,15 @@
 """Gated feed-forward experts, each on its own group of rows."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from moejax.moe.tuned import tuned_ffn
 from moejax.ops.gated_ffn import Activation
 from moejax.ops.grouped_matmul import grouped_matmul
 
-ExpertParams = dict[str, jax.Array]
+ExpertParams = dict[str, Any]  # stacks by name, and maybe "tuned" (`moejax.moe.tuned`)
 
 
 def grouped_ffn(
@@ -17,6 +20,8 @@ def grouped_ffn(
     implementation: str | None = None,
 ) -> jax.Array:
     """`gated_ffn` with expert e on the e-th group of rows; params carry a leading E."""
+    if "tuned" in params:
+        return tuned_ffn(params, rows_RD, group_sizes_E, activation, implementation)
     ends_E = jnp.cumsum(group_sizes_E)
     expert_R = jnp.searchsorted(ends_E, jnp.arange(rows_RD.shape[0]), side="right")
 

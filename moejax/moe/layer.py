@@ -13,6 +13,7 @@ from moejax.moe.dispatch import combine, dispatch, plan
 from moejax.moe.experts import ExpertParams, grouped_ffn
 from moejax.moe.routing import Routing, abstract_router, init_router, route
 from moejax.moe.shapes import init_moe, moe_shapes
+from moejax.moe.tuned import first_expert
 from moejax.ops.gated_ffn import Activation, gated_ffn
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def moe_layer(
     num_tokens = x_ND.shape[0]
     needed = min(num_tokens * config.top_k, config.num_experts)
     all_experts = num_tokens <= FEW_TOKENS and 2 * needed >= config.num_experts
-    every = implementation is None and all_experts
+    every = implementation is None and all_experts and "tuned" not in params["experts"]
     mix = _mix_every_expert if every else functools.partial(_mix_chosen, implementation)
     y_ND = mix(params["experts"], x_ND, routing, activation)
     y_ND = add_shared_network(params, y_ND, x_ND, activation)
@@ -130,8 +131,7 @@ def add_shared_expert(
     """y plus XFT's shared expert, the first of the stack, by its weight; y if there is none."""
     if routing.shared_weight_N is None:
         return y_ND
-    shared = {name: stack[0] for name, stack in experts.items()}
-    shared_ND = gated_ffn(shared, x_ND, activation)
+    shared_ND = gated_ffn(first_expert(experts), x_ND, activation)
     return y_ND + (routing.shared_weight_N[:, None] * shared_ND).astype(y_ND.dtype)
 
 
