@@ -91,12 +91,13 @@ def runs_of(config: ModelConfig, chosen: ExpertConfig) -> list[RunPairs]:
 
 def rest_paths(config: ModelConfig, chosen: ExpertConfig) -> list[str]:
     """Whole leaves that are trained too: shared networks, or all that is no expert."""
-    wanted = []
-    for path in tree.flatten(abstract_params(config)):
-        shared = tree.matches(path, SHARED)
-        if shared and chosen.shared_experts or chosen.non_expert_modules and not shared and not tree.matches(path, ROUTED):
-            wanted.append(path)
-    return wanted
+
+    def wanted(path: str) -> bool:
+        if tree.matches(path, SHARED):
+            return chosen.shared_experts
+        return chosen.non_expert_modules and not tree.matches(path, ROUTED)
+
+    return [path for path in tree.flatten(abstract_params(config)) if wanted(path)]
 
 
 def split_params(
