@@ -50,6 +50,15 @@ TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus of the sampling.", 0.0, 1.0)
 SEED = flags.DEFINE_integer("seed", 0, "Of the sampling and of the order of the data.")
 BATCH = flags.DEFINE_integer("batch_size", None, "Rows at a time; default 32, for nll 4.")
 SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "Tokens per packed row (nll).", lower_bound=2)
+SHOTS = flags.DEFINE_integer("shots", 0, "Solved problems shown first.", lower_bound=0)
+SHOTS_DATA = flags.DEFINE_string(
+    "shots_data", None, "Where they are drawn from; default the set's train split or its others."
+)
+PACKAGES = flags.DEFINE_list(
+    "package_folders",
+    [],
+    "Folders of packages that tests load: node_modules, perl5, jars.",
+)
 WALL_S = flags.DEFINE_float(
     "wall_s", 15.0, "Seconds one program may run; waiting counts.", lower_bound=0.1
 )
@@ -84,6 +93,9 @@ def _settings() -> Settings:
     beside = None if samples is None else samples.with_name(f"{samples.stem}.{TASK.value}")
     out = beside if OUT.value is None else Path(OUT.value)
     assert out is not None
+    lost = [folder for folder in PACKAGES.value if not Path(folder).is_dir()]
+    if lost:
+        raise InputError(f"--package_folders: {lost[0]} is no folder")
     return Settings(
         task=TASK.value,
         model=MODEL.value,
@@ -100,6 +112,9 @@ def _settings() -> Settings:
         seed=SEED.value,
         batch_size=BATCH.value,
         seq_len=SEQ_LEN.value,
+        shots=SHOTS.value,
+        shots_data=SHOTS_DATA.value,
+        package_folders=tuple(str(Path(folder).absolute()) for folder in PACKAGES.value),
         limits=Limits(wall_s=WALL_S.value, cpu_s=CPU_S.value),
         partial=PARTIAL.value,
         execute=samples is not None if EXECUTE.value is None else EXECUTE.value,

@@ -48,6 +48,7 @@ class Settings:
     batch_size: int | None = None
     seq_len: int = 512
     shots: int = 0
+    shots_data: str | None = None
     limits: Limits = Limits()
     package_folders: tuple[str, ...] = ()
     partial: bool = False

@@ -21,7 +21,7 @@ from moejax.evals import sandbox
 from moejax.evals.run import RunConfig, grade_samples, require_grader, run
 from moejax.evals.samples import append_samples, read_partial, read_samples, write_samples
 from moejax.evals.scores import UNSCORED, check_ks, summary
-from moejax.evals.tasks import TASKS, Grading, Item, Task, load_items
+from moejax.evals.tasks import TASKS, Grading, Item, Task, load_items, with_shots
 from moejax.serve.generate import GenerateConfig, generate, prepare
 from moejax.serve.sampling import SamplingConfig
 from moejax.train.loop import claim_folder
@@ -33,6 +33,7 @@ def evaluate(settings: Settings) -> Outcome | None:
     """Asks the model, or grades a file, and prints Pass@k; None after a dry run."""
     task = TASKS[settings.task]
     items = load_items(task, settings.data, settings.num)
+    items = with_shots(task, items, settings.shots, settings.shots_data, settings.seed)
     form = task.form(settings.form)
     config = RunConfig(
         form=form,
@@ -149,6 +150,7 @@ def _asked(settings: Settings, task: Task, items: Sequence[Item], form: str) -> 
         "data": settings.data or ("shipped" if task.name == "functions" else task.source),
         "num_tasks": len(items),
         "form": form,
+        "shots": settings.shots,
         "num_samples": settings.num_samples,
         "chunk_size": settings.batch_size or 32,
         "seed": settings.seed,

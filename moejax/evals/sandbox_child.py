@@ -179,7 +179,7 @@ def _lock_up(job: dict) -> None:
     _set_limits(job["limits"])
     resource.setrlimit(resource.RLIMIT_NPROC, (count, count))
     linux.drop_capabilities()
-    seccomp.install(processes=namespaces)
+    seccomp.install(processes=namespaces, modes=namespaces and bool(job["commands"]))
 
 
 def _enter(job: dict, keep: tuple[int, ...], ready_fd: int) -> None:

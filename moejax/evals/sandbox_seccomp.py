@@ -111,11 +111,13 @@ def _argument(index: int) -> bytes:
     return _op(_LOAD, 16 + 8 * index)  # its low half: both machines are little-endian
 
 
-def filter_program(machine: str, processes: bool) -> bytes:
+def filter_program(machine: str, processes: bool, modes: bool = False) -> bytes:
     """Returns the BPF program for `machine` ("x86_64" or "aarch64").
 
     Args:
       processes: whether the program may start processes and threads.
+      modes: whether it may change files' modes, as linkers do; only where all it can write is its
+        own.
     """
     column = list(_AUDIT_ARCH).index(machine)
     refuse, allow = _op(_RETURN, _ERRNO | _EPERM), _op(_RETURN, _ALLOW)
@@ -124,6 +126,8 @@ def filter_program(machine: str, processes: bool) -> bytes:
     # clone3 hides its flags behind a pointer; told that it is missing, libc uses clone.
     ops += [_op(_EQUAL, _CLONE3[column], 0, 1), _op(_RETURN, _ERRNO | _ENOSYS)]
     refused = _REFUSED if processes else _REFUSED | _NEW_PROCESS
+    if modes:
+        refused = {name: numbers for name, numbers in refused.items() if "chmod" not in name}
     for numbers in refused.values():
         number = numbers[column]
         if number is not None:
@@ -143,7 +147,7 @@ def filter_program(machine: str, processes: bool) -> bytes:
     return b"".join([*ops, allow])
 
 
-def install(processes: bool) -> None:
+def install(processes: bool, modes: bool = False) -> None:
     """Puts the filter on this process and all it starts; it cannot be taken off.
 
     Raises:
@@ -152,7 +156,7 @@ def install(processes: bool) -> None:
     machine = platform.machine()
     if machine not in _AUDIT_ARCH:
         raise OSError(f"seccomp: no filter for {machine}, only for {', '.join(_AUDIT_ARCH)}")
-    code = filter_program(machine, processes)
+    code = filter_program(machine, processes, modes)
     buffer = ctypes.create_string_buffer(code, len(code))
     header = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))
     libc = ctypes.CDLL(None, use_errno=True)

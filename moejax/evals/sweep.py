@@ -214,9 +214,7 @@ def search(score: Callable[[float], float], num_points: int) -> dict[float, floa
 # -- reporting -------------------------------------------------------------------------------------
 
 
-def rows_of(
-    arm: Arm, split: str, sampled: Sampled, ks: Sequence[int]
-) -> list[dict[str, Any]]:
+def rows_of(arm: Arm, split: str, sampled: Sampled, ks: Sequence[int]) -> list[dict[str, Any]]:
     """The arm's measures as rows of the sweep's table."""
     head = {"split": split, "arm": arm.label, "early": arm.early, "delta": arm.delta}
     head["sampling"] = describe_sampling(arm.sampling)

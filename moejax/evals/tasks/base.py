@@ -27,11 +27,19 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One problem; `row` is what was read, `weak` why its tests cannot run apart (or "")."""
+    """One problem.
+
+    Attributes:
+      id: unlike any other's in its set.
+      row: what was read, and what the task's `make` put beside it.
+      weak: why its tests cannot run apart from the program, "" if they can.
+      shots: solved problems that are shown before it.
+    """
 
     id: str
     row: Mapping[str, Any]
     weak: str = ""
+    shots: tuple[Item, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +94,7 @@ class Task:
 
     Attributes:
       name: as in --task.
-      source: the hub's "owner/name", "owner/name:config", each with ":split" after "#".
+      source: the hub's "owner/name" or "owner/name:config", with "#split" unless it is "test".
       fields: alternatives of fields that a row must have, the first that fits is taken.
       make: a row, its number and where it stands to an item.
       forms: prompt forms by name, the first is the default.
@@ -94,6 +102,7 @@ class Task:
       grade: what was extracted, to verdicts.
       executes: whether grading runs programs.
       checked: "real" if the reader and grader were run on the real set, else "format only".
+      shots: where solved problems are taken from, as `source`; "" takes others of the same set.
     """
 
     name: str
@@ -105,6 +114,7 @@ class Task:
     grade: Grader
     executes: bool
     checked: str = "real"
+    shots: str = ""
 
     def form(self, name: str | None) -> str:
         """The form's name, the first where None is given; InputError for one that is not there."""

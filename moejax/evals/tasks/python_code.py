@@ -84,9 +84,9 @@ def _completed(prompt: str) -> str:
 
 
 def _defined(code: str) -> list[str]:
-    kinds = (ast.FunctionDef, ast.ClassDef)
     try:
-        return [node.name for node in ast.parse(code).body if isinstance(node, kinds)]
+        body = ast.parse(code).body
+        return [node.name for node in body if isinstance(node, ast.FunctionDef)]
     except SyntaxError:
         return []
 

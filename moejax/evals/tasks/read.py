@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moejax.core.errors import InputError
@@ -34,6 +36,36 @@ def load_items(task: Task, data: str | None = None, limit: int | None = None) ->
             f"{name}: {len(twice)} ids are there more than once, as {twice[0]!r}; ids must differ"
         )
     return items
+
+
+def with_shots(
+    task: Task, items: Sequence[Item], num_shots: int, data: str | None = None, seed: int = 0
+) -> list[Item]:
+    """Shows `num_shots` solved problems before each item, drawn anew for each by `seed`.
+
+    They come from `data`, else from the task's own source of shots, else from the other items. An
+    item is never shown to itself: a solved problem with the same text is passed over.
+
+    Raises:
+      InputError: too few problems to draw from.
+    """
+    if not num_shots:
+        return list(items)
+    source = data or task.shots
+    pool = load_items(task, source) if source else list(items)
+    if len(pool) <= num_shots:
+        raise InputError(f"--shots={num_shots} needs more than {len(pool)} problems to draw from")
+    shown = []
+    for number, item in enumerate(items):
+        drawn = random.Random(f"{seed}/{number}").sample(pool, num_shots + 1)
+        shots = [shot for shot in drawn if _text(shot) != _text(item)][:num_shots]
+        shown.append(dataclasses.replace(item, shots=tuple(shots)))
+    return shown
+
+
+def _text(item: Item) -> str:
+    kept = {name: value for name, value in item.row.items() if name not in ("id", "task_id")}
+    return repr(kept)
 
 
 def _checked(task: Task, row: Any, where: str) -> Mapping[str, Any]:
