@@ -78,7 +78,8 @@ LANGUAGES = {
         "\nprintln!(\"{}\", %s);\n", place=1, reserves=True,
     ),
     "php": Language(
-        "PHP", "program.php", ("php",), (("{0}", "-d", "display_errors=stderr", "{}/program.php"),), "\necho %s . \"\\n\";\n",
+        "PHP", "program.php", ("php",),
+        (("{0}", "-d", "display_errors=stderr", "{}/program.php"),), "\necho %s . \"\\n\";\n",
     ),
 }  # fmt: skip
 ALIASES = {"js": "javascript", "pl": "perl", "c++": "cpp", "rs": "rust", "node": "javascript"}
