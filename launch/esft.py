@@ -3,6 +3,7 @@
     python -m launch.esft --stage=score --model=MODEL --data=task.jsonl --out=SCORES
     python -m launch.esft --stage=select --scores=SCORES --score=token --threshold=0.2 \\
         --out=FILE.json
+    python -m launch.esft --stage=attach --base=MODEL --delta=DELTA --out=TUNED
 
 score   counts, per layer and expert, which share of the task's tokens choose it and its mean gate
         score. SCORES gets summary.json (the reference's layout), counts.npz (exact, also per
@@ -12,6 +13,10 @@ select  chooses experts by their scores: per layer the smallest set whose scores
         or --count best ones, or as many as another config has (--counts_from), or what fits in
         --byte_budget. --random_seed draws as many at random instead, the control. --scores is a
         folder with summary.json or per-token files, ours or the reference's, or such a file.
+attach  puts a delta (a folder with expert_cfg.json and safetensors, ours or the reference's) into
+        its base and writes the whole model; --remove takes it out of --model again, with the
+        weights of --base; --extract makes a delta of --model, where it differs from --base only in
+        --experts.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from absl import flags
 from launch import cli
 from moejax.core.errors import InputError
 
-STAGES = ("score", "select")
+STAGES = ("score", "select", "attach")
 
 STAGE = flags.DEFINE_enum("stage", None, STAGES, "What to do.", required=True)
 OUT = flags.DEFINE_string("out", None, "File or folder to make.")
@@ -69,6 +74,12 @@ RANDOM_SEED = flags.DEFINE_integer(
 )
 SHARED = flags.DEFINE_bool("shared_experts", False, "select: train the shared experts too.")
 OTHERS = flags.DEFINE_bool("non_expert_modules", False, "select: train what is no expert too.")
+BASE = flags.DEFINE_string("base", None, "attach: the model that the delta was trained from.")
+DELTA = flags.DEFINE_string("delta", None, "attach: folder of a delta.")
+REMOVE = flags.DEFINE_bool("remove", False, "attach: take --delta out of --model.")
+EXTRACT = flags.DEFINE_bool("extract", False, "attach: make a delta of --model.")
+EXPERTS = flags.DEFINE_string("experts", None, "Expert config: which experts (select makes one).")
+FORMAT = flags.DEFINE_enum("format", None, ("hf", "orbax", "gguf"), "attach: of the whole model.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what is at --out.")
 
 
@@ -83,6 +94,10 @@ def main(argv) -> None:
         from launch import esft_select
 
         esft_select.main(_named("out", "scores"))
+    elif STAGE.value == "attach":
+        from launch import esft_attach
+
+        esft_attach.main(_named("out", "base"))
 
 
 def _named(*names: str) -> dict:

@@ -68,24 +68,25 @@ class TensorSource(Protocol):
 
 
 class SafetensorsFolder:
-    """The safetensors files of a model folder, sharded (by its index) or single.
+    """The safetensors files of a model folder, sharded (by its index) or single, or `files` of it.
 
     Errors: InputError for a missing or truncated shard, an index that does not fit, an integer
     or quantised dtype.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    def __init__(self, folder: str | os.PathLike[str], files: Iterable[Path] | None = None):
         folder = Path(folder)
         self.infos: dict[str, Info] = {}
         self._places: dict[str, tuple[Path, int]] = {}
-        for path in _shards(folder):
+        for path in _shards(folder) if files is None else files:
             for name, (info, offset) in _read_header(path).items():
                 if name in self.infos:
                     raise InputError(f"tensor {name} is in two shards of {folder}")
                 self.infos[name] = info
                 self._places[name] = (path, offset)
         size = sum(math.prod(i.shape) * i.dtype.itemsize for i in self.infos.values())
-        _check_index(folder, self._places, size)
+        if files is None:
+            _check_index(folder, self._places, size)
 
     def read(self, name: str, rows: Range = None, columns: Range = None) -> np.ndarray:
         """Returns one tensor, or these rows and columns; no other byte of it is read."""
