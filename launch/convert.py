@@ -74,8 +74,7 @@ def main(argv) -> None:
         print("dry run: nothing written")
         return
     with bars() as (reading, writing):
-        streamed = plan.tensors is not None and FORMAT.value != "orbax"
-        loaded = plan if streamed else load_any(SOURCE.value, progress=reading)
+        loaded = plan if plan.tensors is not None else load_any(SOURCE.value, progress=reading)
         save_any(
             loaded,
             TARGET.value,

@@ -73,7 +73,7 @@ def main(argv) -> None:
     late = models[-1]
     format = FORMAT.value or ("hf" if has_class(late.config) else "orbax")
     _show(names, late, format)
-    whole = format == "orbax" or any(model.tensors is None for model in models)
+    whole = any(model.tensors is None for model in models)
     mixed = mixed_model(models, names, plan, whole=False) if not whole else None
     atomic.require_disk(OUT.value, tree.num_bytes(late.params))
     if cli.DRY_RUN.value:

@@ -24,7 +24,7 @@ from moejax.models.families import Weight, by_architecture, by_name
 MAX_SHARD_BYTES = 5 * 10**9
 _TRAINING_ONLY = (
     *("balance", "balance_scope", "balance_weight", "z_weight", "count_padding"),
-    *("load_estimator", "jitter", "bias_rate"),
+    *("load_estimator", "jitter", "jitter_experts", "bias_rate"),
 )
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")

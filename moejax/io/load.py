@@ -89,23 +89,15 @@ def save_any(
 ) -> None:
     """Saves a model as a Hugging Face folder ("hf"), a GGUF file, or in our own format ("orbax").
 
-    A model whose weights were left on disk (`load_any(..., abstract=True)`) is streamed to "hf"
-    and "gguf"; our own format is written from memory. max_shard_bytes: of "hf" only, above it the
-    weights are split into several files; None: `hf.MAX_SHARD_BYTES`. operations: asked for the
-    model's lineage when the weights are written (inputs may be hashed meanwhile); None: its own.
+    A model whose weights were left on disk (`load_any(..., abstract=True)`) is streamed.
+    max_shard_bytes: of "hf" only, above it the weights are split into several files; None:
+    `hf.MAX_SHARD_BYTES`. operations: asked for the model's lineage when the weights are written
+    (inputs may be hashed meanwhile); None: its own.
     """
     if max_shard_bytes is not None and format != "hf":
         raise InputError(f"a largest shard is of hf only, the format is {format}: leave it out")
     if format not in FORMATS:
         raise InputError(f"format {format!r} is unknown: use one of {', '.join(FORMATS)}")
-    if format == "orbax":
-        loaded = load_any(loaded.source) if loaded.tensors is not None else loaded
-        if operations is not None:
-            loaded = dataclasses.replace(loaded, lineage=operations())
-        native.export_folder(
-            target, _exported(loaded, format, dtype), dtype, overwrite=overwrite, progress=progress
-        )
-        return
     with ThreadPoolExecutor(1) as pool:
         # Beside the writing: hashing waits for the same bytes, and another core does it.
         unknown = loaded.tensors is not None and not loaded.lineage and operations is None
@@ -117,7 +109,10 @@ def save_any(
                 known = dataclasses.replace(known, lineage=operations())
             return _exported(known, format, dtype)
 
-        writer = hf.export_folder if format == "hf" else _gguf_writer()
+        writer: Callable[..., None] = {
+            "hf": hf.export_folder,
+            "orbax": native.export_folder,
+        }.get(format) or _gguf_writer()
         if max_shard_bytes is not None:
             writer = functools.partial(writer, max_shard_bytes=max_shard_bytes)
         writer(target, loaded, dtype, overwrite=overwrite, progress=progress, finish=finish)

@@ -11,6 +11,7 @@ LICENSE                  of the weights, where its text is known
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from moejax.core import tree
 from moejax.core.errors import InputError
-from moejax.io import atomic, card, host, lineage, orbax
+from moejax.io import atomic, card, host, lineage, native_parts, orbax
 from moejax.io.loaded import License, Loaded, Progress, Reading, main_dtype
 from moejax.io.safetensors import dtype_named
 from moejax.io.tokenizer import Tokenizer
@@ -39,20 +40,30 @@ def export_folder(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
+    finish: Callable[[Loaded], Loaded] = lambda loaded: loaded,
 ) -> None:
     """Writes our own folder: all of it, or nothing on a failure. Inverse: `import_folder`.
 
-    dtype: of the parameters; "keep" leaves each as it is.
+    A model that was left on disk (`loaded.tensors`) is written part by part.
+
+    dtype: of the parameters; "keep" leaves each as it is. finish: gives the model the lineage to
+    write, when the weights have been.
     """
     wanted = None if dtype == "keep" else dtype_named(dtype)
-    params = tree.map_with_path(lambda path, x: _cast_leaf(path, x, wanted), loaded.params)
+    if loaded.tensors is not None:
+        params = native_parts.abstract(loaded, wanted)
+    else:
+        params = tree.map_with_path(lambda path, x: _cast_leaf(path, x, wanted), loaded.params)
     if loaded.tokenizer is not None:
         loaded.tokenizer.check_fits(loaded.config.vocab_size)
     atomic.check_target(target, overwrite)
     atomic.require_disk(target, tree.num_bytes(params) + (16 << 20))
     with atomic.atomic_dir(target, overwrite) as folder:
-        orbax.save_tree(folder / PARAMS, params)
-        _tell(progress, params)
+        if loaded.tensors is not None:
+            native_parts.write(folder / PARAMS, loaded, params, progress)
+        else:
+            orbax.save_tree(folder / PARAMS, params, native_parts.CHUNK_BYTES)
+            _tell(progress, params)
         about = {
             "format_version": FORMAT_VERSION,
             "config": loaded.config.to_json(),
@@ -66,7 +77,7 @@ def export_folder(
         if loaded.tokenizer is not None:
             loaded.tokenizer.save(folder)
         card.write_license(folder, loaded.license)
-        lineage.write(folder, loaded.lineage)
+        lineage.write(folder, finish(loaded).lineage)
 
 
 def import_folder(folder: str | os.PathLike[str], reading: Reading = Reading()) -> Loaded:
@@ -88,6 +99,7 @@ def import_folder(folder: str | os.PathLike[str], reading: Reading = Reading()) 
         lineage.read(folder),
         str(folder),
         License(about.get("license"), card.read_license(folder).text),
+        native_parts.source(folder / PARAMS, config, params) if reading.abstract else None,
     )
 
 

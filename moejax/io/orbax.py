@@ -24,9 +24,14 @@ from moejax.core import tree
 from moejax.core.errors import InputError
 
 
-def save_tree(path: str | os.PathLike[str], params: tree.Tree) -> None:
-    """Writes nested dicts of arrays to a new folder. Inverse: `load_tree`."""
-    with _context():
+def save_tree(
+    path: str | os.PathLike[str], params: tree.Tree, chunk_bytes: int | None = None
+) -> None:
+    """Writes nested dicts of arrays to a new folder. Inverse: `load_tree`.
+
+    chunk_bytes: about how much is stored as one block; None: an array.
+    """
+    with _context(chunk_bytes):
         ocp.save(Path(path).absolute(), jax.tree.map(_as_jax, params))
 
 
@@ -47,7 +52,7 @@ def read_abstract(path: str | os.PathLike[str]) -> tree.Tree:
         stored = ocp.metadata(Path(path).absolute()).metadata
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
     except (ValueError, OSError, KeyError, AttributeError) as error:
-        raise _broken(path, error) from error
+        raise broken(path, error) from error
 
 
 def load_tree(
@@ -73,7 +78,7 @@ def load_tree(
         with _context():
             found = ocp.load(Path(path).absolute(), wanted)
     except (ValueError, OSError, KeyError) as error:
-        raise _broken(path, error) from error
+        raise broken(path, error) from error
     if not partial:
         return found
     leaves = tree.flatten(found)
@@ -122,10 +127,11 @@ def _placed(leaf: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _context() -> Iterator[None]:
+def _context(chunk_bytes: int | None = None) -> Iterator[None]:
     """Our options; and no log of an error that is raised as well, a page of traceback each."""
     context = ocp.Context()
     context.array.saving.use_compression = False
+    context.array.saving.storage_options.chunk_byte_size = chunk_bytes
     logger = logging.getLogger("absl")
     logger.addFilter(_is_not_orbax)
     try:
@@ -168,6 +174,7 @@ def _is_not_orbax(record: logging.LogRecord) -> bool:
     return "/orbax/" not in record.pathname
 
 
-def _broken(path: str | os.PathLike[str], error: Exception) -> InputError:
+def broken(path: str | os.PathLike[str], error: Exception) -> InputError:
+    """What to raise for a folder that orbax, or tensorstore below it, cannot read."""
     lines = str(error).splitlines() or [type(error).__name__]
     return InputError(f"{path} is broken or incomplete ({lines[0][:200]})")

@@ -15,7 +15,7 @@ from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.core.mesh import check_axes
 from moejax.core.sharding import param_spec
-from moejax.io import native, stream
+from moejax.io import native, native_parts, stream
 from moejax.io.loaded import Loaded
 from moejax.io.safetensors import Range, TensorSource
 from moejax.models.families import Weight, by_name
@@ -40,9 +40,9 @@ def load_sharded(loaded: Loaded, place: Place) -> Loaded:
     """
     leaves = tree.flatten(loaded.params)
     shardings = {path: _fitting(path, leaf, place(path, leaf)) for path, leaf in leaves.items()}
-    if loaded.tensors is None:
+    if loaded.tensors is None or isinstance(loaded.tensors, native_parts.StoredTree):
         params = native.read_sharded(loaded.source, loaded.params, tree.unflatten(shardings))
-        return dataclasses.replace(loaded, params=params)
+        return dataclasses.replace(loaded, params=params, tensors=None)
     source = loaded.tensors
     weights: dict[str, dict[tuple[int, ...], Weight]] = {}
     for weight in by_name(loaded.config.family).name_table(loaded.config):

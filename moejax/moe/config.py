@@ -42,6 +42,7 @@ class MoEConfig:
     scale: factor of the routed weights.  soft_cap: logits become soft_cap * tanh(z / soft_cap).
     noise: whether the router has learned noise.  jitter: the router sees x * U(1 - jitter,
         1 + jitter). Both act only in training (when a key is given).
+    jitter_experts: whether the experts see that too, as in transformers' Mixtral.
     balance: which loss asks for an even load; see `moejax.moe.losses`.
     balance_weight: its factor; the losses are summed over layers (one for all of them if "pooled").
     balance_scope: on a mesh, "local" is the mean over devices of the loss of each one's tokens,
@@ -75,6 +76,7 @@ class MoEConfig:
     scale: float = 1.0
     soft_cap: float | None = None
     jitter: float = 0.0
+    jitter_experts: bool = False
     balance: str = "cv_squared"
     balance_scope: str = "local"
     z_weight: float = 0.0
@@ -111,7 +113,7 @@ _LINEAR: dict[str, Any] = {"num_shared": 0, "gate": "linear", "noise": False, "b
 # within a family (groups, scale, widths, renormalisation where its config has a switch) comes on
 # top.
 CONVENTIONS: dict[str, dict[str, Any]] = {
-    "mixtral": {**_LINEAR, "weighting": "renormalized"},
+    "mixtral": {**_LINEAR, "weighting": "renormalized", "jitter_experts": True},
     "olmoe": {**_LINEAR, "weighting": "scores"},
     "qwen2_moe": {**_LINEAR, "weighting": "scores", "shared_gate": True},
     "qwen3_moe": {**_LINEAR, "weighting": "renormalized"},

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from moejax.moe.config import MoEConfig
 from moejax.moe.routing import route
+from moejax.moe.scores import expert_inputs
 from moejax.ops.gated_ffn import Activation, gated_ffn
 
 
@@ -30,6 +31,7 @@ def dense_moe(
     routing = route(
         params["router"], x_ND, config, mask_N=mask_N, rng=rng, num_sequences=num_sequences
     )
+    x_ND = expert_inputs(x_ND, config, rng)
     weights_NE = routing.dense_weights(x_ND.shape[0], config.num_experts)
     outputs_END = jax.vmap(lambda expert: gated_ffn(expert, x_ND, activation))(params["experts"])
     y_ND = jnp.einsum("end,ne->nd", outputs_END, weights_NE)

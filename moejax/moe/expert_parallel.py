@@ -21,6 +21,7 @@ from moejax.moe.choose import STRATEGIES, Choice, Load, choose
 from moejax.moe.config import MoEConfig
 from moejax.moe.layer import MoEStats, Trace, add_shared_network, layer_stats
 from moejax.moe.routing import Routing, route
+from moejax.moe.scores import expert_inputs
 from moejax.moe.strategies import AXIS, BY_NAME, Context
 from moejax.ops.gated_ffn import Activation, gated_ffn
 
@@ -159,6 +160,7 @@ def _layer_on_device(params, specs, inputs, config: MoEConfig, context: Context,
         num_sequences=x_BTD.shape[0],
         axis_names=TOKEN_AXES,
     )
+    x_ND = expert_inputs(x_ND, config, rng)
     gathered = {k: _at_use(params[k], specs[k]) for k in ("experts", "shared") if k in params}
     y_ND, dropped = _mix(gathered["experts"], x_ND, routing, config, context, name)
     y_ND = add_shared_network(gathered, y_ND.astype(x_ND.dtype), x_ND, context.activation)

@@ -12,6 +12,7 @@ from moejax.moe.config import MoEConfig
 from moejax.moe.dispatch import combine, dispatch, plan
 from moejax.moe.experts import ExpertParams, grouped_ffn
 from moejax.moe.routing import Routing, abstract_router, init_router, route
+from moejax.moe.scores import expert_inputs
 from moejax.moe.shapes import init_moe, moe_shapes
 from moejax.moe.tuned import first_expert
 from moejax.ops.gated_ffn import Activation, gated_ffn
@@ -109,6 +110,7 @@ def moe_layer(
         params["router"], x_ND, config, mask_N=mask_N, rng=rng, num_sequences=num_sequences
     )
 
+    x_ND = expert_inputs(x_ND, config, rng)
     # Few tokens that still need most of the experts: see FEW_TOKENS.
     num_tokens = x_ND.shape[0]
     needed = min(num_tokens * config.top_k, config.num_experts)

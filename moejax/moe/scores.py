@@ -29,19 +29,31 @@ def router_logits(
     """Logits of N tokens; a key turns on what perturbs them.
 
     jitter: z = gate(x * u), u ~ U(1 - jitter, 1 + jitter) for each number of x (Switch, arXiv
-        2101.03961, section 2.2). Only the router sees u; Mixtral's code hands x * u to the experts.
+        2101.03961, section 2.2). For what the experts see, `expert_inputs`.
     noise: z = gate(x) + n * (softplus(x w_noise) + 0.01), n ~ N(0, 1) (Shazeer et al. 2017, eq. 4).
     """
-    if rng is not None and config.jitter:
-        low, high = 1 - config.jitter, 1 + config.jitter
-        key = jax.random.fold_in(rng, 1)  # rng itself draws the learned noise
-        x_ND = x_ND * jax.random.uniform(key, x_ND.shape, jnp.float32, low, high)
+    x_ND = _jittered(x_ND, config, rng)
     clean_NJ = gate_logits(params, x_ND, config)
     if rng is None or not config.noise:
         return Logits(clean_NJ, clean_NJ, None)
     std_NJ = jax.nn.softplus(_matmul(x_ND, params["w_noise"])) + NOISE_FLOOR
     noise_NJ = jax.random.normal(rng, clean_NJ.shape, jnp.float32)
     return Logits(clean_NJ, clean_NJ + noise_NJ * std_NJ, std_NJ)
+
+
+def expert_inputs(x_ND: jax.Array, config: MoEConfig, rng: jax.Array | None) -> jax.Array:
+    """What the experts see: x, or with `jitter_experts` the x * u that the router saw."""
+    if not config.jitter_experts:
+        return x_ND
+    return _jittered(x_ND, config, rng).astype(x_ND.dtype)
+
+
+def _jittered(x_ND: jax.Array, config: MoEConfig, rng: jax.Array | None) -> jax.Array:
+    if rng is None or not config.jitter:
+        return x_ND
+    low, high = 1 - config.jitter, 1 + config.jitter
+    key = jax.random.fold_in(rng, 1)  # rng itself draws the learned noise
+    return x_ND * jax.random.uniform(key, x_ND.shape, jnp.float32, low, high)
 
 
 def gate_logits(params: dict[str, jax.Array], x_ND: jax.Array, config: MoEConfig) -> jax.Array:

@@ -1,5 +1,7 @@
 """What `launch.convert` from folder to folder costs, in memory and in time, on a generated folder.
 
+From Hugging Face's format to itself, to float32, to our own format and back.
+
     python -m tests.io.measure_convert DIR [GIGABYTES]
 
 Prints the peak of anonymous memory above what the imports took (RssAnon of /proc, sampled every 2
@@ -9,6 +11,7 @@ and write the same bytes with fsync. DIR is emptied of what was made in it.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -19,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -60,8 +64,16 @@ def _fill(shape: tuple[int, ...], block: np.ndarray):
         left -= min(left, block.size)
 
 
-def watched(work: Callable[[], None]) -> tuple[float, float]:
-    """(seconds, bytes of anonymous memory above the start) of some work."""
+class Cost(NamedTuple):
+    """Seconds, those of the processors, bytes of anonymous memory above the start."""
+
+    seconds: float
+    cpu_s: float
+    peak: float
+
+
+def watched(work: Callable[[], None]) -> Cost:
+    """What some work costs."""
     start, peak, done = rss_anon(), [0], threading.Event()
 
     def watch() -> None:
@@ -70,17 +82,17 @@ def watched(work: Callable[[], None]) -> tuple[float, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    begun = time.perf_counter()
+    begun, cpu = time.perf_counter(), time.process_time()
     work()
-    seconds = time.perf_counter() - begun
+    seconds, cpu_s = time.perf_counter() - begun, time.process_time() - cpu
     done.set()
     watcher.join()
-    return seconds, peak[0] - start
+    return Cost(seconds, cpu_s, peak[0] - start)
 
 
-def convert(source: Path, target: Path, dtype: str = "keep") -> None:
+def convert(source: Path, target: Path, format: str = "hf", dtype: str = "keep") -> None:
     """One conversion from folder to folder."""
-    save_any(load_any(source, abstract=True), target, "hf", dtype)
+    save_any(load_any(source, abstract=True), target, format, dtype)
 
 
 def rss_anon() -> int:
@@ -89,52 +101,70 @@ def rss_anon() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def plain_pass(source: Path, target: Path) -> float:
-    """Seconds to read every file and write it again, 8 MB at a time, with fsync."""
-    begun = time.perf_counter()
+def plain_pass(source: Path, target: Path) -> None:
+    """Reads every file and writes it again, 8 MB at a time, with fsync."""
     target.mkdir()
     for path in sorted(source.iterdir()):
         with open(path, "rb", 0) as read, open(target / path.name, "wb", 0) as write:
             while content := read.read(8 * MEGABYTE):
                 write.write(content)
             os.fsync(write.fileno())
-    return time.perf_counter() - begun
 
 
 def main() -> None:
     """Measures and prints."""
     place = Path(sys.argv[1])
     if sys.argv[2:3] == ["--one"]:
-        dtype = sys.argv[3]
-        print(json.dumps(watched(lambda: convert(place / "source", place / "target", dtype))))
+        source, format, dtype = sys.argv[3:]
+        work = functools.partial(convert, place / source, place / "target", format, dtype)
+        print(json.dumps(watched(work)))
         return
     largest = make_folder(place / "source", float((sys.argv[2:] or ["2"])[0]) * 1e9)
     size = sum(path.stat().st_size for path in (place / "source").iterdir())
     print(f"{size / 1e9:.2f} GB, largest tensor {largest / MEGABYTE:.0f} MB")
-    times: list[tuple[float, float]] = []
     try:
-        for _ in range(3):
-            plain = plain_pass(place / "source", place / "copy")
-            shutil.rmtree(place / "copy")
-            seconds, peak = one(place, "keep")
-            times.append((seconds, plain))
-            print(f"convert {seconds:.2f} s, +{peak / MEGABYTE:.0f} MB; plain {plain:.2f} s")
-        ratio = statistics.median(a / b for a, b in times)
-        print(f"median of the ratios {ratio:.2f}")
-        seconds, peak = one(place, "float32")
-        print(f"to float32 {seconds:.2f} s, +{peak / MEGABYTE:.0f} MB")
+        for source, format in (("source", "hf"), ("source", "orbax"), ("ours", "hf")):
+            if source == "ours":
+                convert(place / "source", place / "ours", "orbax")
+            print(f"{'orbax' if source == 'ours' else 'hf'} to {format}")
+            paired(place, source, format)
+        print(f"to float32: {shown(one(place, 'source', 'hf', 'float32'))}")
     finally:
-        for name in ("source", "target", "copy"):
+        for name in ("source", "ours", "target", "copy"):
             shutil.rmtree(place / name, ignore_errors=True)
 
 
-def one(place: Path, dtype: str) -> tuple[float, float]:
+def paired(place: Path, source: str, format: str) -> None:
+    """Four conversions and four plain passes, each first in half of the pairs."""
+    pairs: list[tuple[Cost, Cost]] = []
+    for number in range(4):
+        found: dict[str, Cost] = {}
+        for what in ("plain", "convert") if number % 2 else ("convert", "plain"):
+            if what == "convert":
+                found[what] = one(place, source, format, "keep")
+            else:
+                work = functools.partial(plain_pass, place / "source", place / "copy")
+                found[what] = watched(work)
+                shutil.rmtree(place / "copy")
+        pairs.append((found["convert"], found["plain"]))
+        print(f"  convert {shown(pairs[-1][0])}; plain {shown(pairs[-1][1])}", flush=True)
+    ratios = sorted(a.seconds / b.seconds for a, b in pairs)
+    middle = statistics.median(ratios)
+    print(f"  median of the ratios {middle:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+
+
+def shown(cost: Cost) -> str:
+    """A cost in words."""
+    return f"{cost.seconds:.1f} s (cpu {cost.cpu_s:.1f}), +{cost.peak / MEGABYTE:.0f} MB"
+
+
+def one(place: Path, source: str, format: str, dtype: str) -> Cost:
     """A conversion in a process of its own."""
-    command = [sys.executable, "-m", "tests.io.measure_convert", str(place), "--one", dtype]
+    module = ["-m", "tests.io.measure_convert"]
+    command = [sys.executable, *module, str(place), "--one", source, format, dtype]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     shutil.rmtree(place / "target")
-    seconds, peak = json.loads(done.stdout)
-    return seconds, peak
+    return Cost(*json.loads(done.stdout.splitlines()[-1]))
 
 
 if __name__ == "__main__":

@@ -3,17 +3,20 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from moejax.core import tree
 from moejax.core.errors import InputError
+from moejax.io import native_parts, stream
 from moejax.io.load import License, Loaded, load_any, save_any
 from moejax.io.tokenizer import Tokenizer
 from moejax.models import transformer
 from moejax.models.config import ModelConfig
 from moejax.moe.config import MoEConfig
 from moejax.ops.rope import RopeConfig
-from tests.tiny_llama import random_params
+from tests.parity import cases
+from tests.tiny_llama import random_params, tensors_of, write_llama
 from tests.tiny_tokenizer import gguf_fields
 
 VOCAB = len(gguf_fields()["tokenizer.ggml.tokens"])
@@ -107,3 +110,53 @@ def test_damage_is_one_line(folder, tmp_path, damage, message):
     with pytest.raises(InputError, match=message) as raised:
         load_any(copy)
     assert "\n" not in str(raised.value)
+
+
+PARTS = ["llama-llama3_biases_odd_head", "opt-after_projected", "qwen2_moe-every_second_layer"]
+PARTS += ["deepseek_v2-q_rank_groups_scaled_biases"]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_folders_are_written_and_read_in_parts(name, tmp_path, monkeypatch):
+    """Hugging Face -> ours -> Hugging Face with no leaf in memory, the bytes as they were."""
+    monkeypatch.setattr(native_parts, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(stream, "PART_BYTES", 300)
+    fields = cases.fields_of(name)
+    write_llama(tmp_path / "in", fields, tensors_of(fields))
+    plain = load_any(tmp_path / "in")
+    save_any(load_any(tmp_path / "in", abstract=True), tmp_path / "ours", "orbax")
+    ours = load_any(tmp_path / "ours")
+    assert tree.diff(ours.params, plain.params) == [] and ours.config == plain.config
+    assert [operation["op"] for operation in ours.lineage] == ["import", "export"]
+    save_any(load_any(tmp_path / "ours", abstract=True), tmp_path / "out")
+    assert tree.diff(load_any(tmp_path / "out").params, plain.params) == []
+    # What orbax wrote itself is read in parts too, and cast on the way.
+    save_any(plain, tmp_path / "whole", "orbax")
+    save_any(load_any(tmp_path / "whole", abstract=True), tmp_path / "half", "orbax", "bfloat16")
+    half = tree.map_with_path(lambda _, leaf: leaf.astype("bfloat16"), plain.params)
+    assert tree.diff(load_any(tmp_path / "half").params, half) == []
+
+
+def test_parts_that_are_not_numbers_or_are_gone_are_named(tmp_path):
+    fields = cases.fields_of("llama-grouped_tied")
+    tensors = tensors_of(fields)
+    write_llama(tmp_path / "in", fields, tensors)
+    save_any(load_any(tmp_path / "in", abstract=True), tmp_path / "ours", "orbax")
+    kept = load_any(tmp_path / "ours", abstract=True)
+    for path in (tmp_path / "ours" / "params").rglob("d/*"):
+        path.unlink()
+    with pytest.raises(InputError, match="broken or incomplete"):
+        save_any(kept, tmp_path / "out")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.nan
+    write_llama(tmp_path / "nan", fields, tensors)
+    with pytest.raises(InputError, match="tensor model.norm.weight has 24 values that are NaN"):
+        save_any(load_any(tmp_path / "nan", abstract=True), tmp_path / "out", "orbax")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_has_no_names_or_is_stored_whole_is_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(native_parts, "MAX_CHUNK_BYTES", 100)
+    fields = cases.fields_of("llama-grouped_tied")
+    write_llama(tmp_path / "in", fields, tensors_of(fields))
+    save_any(load_any(tmp_path / "in"), tmp_path / "ours", "orbax")
+    assert load_any(tmp_path / "ours", abstract=True).tensors is None

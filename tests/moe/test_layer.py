@@ -1,5 +1,6 @@
 """The MoE layer equals its definition, forward and gradient, for every weighting and kernel."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -101,6 +102,19 @@ ONCE = ("normalized", "expert_choice")
 PAIRS = [(name, kernel) for name in CONFIGS for kernel in ("cpu", None)]
 PAIRS += [(name, kernel) for name in ONCE for kernel in KERNELS]
 SLOW_PAIRS = [(name, kernel) for name in CONFIGS if name not in ONCE for kernel in KERNELS]
+
+
+def test_mixtral_s_experts_see_the_jittered_input_and_other_families_do_not():
+    rng, x_BTD = jax.random.key(3), tokens()
+    noise_ND = jax.random.uniform(jax.random.fold_in(rng, 1), (50, D), jnp.float32, 0.9, 1.1)
+    config = FAMILIES["mixtral"]
+    params = make_params(config)
+    found_BTD, _ = plain_layer(params, x_BTD, config, rng=rng)
+    expected_BTD, _ = plain_layer(params, x_BTD * noise_ND.reshape(x_BTD.shape), config)
+    assert jnp.array_equal(found_BTD, expected_BTD)
+    other = dataclasses.replace(config, jitter_experts=False)
+    other_BTD, _ = plain_layer(params, x_BTD, other, rng=rng)
+    assert float(jnp.max(jnp.abs(found_BTD - other_BTD))) > 1e-2
 
 
 @pytest.mark.parametrize(("name", "implementation"), PAIRS)

@@ -40,7 +40,6 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
         **experts_from_hf("mixtral", fields, "num_local_experts"),
         **CONVENTIONS["mixtral"] | HF_BALANCE,
         balance_weight=fields["router_aux_loss_coef"],
-        # transformers shows the noise to the experts too; here only the router sees it.
         jitter=fields["router_jitter_noise"],
     )
     attention = AttentionConfig(windows=(fields["sliding_window"] or 0,))
