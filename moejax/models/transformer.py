@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.core.sharding import at_use
+from moejax.models.adapted import adapted
 from moejax.models.cache import KVCache
 from moejax.models.config import ModelConfig
 from moejax.models.layers import ACTIVATION, feed_forward, norm
@@ -223,7 +224,7 @@ def _attention_inputs(config, options, positions_BT, segment_ids_BT, cache) -> A
 def _block(layer, x_BTD, rng, extend, context: _Context, window: Window):
     """One block: attention, then the feed-forward layer or the experts, each with its norms."""
     config, options = context.config, context.options
-    cast = tree.map_with_path(lambda path, w: _cast(path, w, options), layer)
+    cast = tree.map_with_path(lambda path, w: _cast(path, w, options), adapted(layer))
 
     def attend(x):
         if config.mla is not None:
