@@ -34,22 +34,35 @@ def get_config() -> ConfigDict:
                 "epochs": 0.0,
                 "batch_size": 4,  # packed rows per update
                 "accumulation": 1,  # microbatches per update
+                "accumulation_dtype": "float32",  # of the sum of their gradients
                 "seed": 0,  # of the routers' noise
-                "optimizer": "adafactor",
+                "optimizer": "adafactor",  # or "adamw", "muon"
                 "lr": 5e-5,
                 "schedule": "linear",
                 "warmup_share": 0.0,  # of all steps
                 "clip_norm": 0.0,  # 0 leaves gradients alone
                 "weight_decay": 0.0,
+                # Patterns of parameter paths, comma-separated: * any text in a key, ** any keys.
+                "no_decay": "",  # where weights do not decay, as "**/*norm/scale,**/b_*"
+                "freeze": "",  # what is not trained, as "embed/**"
+                "lr_scale": "",  # factors of lr, as "**/router/**=0.1,embed/**=0.5"
+                "z_loss": 0.0,  # weight of mean (log Z)^2 of the vocabulary's softmax
+                "max_skipped": 10,  # most steps in a row without a finite loss, which are skipped
                 "log_every": 1,
                 "save_every": 0,  # 0 saves at the end and on ctrl-C only
-                "keep_last": 1,
+                "keep_last": 1,  # newest checkpoints kept
+                "keep_every": 0,  # also every so manyth step, as for launch.wise
                 "eval_every": 0,  # 0 evaluates at the end only
                 "keep_best": False,  # the final model is that of the lowest held-out loss
+                "hang_s": 900.0,  # a step that takes longer has all stacks dumped; 0 never
+                "prefetch": 2,  # batches made ahead
             },
             "compute": {
                 "dtype": "float32",
-                "remat": "none",  # or "dots", "full": less memory, more arithmetic
+                # What is computed again in the backward pass: "nothing", "dots" (all but matrix
+                # products), "full" (whole blocks), "offload" (blocks; inputs in host memory).
+                "remat": "nothing",
+                "max_logit_mib": 256,  # float32 logits that exist at once, per device
                 "moe_implementation": "",  # of moejax.ops.grouped_matmul, "" chooses
                 "moe_strategy": "auto",  # how tokens travel to experts (moejax.moe.choose)
             },

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from launch.settings import forward_options, train_config
+from launch.settings import forward_options, split_frozen, train_config
 from moejax.core import tree
 from moejax.models import transformer
 from moejax.models.config import ModelConfig
@@ -59,9 +59,11 @@ def make_program(
     return step_program(
         make_loss(model, config, mesh),
         make_optimizer(settings.optim, settings.steps),
-        (params, {}),
+        split_frozen(config, params),
         batch,
-        StepOptions(settings.accumulation, mesh=mesh),
+        StepOptions(
+            settings.accumulation, settings.accumulation_dtype, settings.max_skipped > 0, mesh
+        ),
         selection_bias_update(model),
     )
 
@@ -69,9 +71,11 @@ def make_program(
 def make_loss(model: ModelConfig, config: ConfigDict, mesh: Mesh | None = None) -> LossFn:
     """The loss of all parameters, with the routers' noise."""
     options = parallel_options(config, mesh)
+    memory, z_weight = config.compute.max_logit_mib * 2**20, config.train.z_loss
 
     def loss(params, frozen, batch, rng):
-        return lm_loss(tree.join(params, frozen), model, batch, rng, options)
+        both = tree.join(params, frozen)
+        return lm_loss(both, model, batch, rng, options, memory, z_weight)
 
     return loss
 

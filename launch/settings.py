@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from launch import cli
+from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.core.memory import GIB, available_bytes
 from moejax.data.examples import encode_records
@@ -28,7 +29,7 @@ from moejax.models.transformer import ForwardOptions
 from moejax.moe.config import MoEConfig
 from moejax.train.loop import TrainConfig
 from moejax.train.memory import StepMemory, step_memory
-from moejax.train.optim import OptimConfig, make_optimizer
+from moejax.train.optim import OptimConfig, check_patterns, make_optimizer
 
 PRESET = "preset:"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -102,11 +103,42 @@ def train_config(config: ConfigDict, num_rows: int | None) -> TrainConfig:
         warmup_steps=round(settings.warmup_share * steps),
         clip_norm=settings.clip_norm,
         weight_decay=settings.weight_decay,
+        no_decay=patterns(settings.no_decay),
+        lr_scale=_factors(settings.lr_scale),
     )
     best_metric = "nll" if settings.keep_best else ""
-    names = ("accumulation", "seed", "log_every", "save_every", "keep_last", "eval_every")
+    names = ["accumulation", "accumulation_dtype", "max_skipped", "seed", "log_every"]
+    names += ["save_every", "keep_last", "keep_every", "eval_every", "hang_s", "prefetch"]
     rest = {name: settings[name] for name in names}
     return TrainConfig(steps, optim, best_metric=best_metric, **rest)
+
+
+def patterns(text: str) -> tuple[str, ...]:
+    """Comma-separated patterns of parameter paths."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _factors(text: str) -> tuple[tuple[str, float], ...]:
+    found = []
+    for part in patterns(text):
+        pattern, _, number = part.rpartition("=")
+        try:
+            found.append((pattern, float(number)))
+        except ValueError:
+            raise InputError(f"train.lr_scale {part!r}: write PATTERN=FACTOR") from None
+    return tuple(found)
+
+
+def split_frozen(config: ConfigDict, params: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
+    """(trained, frozen) parameters, by train.freeze; every pattern has to fit something."""
+    settings = config.train
+    check_patterns(patterns(settings.freeze), params, "train.freeze")
+    check_patterns(patterns(settings.no_decay), params, "train.no_decay")
+    check_patterns([pattern for pattern, _ in _factors(settings.lr_scale)], params, "lr_scale")
+    frozen, trained = tree.split(params, patterns(settings.freeze))
+    if not trained:
+        raise InputError(f"train.freeze {settings.freeze!r} leaves nothing to train")
+    return trained, frozen
 
 
 def forward_options(config: ConfigDict) -> ForwardOptions:
@@ -171,7 +203,8 @@ def plan_memory(config: ConfigDict, model: ModelConfig, settings: TrainConfig, l
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
     optimizer = make_optimizer(settings.optim, settings.steps)
     params = transformer.abstract_params(model, config.model.dtype)
-    return step_memory(loss, optimizer, params, {}, batch, settings.accumulation)
+    trained, frozen = split_frozen(config, params)
+    return step_memory(loss, optimizer, trained, frozen, batch, settings.accumulation)
 
 
 def describe_memory(memory: StepMemory) -> str:

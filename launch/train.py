@@ -32,8 +32,10 @@ from launch.settings import (
     load_rows,
     plan_memory,
     preset,
+    split_frozen,
     train_config,
 )
+from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.data.loader import batches
 from moejax.data.packing import Packed
@@ -101,6 +103,8 @@ def train(
     """Runs the stage and writes WORKDIR/model."""
     mesh, workdir = where
     model, data = loaded.config, config.data
+    trained, frozen = split_frozen(config, loaded.params)
+    loaded = dataclasses.replace(loaded, params=None)
     if settings.best_metric and rows.heldout is None:
         raise InputError("train.keep_best needs held-out data: raise data.heldout_share above 0")
     step_flops = flops.train_flops(model, config.train.batch_size * data.seq_len, data.seq_len)
@@ -116,8 +120,8 @@ def train(
     result = fit(
         settings,
         make_loss(model, config, mesh),
-        loaded.params,
-        {},
+        trained,
+        frozen,
         batches(rows.train, config.train.batch_size, data.seed),
         workdir,
         make_eval(config, model, rows.heldout, mesh),
@@ -133,7 +137,7 @@ def train(
     )
     best = settings.best_metric and result.best_step != result.step
     tuned = load_best(workdir, result.params) if best else result.params
-    tuned_model = dataclasses.replace(loaded, params=tuned)
+    tuned_model = dataclasses.replace(loaded, params=tree.join(tuned, frozen))
     save(config, tuned_model, result, rows.summary, workdir / "model")
 
 
@@ -144,6 +148,7 @@ def make_eval(config: ConfigDict, model: ModelConfig, heldout: Packed | None, me
     options, batch_size = parallel_options(config, mesh), config.train.batch_size
 
     def evaluate(params, frozen):
+        params = tree.join(params, frozen)
         found = nll.evaluate(params, model, heldout, batch_size=batch_size, options=options)
         return {"nll": float(found.sums.sum() / found.counts.sum())}
 

@@ -39,16 +39,29 @@ def token_nll(
     target_BT: jax.Array,
     max_logit_bytes: int = MAX_LOGIT_BYTES,
 ) -> jax.Array:
-    """-log softmax(logits)[target] as float32 [B, T], in nats.
+    """-log softmax(logits)[target] as float32 [B, T], in nats; memory as `token_losses`."""
+    return token_losses(params, config, hidden_BTD, target_BT, max_logit_bytes)[0]
+
+
+def token_losses(
+    params: tree.Tree,
+    config: ModelConfig,
+    hidden_BTD: jax.Array,
+    target_BT: jax.Array,
+    max_logit_bytes: int = MAX_LOGIT_BYTES,
+) -> tuple[jax.Array, jax.Array]:
+    """log Z - logits[target] and log Z = logsumexp(logits), each float32 [B, T].
 
     Time is cut into chunks whose logits fit in `max_logit_bytes`; a chunk's logits are computed
-    again in the backward pass (one more product with the head) and are never kept.
+    again in the backward pass (one more product with the head) and are never kept, so the logits
+    of the whole batch exist at no time.
     """
 
     def nll(hidden, target):
         logits = transformer.unembed(params, config, hidden)
         picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - picked
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        return log_z - picked, log_z
 
     num_batch, num_tokens = target_BT.shape
     row_bytes = 4 * num_batch * config.vocab_size
@@ -66,20 +79,10 @@ def token_nll(
     pieces = jax.lax.map(
         lambda xs: jax.checkpoint(nll, prevent_cse=False)(*xs), (cut(hidden_BTD), cut(target_BT))
     )
-    return jnp.moveaxis(pieces, 0, 1).reshape(num_batch, -1)[:, :num_tokens]
-
-
-def next_token_loss(
-    params: tree.Tree,
-    config: ModelConfig,
-    hidden_BTD: jax.Array,
-    batch: Batch,
-    max_logit_bytes: int = MAX_LOGIT_BYTES,
-) -> tuple[jax.Array, jax.Array]:
-    """Sum over counted tokens of their negative log likelihood, and how many tokens counted."""
-    target_BT, weight_BT = targets(batch)
-    nll_BT = token_nll(params, config, hidden_BTD, target_BT, max_logit_bytes)
-    return jnp.sum(nll_BT * weight_BT), jnp.sum(weight_BT)
+    nll_BT, log_z_BT = (
+        jnp.moveaxis(piece, 0, 1).reshape(num_batch, -1)[:, :num_tokens] for piece in pieces
+    )
+    return nll_BT, log_z_BT
 
 
 def lm_loss(
@@ -89,29 +92,39 @@ def lm_loss(
     rng: jax.Array | None = None,
     options: ForwardOptions = DEFAULT_OPTIONS,
     max_logit_bytes: int = MAX_LOGIT_BYTES,
+    z_weight: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean nll of the counted tokens, plus for an MoE the router's losses summed over layers.
 
-    metrics: nll; target_count (tokens counted), token_count (tokens that are not padding); for an
-    MoE also balance_loss, shared_weight and expert_count [L, J], tokens per routed expert, and
-    z_loss where the router has one.
+    With z_weight also z_weight times the mean of (log Z)^2 over those tokens, which keeps the
+    softmax's normaliser near 1 (PaLM, arXiv 2204.02311, section 5).
+
+    metrics: nll; target_count (tokens counted), token_count (tokens that are not padding);
+    logit_z_loss with z_weight; for an MoE also balance_loss, shared_weight and expert_count [L, J],
+    tokens per routed expert, and z_loss where the router has one.
     """
     output = _forward(params, config, batch, rng, options)
     # Gathered here, once, and not in every chunk.
     head = transformer.outer_at_use(params, options)
     if options.parallel is not None:
         max_logit_bytes *= options.parallel.mesh.size  # each device holds its part
-    total, count = next_token_loss(head, config, output.hidden_BTD, batch, max_logit_bytes)
-    nll = total / jnp.maximum(count, 1.0)
-    metrics = {"nll": nll, "target_count": count}
+    target_BT, weight_BT = targets(batch)
+    nll_BT, log_z_BT = token_losses(head, config, output.hidden_BTD, target_BT, max_logit_bytes)
+    count = jnp.sum(weight_BT)
+    nll = jnp.sum(nll_BT * weight_BT) / jnp.maximum(count, 1.0)
+    loss, metrics = nll, {"nll": nll, "target_count": count}
+    if z_weight:
+        square = jnp.sum(jnp.square(log_z_BT) * weight_BT) / jnp.maximum(count, 1.0)
+        metrics["logit_z_loss"] = z_weight * square
+        loss += metrics["logit_z_loss"]
     metrics["token_count"] = jnp.sum(jnp.asarray(batch["segment_ids"]) > 0)
     if output.stats is None or config.moe is None:
-        return nll, metrics
+        return loss, metrics
     balance_loss = jnp.sum(output.stats.balance_loss)
     metrics["balance_loss"] = balance_loss
     metrics["shared_weight"] = jnp.mean(output.stats.shared_weight)
     metrics["expert_count"] = output.stats.counts_E[:, config.moe.num_shared :]
-    loss = nll + balance_loss
+    loss += balance_loss
     if config.moe.z_weight:
         metrics["z_loss"] = jnp.sum(output.stats.z_loss)
         loss += metrics["z_loss"]

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from moejax.core import tree
 from moejax.core.errors import InputError
 
-NAMES = ("adafactor", "adamw")
+NAMES = ("adafactor", "adamw", "muon")
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -29,12 +30,15 @@ class OptimConfig:
     """How gradients become steps.
 
     Attributes:
-      name: "adafactor" or "adamw". lr: the peak learning rate.
+      name: "adafactor", "adamw" or "muon". lr: the peak learning rate.
       schedule: "linear" or "cosine" (both to 0 at the last step) or "constant".
       warmup_steps: steps over which the rate grows linearly; step 0 then has rate 0, as in HF's.
       clip_norm: largest global gradient norm, 0 leaves gradients alone (the paper's way).
-      weight_decay: decoupled, times the learning rate, on every leaf.
-      b1, b2, eps: AdamW's.
+      weight_decay: decoupled, times the learning rate, on every leaf but those of `no_decay`.
+      no_decay: patterns of paths (`moejax.core.tree`).
+      lr_scale: (pattern, factor) pairs; the learning rate of a leaf is multiplied by the factor of
+        the first pattern that fits.
+      b1, b2, eps: AdamW's, and of what Muon leaves to it.
       decay_rate, clip_threshold: Adafactor's beta2_t = 1 - t^decay_rate, and the RMS of an update
         above which it is scaled down.
     """
@@ -45,6 +49,8 @@ class OptimConfig:
     warmup_steps: int = 0
     clip_norm: float = 0.0
     weight_decay: float = 0.0
+    no_decay: tuple[str, ...] = ()
+    lr_scale: tuple[tuple[str, float], ...] = ()
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
@@ -60,6 +66,9 @@ class OptimConfig:
             value = getattr(self, field)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"optimizer {field} must be 0 or more and finite, got {value}")
+        for pattern, factor in self.lr_scale:
+            if not (math.isfinite(factor) and factor >= 0):
+                raise InputError(f"lr_scale of {pattern} must be 0 or more, got {factor}")
 
 
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
@@ -193,15 +202,78 @@ def _adafactor_leaf(grad, old, beta, eps) -> tuple[jax.Array, dict[str, jax.Arra
 
 
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
-    """The whole chain: clip, precondition, decay, times minus the learning rate."""
+    """The whole chain: clip, precondition, decay, times minus the learning rate of each leaf."""
     parts: list[Any] = []
     if config.clip_norm:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
     if config.name == "adafactor":
         parts.append(scale_by_adafactor(config.decay_rate, config.clip_threshold))
-    else:
+    elif config.name == "adamw":
         parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
+    else:
+        parts.append(scale_by_muon(config))
     if config.weight_decay:
-        parts.append(optax.add_decayed_weights(config.weight_decay))
+        parts.append(optax.add_decayed_weights(config.weight_decay, _decayed(config)))
+    if config.lr_scale:
+        parts.append(optax.stateless(_lr_scaling(config)))
     parts.append(optax.scale_by_learning_rate(make_schedule(config, total_steps)))
     return optax.chain(*parts)
+
+
+def scale_by_muon(config: OptimConfig) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) as optax has it, for the matrices of the layers; Adam for the rest.
+
+    A momentum of gradients is made orthogonal by Newton-Schulz steps, each matrix of `matrix_view`
+    alone, and scaled by 0.2 sqrt(max(rows, columns)) (arXiv 2502.16982), so that AdamW's learning
+    rates serve. Embeddings, heads, routers and vectors take Adam's update.
+    """
+
+    def dims(params: tree.Tree) -> tree.Tree:
+        # optax also asks with what Adam takes masked out, which has no shape.
+        return tree.map_with_path(
+            lambda path, leaf: _muon_dims(path, leaf.shape) if hasattr(leaf, "shape") else None,
+            params,
+        )
+
+    return optax.contrib.muon(
+        -1.0,  # its sign; the learning rate comes last in the chain
+        adam_learning_rate=-1.0,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        eps=config.eps,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=dims,
+    )
+
+
+def _muon_dims(path: str, shape: tuple[int, ...]) -> Any:
+    """Which dims of a leaf are a matrix's rows and columns; None where Adam takes it."""
+    num_stacked, num_rows, num_cols = matrix_view(path, shape)
+    if not num_cols or not path.startswith("layers/") or "/router/" in path:
+        return None
+    rows = tuple(range(num_stacked, num_stacked + num_rows))
+    cols = tuple(range(num_stacked + num_rows, len(shape)))
+    return optax.contrib.MuonDimensionNumbers(reduction_axis=rows, output_axis=cols)
+
+
+def _decayed(config: OptimConfig) -> Callable[[tree.Tree], tree.Tree]:
+    return lambda params: jax.tree.map(lambda fits: not fits, tree.mask(params, config.no_decay))
+
+
+def _lr_scaling(config: OptimConfig):
+    def factor(path: str) -> float:
+        fits = (number for pattern, number in config.lr_scale if tree.matches(path, pattern))
+        return next(fits, 1.0)
+
+    return lambda updates, params: tree.map_with_path(lambda path, u: factor(path) * u, updates)
+
+
+def check_patterns(patterns: Iterable[str], params: tree.Tree, what: str) -> None:
+    """InputError for a pattern that no path of the parameters fits."""
+    paths = list(tree.flatten(params))
+    for pattern in patterns:
+        if not any(tree.matches(path, pattern) for path in paths):
+            raise InputError(
+                f"{what} {pattern!r} fits none of the {len(paths)} parameters "
+                f"({', '.join(paths[:3])}, ...): * is any text in one key, ** any number of keys"
+            )

@@ -123,7 +123,7 @@ def test_later_tokens_never_move_an_earlier_state(model):
     assert float(jnp.max(jnp.abs(a[:, 6:] - b[:, 6:]))) > 1e-3
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "offload"])
 def test_remat_changes_no_gradient(model, remat):
     config, params = model
 

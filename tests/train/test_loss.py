@@ -12,7 +12,7 @@ import pytest
 from moejax.models import transformer
 from moejax.models.config import ModelConfig
 from moejax.moe.config import MoEConfig
-from moejax.train.loss import example_nll, lm_loss, next_token_loss, targets, token_nll
+from moejax.train.loss import example_nll, lm_loss, targets, token_losses, token_nll
 
 DENSE = ModelConfig(
     family="llama",
@@ -95,7 +95,9 @@ def test_chunks_change_neither_loss_nor_gradient(params, chunk):
     row_bytes = 4 * 2 * DENSE.vocab_size
 
     def loss(params, hidden, max_logit_bytes):
-        return next_token_loss(params, DENSE, hidden, batch, max_logit_bytes)[0]
+        target, weight = targets(batch)
+        nll, log_z = token_losses(params, DENSE, hidden, target, max_logit_bytes)
+        return jnp.sum((nll + 0.1 * log_z**2) * weight)
 
     hidden = jax.random.normal(jax.random.key(1), (2, 9, 8))
     both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
@@ -117,6 +119,42 @@ def test_chunked_loss_never_holds_all_logits(params):
     jaxpr = str(jax.make_jaxpr(jax.grad(loss))(hidden))
     assert "2,8,19]" in jaxpr
     assert "8,2,8,19]" not in jaxpr and "2,64,19]" not in jaxpr
+
+
+def test_chunks_take_less_memory_than_the_logits_would():
+    """Temporary bytes of the compiled gradient, as XLA's buffer assignment has them."""
+    config = dataclasses.replace(DENSE, vocab_size=4096)
+    wide = {"embed": {}, "lm_head": {"w": jnp.ones((8, 4096))}}
+    hidden, target = jnp.ones((4, 128, 8)), jnp.ones((4, 128), jnp.int32)
+    whole = 4 * 4 * 128 * 4096
+
+    def temp_bytes(limit):
+        def loss(params, hidden):
+            return token_nll(params, config, hidden, target, max_logit_bytes=limit).sum()
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(wide, hidden).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temp_bytes(whole) > whole
+    assert temp_bytes(whole // 16) < 0.25 * whole
+
+
+def test_z_loss_is_its_formula(params):
+    batch = packed()
+    plain, _ = lm_loss(params, DENSE, batch)
+    loss, metrics = lm_loss(params, DENSE, batch, z_weight=0.01)
+    logits = transformer.logits(
+        params,
+        DENSE,
+        jnp.asarray(batch["tokens"]),
+        positions_BT=jnp.asarray(batch["positions"]),
+        segment_ids_BT=jnp.asarray(batch["segment_ids"]),
+    )
+    _, weight_BT = targets(batch)
+    square = jax.nn.logsumexp(logits, axis=-1) ** 2
+    wanted = 0.01 * float((square * weight_BT).sum() / weight_BT.sum())
+    assert float(metrics["logit_z_loss"]) == pytest.approx(wanted, rel=1e-5)
+    assert float(loss) == pytest.approx(float(plain) + wanted, rel=1e-5)
 
 
 def test_moe_adds_balance_losses_summed_over_layers():

@@ -16,6 +16,7 @@ from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.train.optim import (
     OptimConfig,
+    check_patterns,
     make_optimizer,
     make_schedule,
     matrix_view,
@@ -162,3 +163,50 @@ def test_adamw_is_optax_adamw():
         return params
 
     assert tree.diff(run(ours), run(theirs)) == []
+
+
+TREE = {
+    "embed": {"tokens": jnp.ones((6, 4))},
+    "layers": {"0": {"attn": {"w_o": jnp.ones((2, 3, 2, 4)), "b_o": jnp.ones((2, 4))}}},
+    "final_norm": {"scale": jnp.ones(4)},
+}
+
+
+def one_update(config: OptimConfig, grads=None) -> dict:
+    optimizer = make_optimizer(config, 10)
+    if grads is None:
+        grads = jax.tree.map(jnp.ones_like, TREE)
+    updates, _ = optimizer.update(grads, optimizer.init(TREE), TREE)
+    return tree.flatten(updates)
+
+
+def test_learning_rates_and_decay_follow_the_paths():
+    plain = dict(name="adamw", lr=0.1, schedule="constant", weight_decay=0.5)
+    whole = one_update(OptimConfig(**plain))
+    scale = (("**/attn/**", 0.5), ("embed/*", 0.0))
+    some = one_update(OptimConfig(**plain, no_decay=("**/b_*", "final_norm/**"), lr_scale=scale))
+    assert float(whole["final_norm/scale"][0]) == pytest.approx(-0.1 * 1.5, rel=1e-5)
+    assert float(some["final_norm/scale"][0]) == pytest.approx(-0.1, rel=1e-5)
+    assert float(some["layers/0/attn/b_o"][0, 0]) == pytest.approx(-0.05, rel=1e-5)
+    assert float(some["layers/0/attn/w_o"][0, 0, 0, 0]) == pytest.approx(-0.075, rel=1e-5)
+    assert not some["embed/tokens"].any()
+
+
+def test_muon_makes_each_matrix_orthogonal_and_leaves_the_rest_to_adam():
+    grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), TREE)
+    config = OptimConfig(name="muon", lr=1.0, schedule="constant")
+    found = one_update(config, grads)
+    for layer in found["layers/0/attn/w_o"].reshape(2, 6, 4):
+        values = np.linalg.svd(np.asarray(layer), compute_uv=False) / (0.2 * math.sqrt(6))
+        assert values.min() > 0.6 and values.max() < 1.3  # five Newton-Schulz steps bring it there
+    flat = tree.flatten(grads)
+    for path in ("embed/tokens", "final_norm/scale", "layers/0/attn/b_o"):
+        np.testing.assert_allclose(np.sign(found[path]), -np.sign(flat[path]))
+
+
+def test_a_pattern_that_fits_nothing_is_refused():
+    check_patterns(["**/attn/w_*", "embed/**"], TREE, "train.freeze")
+    with pytest.raises(InputError, match="train.freeze 'atn/\\*\\*' fits none of the 4 parameters"):
+        check_patterns(["atn/**"], TREE, "train.freeze")
+    with pytest.raises(InputError, match="lr_scale of embed must be 0 or more, got -1"):
+        OptimConfig(lr_scale=(("embed", -1.0),))

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from moejax.core.errors import InputError
 from moejax.train.state import init_state
 from moejax.train.step import StepOptions, make_train_step
 
@@ -97,3 +98,39 @@ def test_bfloat16_parameters_accumulate_in_float32_and_stay_bfloat16():
     step = make_train_step(masked_mean, optimizer, StepOptions(4))
     state, _ = step(init_state(trainable, optimizer), frozen, batch, jax.random.key(0))
     assert state.params["w"].dtype == jnp.bfloat16
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+    trainable, frozen, batch = problem()
+    optimizer = optax.adam(0.1)
+    step = make_train_step(masked_mean, optimizer, StepOptions(skip_nonfinite=True))
+    state = init_state(trainable, optimizer)
+    state, first = step(state, frozen, batch, jax.random.key(0))
+    before = jax.tree.map(np.asarray, state)
+    poisoned = batch | {"y": batch["y"] * np.nan}
+    state, second = step(state, frozen, poisoned, jax.random.key(0))
+    assert (float(first["skipped_count"]), float(second["skipped_count"])) == (0.0, 1.0)
+    assert int(state.step) == 2
+    same = jax.tree.map(np.array_equal, (state.params, state.opt_state), before_parts(before))
+    assert all(jax.tree.leaves(same))
+    state, third = step(state, frozen, batch, jax.random.key(0))
+    assert float(third["skipped_count"]) == 0.0 and np.isfinite(state.params["w"]).all()
+
+
+def before_parts(state):
+    return state.params, state.opt_state
+
+
+def test_the_sum_of_gradients_has_the_dtype_that_was_asked_for():
+    trainable, frozen, batch = problem()
+    optimizer = optax.sgd(0.1)
+    for dtype, tolerance in (("float32", 1e-6), ("bfloat16", 2e-2)):
+        step = make_train_step(masked_mean, optimizer, StepOptions(4, dtype))
+        state, batch_ = init_state(jax.tree.map(jnp.copy, trainable), optimizer), batch
+        text = str(jax.make_jaxpr(step)(state, frozen, batch_, jax.random.key(0)))
+        assert ("bf16[3]" in text) == (dtype == "bfloat16")
+        found, _ = step(state, frozen, batch, jax.random.key(0))
+        whole, _ = one_step(1)
+        np.testing.assert_allclose(found.params["w"], whole.params["w"], rtol=tolerance)
+    with pytest.raises(InputError, match="accumulation_dtype 'int8' is unknown"):
+        StepOptions(accumulation_dtype="int8")
