@@ -139,7 +139,10 @@ def mla(
     latent_B1SK, _, state = extend(latent_B1SK, latent_B1SK[..., :0])
     sizes = q_BTHC.shape[1], latent_B1SK.shape[2]
     cached = inputs.visible.slot is not None
-    attend = _absorbed if cached and _is_absorbing_cheaper(config, *sizes) else _expanded
+    # Pages are read where they lie, so nothing is made of all of them at once.
+    paged = inputs.visible.pages_BP is not None
+    absorbs = paged or (cached and _is_absorbing_cheaper(config, *sizes))
+    attend = _absorbed if absorbs else _expanded
     mixed_BTHC = attend(config, params["w_kv_up"], q_BTHC, latent_B1SK, (inputs, window, spec))
     w_o = params["w_o"].reshape(-1, x_BTD.shape[-1])
     out_BTD = mixed_BTHC.reshape(*x_BTD.shape[:2], -1) @ w_o

@@ -18,7 +18,7 @@ from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.core.sharding import at_use
 from moejax.models.adapted import adapted
-from moejax.models.cache import KVCache
+from moejax.models.cache import KVCache, PagedCache, extend_split
 from moejax.models.config import ModelConfig
 from moejax.models.layers import ACTIVATION, feed_forward, norm
 from moejax.models.mha import AttentionInputs, mha
@@ -41,7 +41,7 @@ class Output:
     """hidden_BTD after the final norm; the cache, if one was given; router statistics [L, ...]."""
 
     hidden_BTD: jax.Array
-    cache: KVCache | None
+    cache: KVCache | PagedCache | None
     stats: MoEStats | None
 
 
@@ -52,7 +52,7 @@ def forward(
     *,
     positions_BT: jax.Array | None = None,
     segment_ids_BT: jax.Array | None = None,
-    cache: KVCache | None = None,
+    cache: KVCache | PagedCache | None = None,
     rng: jax.Array | None = None,
     options: ForwardOptions = ForwardOptions(),
 ) -> Output:
@@ -64,7 +64,8 @@ def forward(
       tokens_BT: int32 ids.
       positions_BT: int32; by default a token's index in its row. With a cache they follow from it.
       segment_ids_BT: int32; tokens see earlier tokens of their own segment only, 0 is padding.
-      cache: continue from these keys and values; T new slots are filled.
+      cache: continue from these keys and values; T new slots are filled. One in pages needs split
+        layers.
       rng: key for the routers' exploration noise; None (evaluation) adds none.
       options: how to compute.
 
@@ -77,7 +78,11 @@ def forward(
     positions_BT = _positions(config, tokens_BT, positions_BT, cache)
     inputs = _attention_inputs(config, options, positions_BT, segment_ids_BT, cache)
     mask_BT = None if segment_ids_BT is None else segment_ids_BT > 0
-    if cache is not None:
+    slot: Any = None
+    if isinstance(cache, PagedCache):
+        mask_BT, slot = cache.mask(tokens_BT.shape[1]), cache.places(tokens_BT.shape[1])
+    elif cache is not None:
+        slot = cache.length
         slots = cache.length + jnp.arange(tokens_BT.shape[1])
         mask_BT = slots[None, :] >= cache.start_B[:, None]
     params = outer_at_use(params, options)
@@ -90,7 +95,6 @@ def forward(
         x_BTD = split_rows(x_BTD, options.parallel.mesh)
     new_k, new_v, stats = {}, {}, []
     for index, run in enumerate(config.runs):
-        slot = None if cache is None else cache.length
         context = _Context(config, options, inputs, mask_BT, slot, run.windows)
         state = None if cache is None else (cache.k[run.name], cache.v[run.name])
         key = None if rng is None else jax.random.fold_in(rng, index)
@@ -104,7 +108,10 @@ def forward(
     hidden = x_BTD
     if config.norms.final:
         hidden = norm(config.norms.kind, params.get("final_norm", {}), x_BTD, config.norm_eps)
-    if cache is not None:
+    if isinstance(cache, PagedCache):
+        length_B = cache.length_B + cache.valid_B
+        cache = dataclasses.replace(cache, k=new_k, v=new_v, length_B=length_B)
+    elif cache is not None:
         length = cache.length + tokens_BT.shape[1]
         cache = dataclasses.replace(cache, k=new_k, v=new_v, length=length)
     return Output(hidden, cache, _joined(stats, config) if stats else None)
@@ -151,13 +158,13 @@ def split_layers(params: tree.Tree) -> tree.Tree:
 
 @dataclasses.dataclass(frozen=True)
 class _Context:
-    """What every block of a run shares."""
+    """What every block of a run shares; slot: where new keys go (of pages: page and slot)."""
 
     config: ModelConfig
     options: ForwardOptions
     inputs: AttentionInputs
     mask_BT: jax.Array | None
-    slot: jax.Array | None
+    slot: Any
     windows: tuple[int, ...]
 
 
@@ -175,6 +182,8 @@ def _joined(stats: list[MoEStats], config: ModelConfig) -> MoEStats:
 
 def _positions(config, tokens_BT, positions_BT, cache) -> jax.Array:
     num_batch, num_tokens = tokens_BT.shape
+    if isinstance(cache, PagedCache):
+        return cache.positions(num_tokens)
     if cache is not None:
         slots_T = cache.length + jnp.arange(num_tokens)
         return jnp.maximum(slots_T[None, :] - cache.start_B[:, None], 0)
@@ -202,7 +211,10 @@ def _embed(embed, config: ModelConfig, tokens_BT, positions_BT, dtype) -> jax.Ar
 
 
 def _attention_inputs(config, options, positions_BT, segment_ids_BT, cache) -> AttentionInputs:
-    if cache is not None:
+    if isinstance(cache, PagedCache):
+        length, num_keys = cache.rope_length_B, cache.page_size
+        visible = Visible(slot=cache.length_B, pages_BP=cache.pages_BP)
+    elif cache is not None:
         length = cache.rope_length_B
         visible = Visible(slot=cache.length, start_B=cache.start_B)
         num_keys = jax.tree.leaves(cache.k)[0].shape[-2]
@@ -325,7 +337,7 @@ def _run_split(layers, x_BTD, state, rng, context: _Context):
     new_k, new_v, stats = [], [], []
     for index, layer in enumerate(layers):
         key = None if rng is None else jax.random.fold_in(rng, index)
-        extend = functools.partial(_extend_split, state, index, context.slot)
+        extend = functools.partial(extend_split, state, index, context.slot)
         window = context.windows[index]
         x_BTD, new, layer_stats = _block(layer, x_BTD, key, extend, context, window)
         if new is not None:
@@ -334,17 +346,6 @@ def _run_split(layers, x_BTD, state, rng, context: _Context):
         stats.append(layer_stats)
     joined = None if stats[0] is None else jax.tree.map(lambda *s: jnp.stack(s), *stats)
     return x_BTD, None if state is None else (tuple(new_k), tuple(new_v)), joined
-
-
-def _extend_split(state, index, slot, k, v):
-    if state is None:
-        return k, v, None
-    at = (0, 0, slot, 0)
-    both = tuple(
-        jax.lax.dynamic_update_slice(old[index], new.astype(old[index].dtype), at)
-        for old, new in zip(state, (k, v), strict=True)
-    )
-    return *(c.astype(k.dtype) for c in both), both
 
 
 # -- Linen shell -----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.ops.attention_blockwise import blockwise_attention
+from moejax.ops.attention_paged import paged_attention
 from moejax.ops.attention_spec import Visible, Window, mask_of, soft_capped
 from moejax.ops.attention_splash import splash_attention, splash_can
 
@@ -74,6 +75,9 @@ def attention(
     if name is None:
         shape = (q_BTHC.shape[0], q_BTHC.shape[1], q_BTHC.shape[2])
         name = _choose_here(shape, k_BGSC.shape[2], visible)
+    if (name == "paged") != (visible.pages_BP is not None):
+        lies = "not in pages" if name == "paged" else "in pages"
+        raise NotImplementedError(f"attention {name!r} and a cache that is {lies}: use None")
     if name not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"attention implementation {name!r} is unknown: use one of {known}")
@@ -117,10 +121,13 @@ def choose(
 ) -> str:
     """The implementation for queries [B, T, H]: "splash" on TPUs, "blockwise" for long texts.
 
-    Else "dense", as for all that reads from a cache, unless that is too long. "jax" and "cudnn" are
-    never chosen; they are there to be asked for by name. Nor is "splash" where there are several
-    devices: XLA does not split such a kernel over a mesh, and refuses to compile it.
+    "paged" for a cache in pages, and only that. Else "dense", as for all that reads from a cache,
+    unless that is too long. "jax" and "cudnn" are never chosen; they are there to be asked for by
+    name. Nor is "splash" where there are several devices: XLA does not split such a kernel over a
+    mesh, and refuses to compile it.
     """
+    if visible.pages_BP is not None:
+        return "paged"
     num_batch, num_queries, num_heads = q_shape
     long_enough = num_queries >= MIN_SPLASH_TOKENS
     one_tpu = backend == "tpu" and num_devices == 1
@@ -213,6 +220,7 @@ def _refuse(name: str, soft_cap: float | None, q_BTHC, v_BGSC) -> None:
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "dense": dense_attention,
     "blockwise": blockwise_attention,
+    "paged": paged_attention,
     "splash": splash_attention,
     "jax": jax_attention,
     "cudnn": cudnn_attention,

@@ -17,15 +17,19 @@ class Visible:
 
     Attributes:
       slot: int32 scalar, slot of the first query; None: 0, queries and keys are the same tokens.
+        With pages int32 [B], one for each row.
       start_B: int32 [B], the first slot of each row that is no padding; None: 0.
       segments_BT: int32, of packed rows: a query sees its own segment only. Not with `slot`.
       mask_BTS: bool, all of the above written out, where a caller has it: layers then share it.
+      pages_BP: int32, the pages of each row in order, where keys and values are a pool of pages
+        (`moejax.ops.attention_paged`). Only with `slot`.
     """
 
     slot: jax.Array | None = None
     start_B: jax.Array | None = None
     segments_BT: jax.Array | None = None
     mask_BTS: jax.Array | None = None
+    pages_BP: jax.Array | None = None
 
 
 def mask_of(visible: Visible, num_queries: int, num_keys: int, window: Window = 0) -> jax.Array:

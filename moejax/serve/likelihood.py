@@ -14,7 +14,7 @@ from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.models.config import ModelConfig
 from moejax.models.transformer import ForwardOptions, forward, unembed
-from moejax.serve.generate import bucket, context_length
+from moejax.serve.prepare import bucket, context_length, power_of_two
 
 # (context, continuation), both as token ids.
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -131,7 +131,7 @@ def _batches(pairs: Sequence[Pair], max_tokens: int) -> list[list[_Text]]:
 
 def _score(params, config, pairs, batch: list[_Text], how) -> list[Likelihood]:
     """The pairs of one batch, in the order in which its texts name them."""
-    num_rows = _power_of_two(len(batch))
+    num_rows = power_of_two(len(batch))
     tokens_BT = np.zeros((num_rows, bucket(len(batch[0][0]))), np.int32)
     lengths_B = np.ones(num_rows, np.int32)
     places: list[tuple[int, int, int]] = []  # row, position that predicts, token that followed
@@ -144,7 +144,7 @@ def _score(params, config, pairs, batch: list[_Text], how) -> list[Likelihood]:
             at = range(len(context) - 1, len(context) - 1 + len(continuation))
             places += [(row, t, y) for t, y in zip(at, continuation, strict=True)]
             sizes.append(len(continuation))
-    num_places = _CHUNK * _power_of_two(max(1, -(-len(places) // _CHUNK)))
+    num_places = _CHUNK * power_of_two(max(1, -(-len(places) // _CHUNK)))
     places_M3 = np.zeros((num_places, 3), np.int32)
     if places:
         places_M3[: len(places)] = places
@@ -196,7 +196,3 @@ def _scores(params, config: ModelConfig, tokens_BT, lengths_B, places_M3, how):
     chunks = (hidden_MD.reshape(-1, _CHUNK, hidden_MD.shape[-1]),)
     found = jax.lax.map(chunk, (*chunks, places_M3[:, 2].reshape(-1, _CHUNK)))
     return jax.tree.map(lambda x: x.reshape(len(places_M3), *x.shape[2:]), found)
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()

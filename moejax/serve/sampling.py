@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.core.errors import InputError
 
@@ -43,84 +46,122 @@ class SamplingConfig:
             raise InputError(f"min_p must be between 0 (off) and 1, got {self.min_p}")
 
 
-def sample(logits_BV: jax.Array, keys_B: jax.Array, config: SamplingConfig) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingRows:
+    """A `SamplingConfig` for every row of a batch, as arrays [B], of numpy or jax."""
+
+    temperature_B: Any
+    top_k_B: Any
+    top_p_B: Any
+    min_p_B: Any
+
+    @classmethod
+    def of(cls, configs: Sequence[SamplingConfig]) -> SamplingRows:
+        """Row i draws as configs[i] says."""
+        return cls(
+            np.array([c.temperature for c in configs], np.float32),
+            np.array([c.top_k for c in configs], np.int32),
+            np.array([c.top_p for c in configs], np.float32),
+            np.array([c.min_p for c in configs], np.float32),
+        )
+
+
+def sample(
+    logits_BV: jax.Array, keys_B: jax.Array, config: SamplingConfig | SamplingRows
+) -> jax.Array:
     """Draws one token per row: argmax_v (l_v + Gumbel_v) over the tokens that the cuts keep.
 
-    A row's token depends on its own logits and key only, not on its neighbours in the batch.
+    A row's token depends on its own logits, key and settings only, not on its neighbours in the
+    batch.
 
     Args:
       logits_BV: float [B, V].
       keys_B: typed random keys [B]; unused at temperature 0.
-      config: static.
+      config: one for all rows, static, or one for each.
 
     Returns:
       int32 [B].
     """
-    if config.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    filtered_BV = filter_logits(logits_BV, config)
-    return jax.vmap(jax.random.categorical)(keys_B, filtered_BV).astype(jnp.int32)
+    likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    if isinstance(config, SamplingConfig):
+        if config.temperature == 0:
+            return likeliest_B
+        config = SamplingRows.of([config] * logits_BV.shape[0])
+    rows = config
+
+    def draw():
+        drawn_B = jax.vmap(jax.random.categorical)(keys_B, filter_logits(logits_BV, rows))
+        return jnp.where(rows.temperature_B > 0, drawn_B.astype(jnp.int32), likeliest_B)
+
+    return jax.lax.cond(jnp.any(rows.temperature_B > 0), draw, lambda: likeliest_B)
 
 
-def filter_logits(logits_BV: jax.Array, config: SamplingConfig) -> jax.Array:
+def filter_logits(logits_BV: jax.Array, config: SamplingConfig | SamplingRows) -> jax.Array:
     """Logits whose softmax is the distribution drawn from: (l - max l) / temperature, cut to -inf.
 
-    logits_BV: float [B, V]; config.temperature above 0. Returns float32 [B, V].
+    logits_BV: float [B, V]. Returns float32 [B, V]; rows of temperature 0, which have no
+    distribution, hold what temperature 1 would give.
     """
-    assert config.temperature > 0, "greedy decoding has no distribution"
-    vocab_size = logits_BV.shape[-1]
+    if isinstance(config, SamplingConfig):
+        assert config.temperature > 0, "greedy decoding has no distribution"
+        config = SamplingRows.of([config] * logits_BV.shape[0])
+    top_k_B1, top_p_B1 = config.top_k_B[:, None], config.top_p_B[:, None]
+    temperature_B1 = jnp.where(config.temperature_B > 0, config.temperature_B, 1)[:, None]
     logits_BV = logits_BV.astype(jnp.float32)
     # Subtracting first keeps a tiny temperature from overflowing to inf - inf.
-    scaled_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / config.temperature
-    if 0 < config.top_k < vocab_size:
-        scaled_BV = _keep(scaled_BV, _top_k_mask(scaled_BV, int(config.top_k)))
-    if config.top_p < 1:
+    scaled_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature_B1
+
+    def cut_top_k(scaled_BV):
+        wanted_B1 = jnp.where(top_k_B1 > 0, top_k_B1, scaled_BV.shape[1])
+        # The bits of non-negative floats sort as integers do; likeliest first.
+        order_BV = _INFINITE - jax.lax.bitcast_convert_type(jnp.abs(scaled_BV), jnp.int32)
+        return _keep(scaled_BV, _fewest(order_BV, jnp.ones_like(scaled_BV), wanted_B1))
+
+    def cut_top_p(scaled_BV):
         probs_BV = jax.nn.softmax(scaled_BV, axis=-1)
-        scaled_BV = _keep(scaled_BV, _top_p_mask(probs_BV, config.top_p))
-    if config.min_p > 0:
-        # The largest scaled logit is 0, so this is p >= min_p * max p without the softmax.
-        scaled_BV = _keep(scaled_BV, scaled_BV >= math.log(config.min_p))
-    return scaled_BV
+        order_BV = jax.lax.bitcast_convert_type(probs_BV, jnp.int32)
+        return _keep(scaled_BV, (top_p_B1 >= 1) | _fewest(order_BV, probs_BV, top_p_B1))
+
+    def unchanged(scaled_BV):
+        return scaled_BV
+
+    scaled_BV = jax.lax.cond(jnp.any(top_k_B1 > 0), cut_top_k, unchanged, scaled_BV)
+    scaled_BV = jax.lax.cond(jnp.any(top_p_B1 < 1), cut_top_p, unchanged, scaled_BV)
+    # The largest scaled logit is 0, so this is p >= min_p * max p without the softmax.
+    return _keep(scaled_BV, scaled_BV >= jnp.log(config.min_p_B)[:, None])
+
+
+_INFINITE = 255 << 23  # bits of a float32's infinity
 
 
 def _keep(logits_BV: jax.Array, mask_BV: jax.Array) -> jax.Array:
     return jnp.where(mask_BV, logits_BV, -jnp.inf)
 
 
-def _top_k_mask(logits_BV: jax.Array, k: int) -> jax.Array:
-    """The k largest of each row; of those equal to the k-th, the lowest ids."""
-    kth_B1 = jax.lax.top_k(logits_BV, k)[0][:, -1:]
-    above_BV = logits_BV > kth_B1
-    tied_BV = logits_BV == kth_B1
-    room_B1 = k - jnp.sum(above_BV, axis=-1, keepdims=True)
-    return above_BV | (tied_BV & (jnp.cumsum(tied_BV, axis=-1) <= room_B1))
+def _fewest(order_BV: jax.Array, weight_BV: jax.Array, wanted_B1: jax.Array) -> jax.Array:
+    """The fewest tokens of highest order whose weights add up to `wanted`; of equals the lowest id.
 
-
-def _top_p_mask(probs_BV: jax.Array, top_p: float) -> jax.Array:
-    """The fewest most likely tokens whose mass reaches top_p; of equal ones, the lowest ids.
-
-    Finds the smallest kept probability t = max{t: sum_v p_v [p_v >= t] >= top_p} by bisection over
-    the bits of a float32 (those of non-negative floats sort as integers do): exact in 31 passes,
-    where sorting a vocabulary of 49,152 is fifty times slower on a CPU.
+    Finds the smallest kept order t = max{t: sum_v w_v [o_v >= t] >= wanted} by bisection over the
+    31 bits of a non-negative int32: exact in 31 passes, where sorting a vocabulary of 49,152 is
+    fifty times slower on a CPU. Keeps all where no t reaches it.
     """
-    bits_BV = jax.lax.bitcast_convert_type(probs_BV, jnp.int32)
 
     def halve(_, bounds):
         low_B1, high_B1 = bounds
         middle_B1 = low_B1 + (high_B1 - low_B1) // 2
-        mass_B1 = jnp.sum(jnp.where(bits_BV >= middle_B1, probs_BV, 0), axis=-1, keepdims=True)
-        enough_B1 = mass_B1 >= top_p
+        mass_B1 = jnp.sum(jnp.where(order_BV >= middle_B1, weight_BV, 0), axis=-1, keepdims=True)
+        enough_B1 = mass_B1 >= wanted_B1
         return (
             jnp.where(enough_B1, middle_B1, low_B1),
             jnp.where(enough_B1, high_B1, middle_B1),
         )
 
-    low_B1 = jnp.zeros((probs_BV.shape[0], 1), jnp.int32)
-    bits_of_one = 127 << 23
-    cut_B1, _ = jax.lax.fori_loop(0, 31, halve, (low_B1, low_B1 + (bits_of_one + 1)))
-    above_BV = bits_BV > cut_B1
-    tied_BV = bits_BV == cut_B1
-    cut_prob_B1 = jax.lax.bitcast_convert_type(cut_B1, jnp.float32)
-    mass_above_B1 = jnp.sum(jnp.where(above_BV, probs_BV, 0), axis=-1, keepdims=True)
+    low_B1 = jnp.zeros((order_BV.shape[0], 1), jnp.int32)
+    cut_B1, _ = jax.lax.fori_loop(0, 31, halve, (low_B1, low_B1 + (_INFINITE + 1)))
+    above_BV = order_BV > cut_B1
+    tied_BV = order_BV == cut_B1
+    mass_above_B1 = jnp.sum(jnp.where(above_BV, weight_BV, 0), axis=-1, keepdims=True)
+    weight_B1 = jnp.max(jnp.where(tied_BV, weight_BV, 0), axis=-1, keepdims=True)
     ties_before_BV = jnp.cumsum(tied_BV, axis=-1) - tied_BV
-    return above_BV | (tied_BV & (mass_above_B1 + ties_before_BV * cut_prob_B1 < top_p))
+    return above_BV | (tied_BV & (mass_above_B1 + ties_before_BV * weight_B1 < wanted_B1))

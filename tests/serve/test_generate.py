@@ -16,8 +16,11 @@ from moejax.models.cache import init_cache
 from moejax.models.config import ModelConfig
 from moejax.moe.config import MoEConfig
 from moejax.ops.rope import RopeConfig
+from moejax.serve import engine_programs
 from moejax.serve import generate as serve
+from moejax.serve.engine import Engine
 from moejax.serve.generate import GenerateConfig
+from moejax.serve.request import EngineConfig, Request
 from moejax.serve.sampling import SamplingConfig
 
 TINY = ModelConfig(
@@ -163,9 +166,12 @@ def test_decoding_ends_when_all_rows_have():
     config, params = CONFIGS["plain"], serve.prepare(random_params(CONFIGS["plain"]))
     free = serve.generate(params, config, PROMPTS, GenerateConfig(max_new_tokens=8))
     settings = GenerateConfig(max_new_tokens=200, stop_ids=tuple({c.ids[2] for c in free}))
-    plan, state = serve._start(params, config, PROMPTS, [0, 1, 2, 3, 4], 5, settings)
-    state = serve._decode(plan, params, state, 200)
-    assert int(state.count) <= 3
+    told = []
+    stopped = serve.generate(
+        params, config, PROMPTS, settings, progress=lambda *numbers: told.append(numbers)
+    )
+    assert all(len(c.ids) <= 2 and c.finished for c in stopped)
+    assert told == [(5, 5, sum(len(c.ids) for c in stopped))], "one round is enough"
 
 
 def test_the_context_bounds_each_row():
@@ -193,17 +199,16 @@ def test_streamed_ids_are_the_generated_ones(every):
 
 def test_few_programs_are_compiled():
     config, params = CONFIGS["plain"], serve.prepare(random_params(CONFIGS["plain"]))
-    before = serve._prefill._cache_size(), serve._decode._cache_size()
+    programs = (engine_programs.prefill, engine_programs.decode)
+    before = [program._cache_size() for program in programs]
     for length in (1, 2, 3, 31, 32, 33):
         settings = GenerateConfig(1 + length % 7, seed=length, stop_ids=(length,))
         serve.generate(params, config, [[1] * length], settings)
-    # 32 slots for a prompt of one token, which needs no prefill, and 64 for the others.
-    assert serve._prefill._cache_size() - before[0] <= 1
-    assert serve._decode._cache_size() - before[1] <= 2
+    # Room for 32 tokens and for 64.
+    assert all(p._cache_size() - n <= 2 for p, n in zip(programs, before, strict=True))
     for length in (3, 70, 130):
         next(serve.stream(params, config, [1] * length, GenerateConfig(100 - length // 2)))
-    assert serve._prefill._cache_size() - before[0] <= 2
-    assert serve._decode._cache_size() - before[1] <= 4
+    assert all(p._cache_size() - n <= 3 for p, n in zip(programs, before, strict=True))
 
 
 def test_long_prompts_are_read_in_chunks():
@@ -217,15 +222,15 @@ def test_long_prompts_are_read_in_chunks():
 def test_decoding_copies_neither_cache_nor_weights():
     """No copy or transpose of such a size in the compiled loop: it costs more than the products."""
     config, params = CONFIGS["plain"], serve.prepare(random_params(CONFIGS["plain"]))
-    settings = GenerateConfig(max_new_tokens=20)
-    plan, state = serve._start(params, config, PROMPTS, [0, 1, 2, 3, 4], 5, settings)
-    compiled = serve._decode.lower(plan, params, state, 20).compile()
-    large = {state.cache.k["0"][0].size}
-    large |= {w.size for w in jax.tree.leaves(params) if w.ndim > 1}
+    engine = Engine(params, config, EngineConfig(num_slots=5, num_pages=77))
+    engine.submit(Request((1, 2, 3), 20))
+    old = engine._pool[0]["0"][0]
+    arguments = (engine._plan, params, engine._pool, engine._state, 20, False)
+    compiled = engine_programs.decode.lower(*arguments).compile()
+    large = {old.size} | {w.size for w in jax.tree.leaves(params) if w.ndim > 1}
     moved = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose)\(", compiled.as_text())
     assert not large & {math.prod(map(int, shape.split(","))) for shape in moved}
-    old = state.cache.k["0"][0]
-    serve._decode(plan, params, state, 20)
+    engine.step()
     assert old.is_deleted(), "the old cache must be donated"
 
 
