@@ -3,6 +3,9 @@
     python -m launch.esft --stage=score --model=MODEL --data=task.jsonl --out=SCORES
     python -m launch.esft --stage=select --scores=SCORES --score=token --threshold=0.2 \\
         --out=FILE.json
+    python -m launch.esft --stage=train --config=configs/esft/task.py \\
+        --config.model.source=MODEL --config.data.source=task.jsonl \\
+        --config.method.experts=FILE.json --workdir=RUN
     python -m launch.esft --stage=attach --base=MODEL --delta=DELTA --out=TUNED
 
 score   counts, per layer and expert, which share of the task's tokens choose it and its mean gate
@@ -13,6 +16,9 @@ select  chooses experts by their scores: per layer the smallest set whose scores
         or --count best ones, or as many as another config has (--counts_from), or what fits in
         --byte_budget. --random_seed draws as many at random instead, the control. --scores is a
         folder with summary.json or per-token files, ours or the reference's, or such a file.
+train   trains the chosen experts and nothing else, or one of the baselines in the same harness
+        (--config.method.name=full, lora, frozen); configs/esft/base.py says what each key means.
+        RUN gets delta/ (or model/), result.json and routing.json: what it did to the routing.
 attach  puts a delta (a folder with expert_cfg.json and safetensors, ours or the reference's) into
         its base and writes the whole model; --remove takes it out of --model again, with the
         weights of --base; --extract makes a delta of --model, where it differs from --base only in
@@ -22,12 +28,15 @@ attach  puts a delta (a folder with expert_cfg.json and safetensors, ours or the
 from __future__ import annotations
 
 from absl import flags
+from ml_collections import config_flags
 
 from launch import cli
 from moejax.core.errors import InputError
 
-STAGES = ("score", "select", "attach")
+STAGES = ("score", "select", "train", "attach")
 
+CONFIG = config_flags.DEFINE_config_file("config", None, "train: a file of configs/esft/.")
+WORKDIR = flags.DEFINE_string("workdir", None, "train: folder of the run; resumed if it is there.")
 STAGE = flags.DEFINE_enum("stage", None, STAGES, "What to do.", required=True)
 OUT = flags.DEFINE_string("out", None, "File or folder to make.")
 MODEL = flags.DEFINE_string("model", None, "Model: folder, .gguf file or hub id.")
@@ -94,6 +103,10 @@ def main(argv) -> None:
         from launch import esft_select
 
         esft_select.main(_named("out", "scores"))
+    elif STAGE.value == "train":
+        from launch import esft_train
+
+        esft_train.main(_named("config", "workdir"))
     elif STAGE.value == "attach":
         from launch import esft_attach
 

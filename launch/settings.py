@@ -35,13 +35,15 @@ PRESET = "preset:"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def checked(config: ConfigDict | None) -> ConfigDict:
-    """The config if it has exactly the keys of configs/base.py; else InputError lists those."""
+def checked(config: ConfigDict | None, like: ConfigDict | None = None) -> ConfigDict:
+    """The config if it has exactly the keys of `like` (None: configs/base.py); else InputError
+    lists those."""
     if config is None:
         raise InputError(
             "--config is missing: name a file of configs/, as configs/quickstart_sft.py"
         )
-    known, given = set(cli.leaf_keys(base.get_config())), set(cli.leaf_keys(config))
+    like = base.get_config() if like is None else like
+    known, given = set(cli.leaf_keys(like)), set(cli.leaf_keys(config))
     for word, keys in (("lacks", known - given), ("has the unknown", given - known)):
         if keys:
             raise InputError(
