@@ -8,6 +8,7 @@ pieces is therefore a merge, ranked by the piece's score.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from moejax.core.errors import InputError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_log = logging.getLogger(__name__)
 _PROBE = "Hello  world's 12\n\tx"
 
 Merge = tuple[str, str]
@@ -115,7 +117,7 @@ def pieces_of(backend: Backend, state: Mapping[str, Any], vocab_size: int) -> di
 
     InputError where llama.cpp would cut text otherwise: text is cut before merging, or the merges
     are not those that scores can say. Whether a text that begins with a space gets another one
-    (Prepend) or not (Metaspace) has no place in GGUF; llama.cpp adds it.
+    (Prepend) or not (Metaspace) has no place in GGUF; llama.cpp adds it, which is warned of.
     """
     added = {entry["id"]: entry for entry in state["added_tokens"]}
     texts = {index: text for text, index in backend.get_vocab().items()}
@@ -182,4 +184,26 @@ def _space_prefix(backend: Backend) -> bool:
             f"pieces and bytes ({_PROBE!r} becomes {parts}): take its files out of the source "
             "folder to write the weights alone"
         )
-    return parts != [plain]
+    prefix = parts != [plain]
+    if prefix:
+        _warn_of_other_spaces(backend)
+    return prefix
+
+
+def _warn_of_other_spaces(backend: Backend) -> None:
+    """llama.cpp puts a space before every text and after every special token, come what may."""
+    where = []
+    added = next(iter(backend.get_added_tokens_decoder().values()), None)
+    doubled = backend.encode("  ", add_special_tokens=False).tokens
+    if "".join(doubled).count(_SPACE) < 3:
+        where.append("that begin with a space")
+    if added is not None:
+        behind = "".join(backend.encode(f"{added.content}0", add_special_tokens=False).tokens)
+        if _SPACE not in behind.removeprefix(added.content):
+            where.append("after a special token")
+    if where:
+        _log.warning(
+            "ids of texts %s will differ: llama.cpp puts a space before them, which this tokenizer "
+            "does not, and a GGUF file cannot say so",
+            " or ".join(where),
+        )

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as Backend
 from moejax.core.errors import InputError
 from moejax.io.chat_template import ChatTemplate, check_messages
 from moejax.io.gguf_tokenizer import adds, backend_from_gguf
+from moejax.io.sentencepiece_model import backend_of_model
 
 # For a model without a chat template: the instruction form of the Alpaca data set, closed by EOS.
 PLAIN_TEMPLATE = (
@@ -201,17 +202,12 @@ class Tokenizer:
     def from_folder(cls, path: str | Path) -> Tokenizer:
         """Read a Hugging Face folder: `tokenizer.json`, config, chat template, eos list.
 
-        InputError for a folder without `tokenizer.json` and for unreadable files.
+        Where there is only a `tokenizer.model` that one is read (`save` adds a `tokenizer.json`).
+        InputError for a folder with neither and for unreadable files.
         """
         folder = Path(path)
         source = folder / "tokenizer.json"
-        if not source.is_file():
-            raise InputError(
-                f"{folder} has no tokenizer.json; write one with transformers: "
-                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-            )
         files = {n: (folder / n).read_bytes() for n in TOKENIZER_FILES if (folder / n).is_file()}
-        backend = _parse_backend(files["tokenizer.json"], source)
         config = _read_json(folder / "tokenizer_config.json")
         special_map = _read_json(folder / "special_tokens_map.json")
         special = {
@@ -219,6 +215,18 @@ class Tokenizer:
             for role in SPECIAL_ROLES
             if (text := _token_text(config.get(role) or special_map.get(role))) is not None
         }
+        if source.is_file():
+            backend = _parse_backend(files["tokenizer.json"], source)
+        elif "tokenizer.model" in files:
+            added = _read_json(folder / "added_tokens.json")
+            backend, own = backend_of_model(folder / "tokenizer.model", config, added)
+            special = own | special
+            config = {"add_bos_token": True} | config
+        else:
+            raise InputError(
+                f"{folder} has no tokenizer.json and no tokenizer.model: write one with "
+                "transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            )
         template = _folder_template(folder, config)
         if template is not None:
             ChatTemplate.compile(template)
@@ -233,6 +241,8 @@ class Tokenizer:
             model_max_length=int(max_length) if max_length and max_length < 1e9 else None,
             files=files,
         )
+        if not source.is_file():
+            tokenizer = replace(tokenizer, files=tokenizer._own_files() | files)
         return tokenizer._stopping_at_turn_end()
 
     @classmethod

@@ -6,6 +6,7 @@ import json
 import gguf
 import numpy as np
 import pytest
+from tokenizers.pre_tokenizers import Metaspace
 
 from moejax.core.errors import InputError
 from moejax.io.gguf import read_metadata
@@ -151,18 +152,30 @@ def test_merges_that_scores_cannot_say_are_refused(tmp_path):
         gguf_from_backend(Tokenizer.from_folder(tmp_path), tokenizer.vocab_size)
 
 
+@pytest.mark.parametrize("scheme", ["first", "always", None])
+def test_llama_cpp_s_other_space_is_warned_of(scheme, tmp_path, caplog):
+    """Metaspace leaves a text alone that begins with a space; llama.cpp puts another before it."""
+    tokenizer = Tokenizer.from_gguf_metadata(fields_by_hand())
+    if scheme is not None:
+        tokenizer.backend.normalizer = None
+        tokenizer.backend.pre_tokenizer = Metaspace(prepend_scheme=scheme, split=False)
+    assert gguf_from_backend(tokenizer, tokenizer.vocab_size)["tokenizer.ggml.add_space_prefix"]
+    assert ("ids of texts that begin with a space" in caplog.text) == (scheme is not None)
+    assert ("after a special token" in caplog.text) == (scheme == "first")
+
+
 CORPUS = [
     *("the cat sat on the hat and the rat ate that oat", "def f(a, b):  return a + b"),
     *("one two  three   four 1 2 34 567", "他 漢字 ünïcode", "tabs\tand more tabs\there"),
 ] * 20
 
 
-def trained(prefix: bool, kind: str = "bpe"):
+def trained(prefix: bool, kind: str = "bpe", **changes):
     """A model of the sentencepiece package, its own trainer's."""
     import sentencepiece
 
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
+    options = dict(
         sentence_iterator=iter(CORPUS),
         model_writer=model,
         model_type=kind,
@@ -175,6 +188,7 @@ def trained(prefix: bool, kind: str = "bpe"):
         control_symbols=["[INST]", "[/INST]"],
         minloglevel=2,
     )
+    sentencepiece.SentencePieceTrainer.train(**options | changes)
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
@@ -247,3 +261,53 @@ def test_ids_are_those_transformers_reads_from_the_file(prefix, tmp_path):
     for text in (*CORPUS[:5], *TEXTS, *LEADING):
         expected = ours.encode(text, add_special=True)
         assert saved.encode(text) == expected == again.encode(text, add_special=True), text
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_folder_with_tokenizer_model_only(prefix, tmp_path):
+    """Its ids are SentencePiece's, and what is saved gives them in transformers, too."""
+    from transformers import AutoTokenizer
+
+    model = trained(prefix)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(model.serialized_model_proto())
+    size = model.vocab_size()
+    more = {str(size): {"content": "<|call|>", "special": True}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": more}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.add_bos and tokenizer.special["unk_token"] == "<unk>"
+    assert tokenizer.encode("<|call|>") == [size] and tokenizer.vocab_size == size + 1
+    for text in (*CORPUS[:5], *LEADING[:3], "a  b   c    d", "no\n", "\N{GRINNING FACE}"):
+        assert tokenizer.encode(text) == model.encode(text), text
+        assert tokenizer.encode(text, add_special=True) == [1, *model.encode(text)], text
+    tokenizer.save(tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == model.serialized_model_proto()
+    (tmp_path / "out" / "tokenizer.model").unlink()
+    again = load_tokenizer(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    (tmp_path / "out" / "tokenizer_config.json").write_text(
+        json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in (*CORPUS[:5], "<|call|> one"):
+        assert again.encode(text) == tokenizer.encode(text)
+        assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text), text
+
+
+@pytest.mark.parity
+def test_models_of_another_kind_or_broken_are_one_line(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    unigram = trained(True, "unigram", vocab_size=300)
+    removing = trained(True, remove_extra_whitespaces=True)
+    for words, content in (
+        ("is of the kind unigram", unigram.serialized_model_proto()),
+        ("removes spaces", removing.serialized_model_proto()),
+        ("is broken or no SentencePiece model", trained(True).serialized_model_proto()[:-9]),
+        ("has no pieces", b""),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=words) as caught:
+            load_tokenizer(tmp_path)
+        assert "\n" not in str(caught.value)
