@@ -24,11 +24,12 @@ from launch import cli
 from launch.progress import bars
 from moejax.core import tree
 from moejax.core.errors import InputError
-from moejax.io import atomic, gguf_write
+from moejax.io import atomic, gguf_write, stream
 from moejax.io.describe import describe
 from moejax.io.hf import config_fields
 from moejax.io.load import FORMATS, Loaded, load_any, main_dtype, save_any
 from moejax.io.safetensors import dtype_named
+from moejax.models.families import by_name
 
 SOURCE = flags.DEFINE_string("source", None, "Model folder, .gguf file or hub id.", required=True)
 TARGET = flags.DEFINE_string("target", None, "Folder (gguf: file) to make.")
@@ -74,6 +75,9 @@ def main(argv) -> None:
         print("dry run: nothing written")
         return
     with bars() as (reading, writing):
+        if plan.tensors is not None:  # streamed: all that can be wrong with it is looked for first
+            table = by_name(plan.config.family).name_table(plan.config)
+            stream.check_all(plan.tensors, table, _cast_to(), reading)
         loaded = plan if plan.tensors is not None else load_any(SOURCE.value, progress=reading)
         save_any(
             loaded,
@@ -87,6 +91,10 @@ def main(argv) -> None:
     print(f"written  {TARGET.value} in {time.perf_counter() - started:.1f} s", flush=True)
     if VERIFY.value:
         print(_verify(loaded, TARGET.value), flush=True)
+
+
+def _cast_to() -> str:
+    return "keep" if DTYPE.value == "q8_0" else DTYPE.value
 
 
 def _max_shard_bytes() -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -76,6 +76,25 @@ def cast_parts(
             cast = np.ascontiguousarray(value.astype(dtype, copy=False))
         check_finite(value, cast, f"tensor {name}")
         yield cast
+
+
+def check_all(
+    source: TensorSource,
+    table: list[Weight],
+    dtype: str = "keep",
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Reads every tensor of a table for the errors of `cast_parts`, before anything is written.
+
+    The pass costs the reading; what is read next mostly comes out of the system's cache.
+    """
+    found = list(entries(source, table, dtype))
+    total, done = sum(entry.num_bytes for entry in found), 0
+    for entry in found:
+        for part in entry.parts():
+            done += part.nbytes
+            if progress is not None:
+                progress(done, total)
 
 
 def row_ranges(info: Info, rows_at_once: int = 1) -> Iterator[Range]:

@@ -17,7 +17,7 @@ from absl.testing import flagsaver
 from launch import convert
 from moejax.core import tree
 from moejax.core.errors import InputError
-from moejax.io import safetensors
+from moejax.io import atomic, safetensors
 from moejax.io.load import Loaded, load_any, save_any
 from moejax.models.config import ModelConfig
 from moejax.moe.config import MoEConfig
@@ -220,9 +220,10 @@ def _smaller_vocabulary(folder):
 
 
 @pytest.mark.parametrize("case", BAD_SOURCES)
-def test_a_bad_source_is_one_line_and_nothing_is_written(case, source, tmp_path):
+def test_a_bad_source_is_one_line_and_nothing_is_written(case, source, tmp_path, monkeypatch):
     damage, message = BAD_SOURCES[case]
     damage(source)
+    monkeypatch.setattr(atomic, "atomic_dir", None)  # not even beside the target
     with pytest.raises(InputError, match=message) as raised:
         run(source, tmp_path / "out" / "model")
     assert "\n" not in str(raised.value)
@@ -339,6 +340,7 @@ def test_a_disk_that_fills_up_leaves_the_target_as_it_was(source, tmp_path, monk
     def full(self):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    monkeypatch.setattr(convert.stream, "check_all", lambda *rest: None)
     monkeypatch.setattr(safetensors.Entry, "num_bytes", property(lambda self: 0))
     monkeypatch.setattr(safetensors.np, "ascontiguousarray", lambda value: full(value))
     with pytest.raises(InputError, match="no space left while writing .*: make room and run"):
