@@ -1,0 +1,285 @@
+"""`launch.wise --stage=sweep`: every delta and decoding sampled, graded, chosen, reported."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from launch import cli
+from launch.mixing import check_relatives
+from moejax.core.errors import InputError
+from moejax.evals import sandbox, sweep
+from moejax.evals.draw import TaskSampler
+from moejax.evals.run import require_grader
+from moejax.evals.sampled import Sampled
+from moejax.evals.sweep import Arm, Criterion, Problem, Sweep
+from moejax.evals.tasks import TASKS, Grading, load_items
+from moejax.io import atomic
+from moejax.io.load import Loaded, load_any
+from moejax.report import sweep_plots
+from moejax.report.table import as_csv
+from moejax.serve.generate import GenerateConfig
+from moejax.serve.sampling import SamplingConfig
+from moejax.train.loop import claim_folder
+
+TASK = flags.DEFINE_enum("task", "gsm8k" if "gsm8k" in TASKS else "functions", list(TASKS),
+                         "Sweep: what is asked.")
+DATA = flags.DEFINE_string("data", None, "Sweep: the task's problems, a file or a hub data set.")
+NUM = flags.DEFINE_integer("num", None, "Sweep: most problems read; default all.", lower_bound=4)
+FORM = flags.DEFINE_string("form", None, "Sweep: prompt form; default the task's first.")
+GRID = flags.DEFINE_list("delta_grid", ["0", "0.25", "0.5", "0.75", "1"],
+                         "Sweep: deltas tried on validation problems, for every early checkpoint.")
+POINTS = flags.DEFINE_integer("search_points", 0,
+                              "Sweep: search that many deltas instead of the grid; 0: the grid.")
+SAMPLINGS = flags.DEFINE_multi_string(
+    "sampling", ["temperature=1"],
+    "Sweep: a way to decode, as temperature=0.7,top_k=20,top_p=0.9,min_p=0.1; may be repeated: the "
+    "first is the interpolations', the others are tried on the late model.")
+CRITERION = flags.DEFINE_string("criterion", "pass@8", "Sweep: what is chosen by: pass@K, maj@K.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 16, "Sweep: of each problem.", lower_bound=2)
+K = flags.DEFINE_list("k", ["1", "2", "4", "8", "16"], "Sweep: reported for these.")
+SHARE = flags.DEFINE_float("validation_share", 0.4, "Sweep: problems to choose on.", 0.05, 0.95)
+NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Sweep: per answer.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch_size", 64, "Sweep: rows decoded at a time.", lower_bound=1)
+SCORE = flags.DEFINE_bool("score_samples", True, "Sweep: Best@k by mean log-probability.")
+EXECUTE = flags.DEFINE_bool("allow_code_execution", False,
+                            "Sweep: run the programs that the model writes, in the sandbox.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A sweep as asked for, checked."""
+
+    early: tuple[str, ...]
+    late: str
+    samplings: tuple[SamplingConfig, ...]
+    grid: tuple[float, ...]
+    points: int
+    criterion: Criterion
+    ks: tuple[int, ...]
+    num_samples: int
+    seed: int
+
+
+def sweep_stage(early: Sequence[str], late: str, out: str, seed: int) -> None:
+    """Runs the sweep and writes OUT: samples/, table.csv, sweep.json, plots/."""
+    began = time.perf_counter()
+    plan = _plan(early, late, seed)
+    task = TASKS[TASK.value]
+    models = [load_any(name, abstract=True) for name in (*plan.early, plan.late)]
+    for note in check_relatives(models, [*plan.early, plan.late], False):
+        print(f"note     {note}")
+    items = load_items(task, DATA.value, NUM.value)
+    validation, test = _split(len(items), seed)
+    arms = len(plan.early) * (plan.points or len(plan.grid))
+    print(
+        f"sweep    {task.name}: {len(validation)} problems to choose on, {len(test)} to report on, "
+        f"{plan.num_samples} samples each; {arms} interpolations of {len(plan.early)} early "
+        f"checkpoints, {len(plan.samplings)} decodings",
+        flush=True,
+    )
+    if cli.DRY_RUN.value:
+        print("dry run: nothing written")
+        return
+    if task.executes:
+        sandbox.require_permission(EXECUTE.value)
+        require_grader(task)
+    folder = Path(out)
+    claim_folder(folder, _identity(plan, items), "sweep_config.json")
+    model = load_any(plan.late, "float32")
+    sampler = _sampler(model)
+    problems = sampler.problems(items)
+    splits = {"validation": [problems[i] for i in validation], "test": [problems[i] for i in test]}
+    run = Sweep(
+        jax.device_put(model.params),
+        {name: functools.partial(_params, name) for name in plan.early},
+        sampler,
+        plan.num_samples,
+        folder / "samples",
+        seed=seed,
+        progress=lambda line: print(f"draw     {line}", flush=True),
+    )
+    result, rows, sampled = measure(run, plan, splits)
+    result["wall_s"] = round(time.perf_counter() - began, 1)
+    atomic.write_text(folder / "table.csv", as_csv(rows))
+    atomic.write_json(folder / "sweep.json", result)
+    draw_plots(plan, result, rows, sampled, folder / "plots")
+    _say(result, plan)
+    print(f"written  {folder}/sweep.json, table.csv, plots/ in {result['wall_s']:.0f} s")
+
+
+Row = dict[str, Any]
+
+
+def measure(
+    run: Sweep, plan: Plan, splits: dict[str, list[Problem]]
+) -> tuple[Row, list[Row], dict[str, Sampled]]:
+    """Chooses on validation, reports on test: the result, all rows, the test arms' samples."""
+    plain = plan.samplings[0]
+    rows: list[Row] = []
+    scores: dict[str, dict[float, float]] = {}
+
+    def score(name: str, delta: float) -> float:
+        arm = Arm(name, delta, plain)
+        sampled = run.sampled(arm, "validation", splits["validation"])
+        # At delta 0 every early checkpoint is the late one; its row stands under each name.
+        rows.extend(sweep.rows_of(arm, "validation", sampled, plan.ks))
+        return float(plan.criterion.values(sampled).mean())
+
+    for name in plan.early:
+        of_delta = functools.partial(score, name)
+        if plan.points:
+            scores[name] = sweep.search(of_delta, plan.points)
+        else:
+            scores[name] = {delta: of_delta(delta) for delta in plan.grid}
+    pairs = [(value, -delta, name) for name, found in scores.items()
+             for delta, value in found.items()]
+    value, minus_delta, early = max(pairs)
+    chosen = Arm(early, -minus_delta, plain)
+    arms = {"late": Arm(early, 0.0, plain), "early": Arm(early, 1.0, plain), "chosen": chosen}
+    arms |= {f"late, {sweep.describe_sampling(s)}": Arm(early, 0.0, s) for s in plan.samplings[1:]}
+    sampled = {name: run.sampled(arm, "test", splits["test"]) for name, arm in arms.items()}
+    for name, arm in arms.items():
+        rows += [row | {"arm": name} for row in
+                 sweep.rows_of(arm, "test", sampled[name], plan.ks)]
+    result: Row = {
+        "chosen": {"early": early, "delta": chosen.delta, "validation": value},
+        "criterion": f"{plan.criterion.name}@{plan.criterion.k}",
+        "scores": {name: {str(d): s for d, s in found.items()} for name, found in scores.items()},
+        "test": [row for row in rows if row["split"] == "test"],
+        "differences": {
+            name: sweep.differences(sampled["chosen"], sampled[name], plan.ks)
+            for name in arms if name != "chosen"
+        },
+        "score_name": "mean log-probability" if sampled["late"].scores is not None else None,
+    }
+    return result, rows, sampled
+
+
+def draw_plots(
+    plan: Plan, result: Row, rows: list[Row], sampled: dict[str, Sampled], folder: Path
+) -> None:
+    """Pass@k against delta (validation), histogram and plane (test), along the deltas."""
+    folder.mkdir(parents=True, exist_ok=True)
+    early, k = result["chosen"]["early"], max(plan.ks)
+    for number, name in enumerate(plan.early):
+        line = [r for r in rows if r["split"] == "validation" and r["early"] == name]
+        for measure in ("pass", "maj"):
+            title = f"{measure}@k on validation problems, early: {Path(name).name}"
+            figure = sweep_plots.against_delta(line, measure, plan.ks, title)
+            figure.savefig(folder / f"{measure}_against_delta_{number}.png", dpi=130)
+    test = [row for row in rows if row["split"] == "test"]
+    sweep_plots.bias_variance(test, k).savefig(folder / "bias_variance.png", dpi=130)
+    shares = {name: sampled[name].correct.mean(1) for name in ("late", "chosen", "early")}
+    sweep_plots.pass_histogram(shares).savefig(folder / "histogram.png", dpi=130)
+    points = {
+        "interpolated (validation)": [
+            _point(rows, "validation", Arm(early, d, plan.samplings[0]).label, f"{d:g}", k)
+            for d in sorted(map(float, result["scores"][early]))
+        ],
+        "on test problems": [_point(rows, "test", name, name, k) for name in sampled],
+    }
+    sweep_plots.along_training(points, k).savefig(folder / "pass_1_and_k.png", dpi=130)
+
+
+def _point(rows: list[Row], split: str, arm: str, label: str, k: int) -> Row:
+    found = {row["k"]: row for row in rows if row["split"] == split and row["arm"] == arm
+             and row["measure"] == "pass"}
+    one, many = ((found[n]["value"], found[n]["low"], found[n]["high"]) for n in (min(found), k))
+    return {"label": label, "pass1": one, "passk": many}
+
+
+# -- what was asked --------------------------------------------------------------------------------
+
+
+def _plan(early: Sequence[str], late: str, seed: int) -> Plan:
+    criterion = Criterion.parse(CRITERION.value)
+    try:
+        grid = tuple(sorted({float(text) for text in GRID.value}))
+        ks = tuple(sorted({int(text) for text in K.value}))
+    except ValueError as error:
+        raise InputError(f"--delta_grid and --k take numbers: {error}") from None
+    if not grid or not 0 <= grid[0] <= grid[-1] <= 1:
+        raise InputError(f"--delta_grid={','.join(GRID.value)} must lie in [0, 1]")
+    if not ks or ks[0] < 1:
+        raise InputError(f"--k={','.join(K.value)} must be positive whole numbers")
+    for name, k in (("--k", ks[-1]), ("--criterion", criterion.k)):
+        if k > NUM_SAMPLES.value:
+            raise InputError(f"{name} asks for k={k}, but --num_samples={NUM_SAMPLES.value}")
+    if POINTS.value and POINTS.value < 3:
+        raise InputError(f"--search_points={POINTS.value}: a search needs at least 3")
+    samplings = tuple(_sampling(text) for text in SAMPLINGS.value)
+    return Plan(tuple(early), late, samplings, grid, POINTS.value, criterion, ks,
+                NUM_SAMPLES.value, seed)
+
+
+def _sampling(text: str) -> SamplingConfig:
+    fields: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = part.strip().partition("=")
+        kinds = {"temperature": float, "top_k": int, "top_p": float, "min_p": float}
+        if not equals or name not in kinds:
+            raise InputError(f"--sampling={text}: {part!r} is none of {', '.join(kinds)}=NUMBER")
+        try:
+            fields[name] = kinds[name](value)
+        except ValueError:
+            raise InputError(f"--sampling={text}: {value!r} is not a number") from None
+    sampling = SamplingConfig(**{"temperature": 1.0} | fields)
+    if sampling.temperature == 0:
+        raise InputError(f"--sampling={text}: greedy decoding has one answer, a sweep needs many")
+    return sampling
+
+
+def _split(number: int, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of the problems to choose on and to report on."""
+    order = np.random.default_rng([seed, 11]).permutation(number)
+    cut = round(number * SHARE.value)
+    if not 2 <= cut <= number - 2:
+        raise InputError(f"{number} problems cannot be split by --validation_share={SHARE.value}")
+    return sorted(order[:cut].tolist()), sorted(order[cut:].tolist())
+
+
+def _identity(plan: Plan, items) -> Row:
+    settings = dataclasses.asdict(plan)
+    settings |= {"task": TASK.value, "data": DATA.value, "form": FORM.value}
+    settings |= {"num_problems": len(items), "validation_share": SHARE.value}
+    return settings | {"max_new_tokens": NEW_TOKENS.value, "score": SCORE.value}
+
+
+def _sampler(model: Loaded) -> TaskSampler:
+    if model.tokenizer is None:
+        raise InputError(f"{model.source} has no tokenizer, so it cannot be asked anything")
+    task = TASKS[TASK.value]
+    drawing = GenerateConfig(
+        NEW_TOKENS.value, stop_ids=tuple(model.tokenizer.eos_ids), batch_size=BATCH.value
+    )
+    grading = Grading(allow_code_execution=EXECUTE.value)
+    form = task.form(FORM.value)
+    return TaskSampler(model.config, model.tokenizer, task, form, drawing, grading, SCORE.value)
+
+
+def _params(name: str):
+    return jax.device_put(load_any(name, "float32").params)
+
+
+def _say(result: Row, plan: Plan) -> None:
+    chosen = result["chosen"]
+    print(
+        f"chosen   early {chosen['early']}, delta {chosen['delta']:g} ({result['criterion']} "
+        f"{chosen['validation']:.3f} on validation problems)"
+    )
+    for other, gaps in result["differences"].items():
+        for row in gaps:
+            if row["measure"] == "pass" and row["k"] in (plan.ks[0], plan.ks[-1]):
+                print(
+                    f"test     chosen - {other}: pass@{row['k']} {row['value']:+.3f} "
+                    f"[{row['low']:+.3f}, {row['high']:+.3f}] {row['verdict']}"
+                )
