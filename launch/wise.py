@@ -3,6 +3,7 @@
     python -m launch.wise --early=runs/sft/early --late=runs/sft/model --delta=0.5 --out=runs/wise
     python -m launch.wise --early=A --late=B --deltas='**/attn/**=0.2,embed/**=0' --out=C
     python -m launch.wise --method=mean --models=A,B,C --out=soup
+    python -m launch.wise --stage=sweep --early=A,B --late=C --task=gsm8k --out=runs/sweep
 
 wise   w = delta * early + (1 - delta) * late: delta is the share of the EARLY checkpoint, 0 gives
        the late model's bytes, 1 the early one's (the method of 2021 counts the other way)
@@ -13,8 +14,12 @@ task   --base plus --scale times the sum of (model - base)
 ties   --base plus --scale times the mean of trimmed, sign-elected task vectors, of --density
 dare   --base plus --scale times the sum of randomly thinned task vectors, of --density
 
-Weights go from file to file in parts of a few megabytes (slerp, ties, dare: tensor by tensor); a
-folder of our own format, as a source or as the target, goes through memory.
+--stage=sweep mixes in memory, one program for every delta, samples and grades: which early
+checkpoint and delta are best on validation problems, and what they are worth on others, beside
+other ways to decode; samples/, table.csv, sweep.json and plots/, resumable.
+
+Weights of a mixture go from file to file in parts of a few megabytes (slerp, ties, dare: tensor by
+tensor); a folder of our own format, as a source or as the target, goes through memory.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ from typing import Any
 
 from absl import flags
 
-from launch import cli
+from launch import cli, wise_sweep
 from launch.mixing import Plan, check_relatives, mixed_model
 from launch.progress import bars
 from moejax.core import tree
@@ -40,8 +45,11 @@ from moejax.methods.interpolate import Deltas
 METHODS = ("wise", "slerp", "mean", "ema", "task", "ties", "dare")
 _ENDS, _BASED = ("wise", "slerp"), ("task", "ties", "dare")
 
+STAGE = flags.DEFINE_enum("stage", "mix", ["mix", "sweep"], "Write a mixture, or measure many.")
 METHOD = flags.DEFINE_enum("method", "wise", METHODS, "How the models are mixed.")
-EARLY = flags.DEFINE_string("early", None, "Early checkpoint: folder, .gguf file or hub id.")
+EARLY = flags.DEFINE_string(
+    "early", None, "Early checkpoint: folder, .gguf file or hub id; of a sweep several, by commas."
+)
 LATE = flags.DEFINE_string("late", None, "Late checkpoint of the same run.")
 MODELS = flags.DEFINE_list("models", [], "Models, oldest first (mean, ema, task, ties, dare).")
 BASE = flags.DEFINE_string("base", None, "What the models were tuned from (task, ties, dare).")
@@ -56,13 +64,19 @@ UNRELATED = flags.DEFINE_bool("allow_unrelated", False, "Mix models of different
 DECAY = flags.DEFINE_float("decay", 0.9, "Of ema.")
 SCALE = flags.DEFINE_float("scale", 1.0, "Of task, ties and dare.")
 DENSITY = flags.DEFINE_float("density", 0.2, "Share of entries that stay (ties, dare).")
-SEED = flags.DEFINE_integer("seed", 0, "Of dare's draws.")
+SEED = flags.DEFINE_integer("seed", 0, "Of dare's draws, and of a sweep's samples and split.")
 FORMAT = flags.DEFINE_enum("format", None, FORMATS, "Default: hf where transformers has a class.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a model folder at the target.")
 
 
 def main(argv) -> None:
     del argv
+    if STAGE.value == "sweep":
+        early = [name for name in (EARLY.value or "").split(",") if name]
+        if not early or LATE.value is None:
+            raise InputError("--stage=sweep needs --early (one or several) and --late")
+        wise_sweep.sweep_stage(early, LATE.value, OUT.value, SEED.value)
+        return
     started = time.perf_counter()
     names = _names()
     plan = Plan(METHOD.value, _deltas(), DECAY.value, SCALE.value, DENSITY.value, SEED.value)

@@ -6,9 +6,9 @@ Enhanced Cross-Attention layers of a bridge bring the source's states r into its
     c = W_o softmax(q(LN x) k(LN r) / sqrt(C) + bias) v(LN r)      over the states in sight
     a = c + LN(W_2 gelu(W_1 c))                                    a bottleneck adapter
     g = tanh(W_g [x; a]), started at 0   or   sigmoid(W_g [x; a] + b_g)
-    x <- x + g * a                                                 0 where nothing is in sight
+    x <- x + g * a                                             nothing where none is in sight
 
-Which states target token t sees is a number per token, `limit_BT` (`moejax.methods.alignment`): with
+Which states target token t sees is a number per token, `limit_BT` (`moejax.data.alignment`): with
 one tokenizer t + 1. "paper" is the architecture of the reference as it is, for comparison: two
 layers before the target's blocks in place of its token embeddings, g a + (1 - g) x added to x, and
 every token sees all states, later ones too, which no generation can have.
@@ -91,8 +91,7 @@ class GraftConfig:
     @classmethod
     def paper(cls, source_size: int, target_size: int) -> GraftConfig:
         """The reference's architecture: 8 heads, bottleneck 256, two layers."""
-        more = {"gate": "channel", "start": "sigmoid", "distance_bias": False}
-        return cls(source_size, target_size, "paper", **more)
+        return cls(source_size, target_size, "paper", start="sigmoid", distance_bias=False)
 
     @property
     def read_size(self) -> int:
@@ -211,7 +210,7 @@ def _starts_at_zero(graft: GraftConfig, path: str) -> bool:
 
 
 def read(bridge: tree.Tree, graft: GraftConfig, states_BSR: jax.Array) -> jax.Array:
-    """What the layers read of the source's states [B, S, read_size]: the states, or `pre` of them."""
+    """What the layers read of states [B, S, read_size]: themselves, or `pre` of them (paper)."""
     if graft.placement != "paper":
         return states_BSR
     return states_BSR @ _as(bridge["pre"]["w"], states_BSR) + _as(bridge["pre"]["b"], states_BSR)
@@ -324,7 +323,9 @@ class Reading:
         layer = jax.tree.map(at, self.bridge["layers"])
         pair = (at(self.keys_values[0]), at(self.keys_values[1]))
         y_BTD = enhance(layer, self.graft, x_BTD, pair, self.limit_BT)
-        return y_BTD if self.open_B is None else y_BTD * self.open_B[:, None, None].astype(y_BTD.dtype)
+        if self.open_B is None:
+            return y_BTD
+        return y_BTD * self.open_B[:, None, None].astype(y_BTD.dtype)
 
 
 def insert_before(readings: Mapping[str, Reading]) -> Callable[[jax.Array], jax.Array]:

@@ -1,4 +1,4 @@
-"""The only decoder: pure functions over one parameter tree, and a thin Linen shell around them.
+"""The only decoder: pure functions over one parameter tree (`linen.py` has a Linen shell).
 
 The tree is documented in `abstract_params`. Every function takes ``(params, config, ...)``.
 """
@@ -9,7 +9,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -20,6 +19,7 @@ from moejax.core.sharding import at_use
 from moejax.models.adapted import adapted
 from moejax.models.cache import KVCache, PagedCache, extend_split
 from moejax.models.config import ModelConfig
+from moejax.models.inserted import Inserted
 from moejax.models.layers import ACTIVATION, feed_forward, norm
 from moejax.models.mha import AttentionInputs, mha
 from moejax.models.mla import mla
@@ -32,17 +32,20 @@ from moejax.ops.attention import AttentionSpec, Visible, Window, shared_mask, so
 from moejax.ops.rope import frequencies, rotation
 
 __all__ = ["abstract_params", "init_leaf", "init_params"]  # of the tree, from params.py
-__all__ += ["ForwardOptions", "Output", "Transformer", "forward", "logits", "split_layers"]
+__all__ += ["ForwardOptions", "Inserted", "Output", "forward", "logits", "split_layers"]
 __all__ += ["outer_at_use", "unembed"]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """hidden_BTD after the final norm; the cache, if one was given; router statistics [L, ...]."""
+    """hidden_BTD after the final norm; the cache, if one was given; router statistics [L, ...];
+    what rode along (`moejax.models.inserted.Inserted.kept`)."""
 
     hidden_BTD: jax.Array
     cache: KVCache | PagedCache | None
     stats: MoEStats | None
+    kept: Any = None
 
 
 def forward(
@@ -55,6 +58,7 @@ def forward(
     cache: KVCache | PagedCache | None = None,
     rng: jax.Array | None = None,
     options: ForwardOptions = ForwardOptions(),
+    inserted: Inserted | None = None,
 ) -> Output:
     """Runs the decoder.
 
@@ -68,6 +72,7 @@ def forward(
         layers.
       rng: key for the routers' exploration noise; None (evaluation) adds none.
       options: how to compute.
+      inserted: functions run before the first block and after every one.
 
     Returns:
       hidden states after the final norm, the extended cache, router statistics.
@@ -90,17 +95,19 @@ def forward(
     if options.parallel is not None:
         # Also its gradient is first whole: scattering rows with D split would gather every token.
         embed = whole_columns(embed, options.parallel.mesh)
-    x_BTD = _embed(embed, config, tokens_BT, positions_BT, options.compute_dtype)
+    inserted = inserted or Inserted()
+    x_BTD = _embed(embed, config, tokens_BT, positions_BT, options.compute_dtype, inserted)
     if options.parallel is not None:
         x_BTD = split_rows(x_BTD, options.parallel.mesh)
-    new_k, new_v, stats = {}, {}, []
+    new_k, new_v, stats, kept, first = {}, {}, [], inserted.kept, 0
     for index, run in enumerate(config.runs):
-        context = _Context(config, options, inputs, mask_BT, slot, run.windows)
+        context = _Context(config, options, inputs, mask_BT, slot, run.windows, inserted, first)
+        first += run.num_layers
         state = None if cache is None else (cache.k[run.name], cache.v[run.name])
         key = None if rng is None else jax.random.fold_in(rng, index)
         layers = params["layers"][run.name]
         walk = _run_split if isinstance(layers, tuple) else _run_scanned
-        x_BTD, state, run_stats = walk(layers, x_BTD, state, key, context)
+        (x_BTD, kept), state, run_stats = walk(layers, (x_BTD, kept), state, key, context)
         if state is not None:
             new_k[run.name], new_v[run.name] = state
         if run_stats is not None:
@@ -114,7 +121,7 @@ def forward(
     elif cache is not None:
         length = cache.length + tokens_BT.shape[1]
         cache = dataclasses.replace(cache, k=new_k, v=new_v, length=length)
-    return Output(hidden, cache, _joined(stats, config) if stats else None)
+    return Output(hidden, cache, _joined(stats, config) if stats else None, kept)
 
 
 def outer_at_use(params: tree.Tree, options: ForwardOptions) -> tree.Tree:
@@ -158,7 +165,10 @@ def split_layers(params: tree.Tree) -> tree.Tree:
 
 @dataclasses.dataclass(frozen=True)
 class _Context:
-    """What every block of a run shares; slot: where new keys go (of pages: page and slot)."""
+    """What every block of a run shares.
+
+    slot: where new keys go (of pages: page and slot). first: its first block's number in the model.
+    """
 
     config: ModelConfig
     options: ForwardOptions
@@ -166,6 +176,14 @@ class _Context:
     mask_BT: jax.Array | None
     slot: Any
     windows: tuple[int, ...]
+    inserted: Inserted
+    first: int
+
+    def after(self, index: Any, x_BTD: jax.Array, kept: Any) -> tuple[jax.Array, Any]:
+        """What follows block `index` of the run."""
+        if self.inserted.after is None:
+            return x_BTD, kept
+        return self.inserted.after(self.first + index, x_BTD, kept)
 
 
 def _joined(stats: list[MoEStats], config: ModelConfig) -> MoEStats:
@@ -197,13 +215,15 @@ def _positions(config, tokens_BT, positions_BT, cache) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(num_tokens), (num_batch, num_tokens))
 
 
-def _embed(embed, config: ModelConfig, tokens_BT, positions_BT, dtype) -> jax.Array:
+def _embed(embed, config: ModelConfig, tokens_BT, positions_BT, dtype, inserted) -> jax.Array:
     """What enters the first block, [B, T, D]."""
     x = embed["tokens"][tokens_BT].astype(dtype)
     if config.embedding.scaled:
         x = x * jnp.asarray(config.d_model**0.5, dtype)
     if config.embedding.size is not None:
         x = x @ embed["w_in"].astype(dtype)
+    if inserted.before is not None:
+        x = inserted.before(x)
     if config.embedding.positions == "learned":
         rows_BT = positions_BT + config.embedding.position_offset
         x = x + embed["positions"][rows_BT].astype(dtype)
@@ -292,15 +312,18 @@ def _residual(layer, name: str, x_BTD, branch, config: ModelConfig):
     return x_BTD + y_BTD, rest
 
 
-def _run_scanned(layers, x_BTD, state, rng, context: _Context):
-    """Scans a run of stacked layers; the cache rides in the carry, so it is updated in place."""
+def _run_scanned(layers, flow, state, rng, context: _Context):
+    """Scans a run of stacked layers; the cache rides in the carry, so it is updated in place.
+
+    flow: x_BTD and what rides along.
+    """
     num_layers = jax.tree.leaves(layers)[0].shape[0]
     # One window is a constant of the program; several ride along with the layers.
     same = len(set(context.windows)) == 1
     windows = None if same else jnp.asarray(context.windows, jnp.int32)
 
     def body(carry, xs):
-        x_BTD, state = carry
+        (x_BTD, kept), state = carry
         if context.options.parallel is not None:
             x_BTD = split_rows(x_BTD, context.options.parallel.mesh)
         x_BTD = checkpoint_name(x_BTD, BLOCK_INPUT)
@@ -321,68 +344,29 @@ def _run_scanned(layers, x_BTD, state, rng, context: _Context):
 
         window = context.windows[0] if same else window
         x_BTD, new_state, stats = _block(layer, x_BTD, key, extend, context, window)
-        return (x_BTD, new_state), stats
+        return (context.after(index, x_BTD, kept), new_state), stats
 
     if context.options.remat in REMAT_POLICIES:
         body = jax.checkpoint(
             body, policy=REMAT_POLICIES[context.options.remat], prevent_cse=False
         )
     xs = (layers, jnp.arange(num_layers), windows)
-    (x_BTD, state), stats = jax.lax.scan(body, (x_BTD, state), xs)
-    return x_BTD, state, stats
+    (flow, state), stats = jax.lax.scan(body, (flow, state), xs)
+    return flow, state, stats
 
 
-def _run_split(layers, x_BTD, state, rng, context: _Context):
+def _run_split(layers, flow, state, rng, context: _Context):
     """Walks a run of split layers one by one, each with cache arrays of its own."""
-    new_k, new_v, stats = [], [], []
+    (x_BTD, kept), new_k, new_v, stats = flow, [], [], []
     for index, layer in enumerate(layers):
         key = None if rng is None else jax.random.fold_in(rng, index)
         extend = functools.partial(extend_split, state, index, context.slot)
         window = context.windows[index]
         x_BTD, new, layer_stats = _block(layer, x_BTD, key, extend, context, window)
+        x_BTD, kept = context.after(index, x_BTD, kept)
         if new is not None:
             new_k.append(new[0])
             new_v.append(new[1])
         stats.append(layer_stats)
     joined = None if stats[0] is None else jax.tree.map(lambda *s: jnp.stack(s), *stats)
-    return x_BTD, None if state is None else (tuple(new_k), tuple(new_v)), joined
-
-
-# -- Linen shell -----------------------------------------------------------------------------------
-
-
-class _Params(nn.Module):
-    """Declares one dict of parameters, and those below it."""
-
-    spec: Any
-    prefix: str
-    scale: float
-
-    @nn.compact
-    def __call__(self):
-        params = {}
-        for name, leaf in self.spec.items():
-            path = f"{self.prefix}{name}"
-            if isinstance(leaf, jax.ShapeDtypeStruct):
-                init = functools.partial(init_leaf, path, leaf=leaf, scale=self.scale)
-                params[name] = self.param(name, init)
-            else:
-                params[name] = _Params(leaf, path + "/", self.scale, name=name)()
-        return params
-
-
-class Transformer(nn.Module):
-    """Linen shell: ``Transformer(config).init(key, tokens)["params"]`` has `init_params`' tree.
-
-    ``apply({"params": params}, tokens_BT, **kwargs)`` gives what `forward` gives.
-    """
-
-    config: ModelConfig
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, tokens_BT: jax.Array, **kwargs) -> Output:
-        params = {}
-        for name, spec in abstract_params(self.config, self.dtype).items():
-            params[name] = _Params(spec, name + "/", self.config.initializer_range, name=name)()
-        return forward(params, self.config, tokens_BT, **kwargs)
+    return (x_BTD, kept), None if state is None else (tuple(new_k), tuple(new_v)), joined

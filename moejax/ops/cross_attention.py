@@ -56,7 +56,7 @@ def cross_attention(
 def attention_weights(
     q_BTHC: jax.Array, k_BHSC: jax.Array, limit_BT: jax.Array, bias_HN: jax.Array | None = None
 ) -> jax.Array:
-    """The softmax of `cross_attention`, float32 [B, H, T, S]; all 0 for a query that sees nothing."""
+    """The softmax of `cross_attention`, float32 [B, H, T, S]; 0 for a query that sees nothing."""
     scores = jnp.einsum("bthc,bhsc->bhts", q_BTHC, k_BHSC, preferred_element_type=jnp.float32)
     scores = scores * q_BTHC.shape[-1] ** -0.5
     keys_S = jnp.arange(k_BHSC.shape[2])

@@ -14,7 +14,8 @@ from moejax.data.alignment import align, byte_ends, settled_pieces
 from moejax.io.tokenizer import Tokenizer
 from tests.tiny_tokenizer import gguf_fields
 
-WORDS = "the capital of France is Paris, don't  say\n\n  x = 3.14; naïve café 日本語 🙂 end".split(" ")
+TEXT = "the capital of France is Paris, don't  say\n\n  x = 3.14; naïve café 日本語 🙂 end"
+WORDS = TEXT.split(" ")
 
 
 @functools.cache

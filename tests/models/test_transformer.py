@@ -10,6 +10,7 @@ import pytest
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.core.precision import TOLERANCE
+from moejax.models import linen
 from moejax.models import transformer as tf
 from moejax.models.cache import init_cache
 from moejax.models.config import AttentionConfig, EmbeddingConfig, ModelConfig, NormConfig
@@ -140,7 +141,7 @@ def test_remat_changes_no_gradient(model, remat):
 
 def test_linen_shell_has_the_same_tree_and_output(model):
     config, params = model
-    shell = tf.Transformer(config)
+    shell = linen.Transformer(config)
     made = shell.init(jax.random.key(0), tokens_of((1, 3)))["params"]
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params)
     out = shell.apply({"params": params}, tokens_of((1, 3)))
