@@ -2,6 +2,8 @@
 
   python -m launch.evaluate --samples=FILE.jsonl --task=humaneval [--data=FILE] [--k=1,10,100]
   python -m launch.evaluate --model=MODEL --task=functions --out=DIR --allow_code_execution
+  python -m launch.evaluate --model=MODEL --task=piqa [--shots=5] --out=DIR
+  python -m launch.evaluate --model=MODEL --task=perplexity --data=FILE.txt --out=DIR
   python -m launch.evaluate --model=MODEL --task=nll --data=stdlib --num=64 --out=DIR
 
 MODEL is a model folder, a .gguf file or a hub id. --data is the task's set: a .jsonl, .jsonl.gz or
@@ -23,14 +25,16 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import cli, evaluate_nll, evaluate_tasks
+from launch import cli, evaluate_likelihood, evaluate_nll, evaluate_tasks
 from launch.evaluate_settings import Settings, write_run
 from moejax.core.errors import InputError
 from moejax.evals.sandbox import Limits
 from moejax.evals.tasks import TASKS
+from moejax.evals.tasks.choice import CHOICE_TASKS
 
 MODEL = flags.DEFINE_string("model", None, "Model folder, .gguf file or hub id.")
-TASK = flags.DEFINE_enum("task", None, [*TASKS, "nll"], "What to measure.")
+NAMES = [*TASKS, *CHOICE_TASKS, "perplexity", "nll"]
+TASK = flags.DEFINE_enum("task", None, NAMES, "What to measure.")
 OUT = flags.DEFINE_string("out", None, "Folder for samples.jsonl and result.json.")
 SAMPLES = flags.DEFINE_string("samples", None, "Grade this JSONL file; no model is loaded.")
 DATA = flags.DEFINE_string(
@@ -63,6 +67,9 @@ WALL_S = flags.DEFINE_float(
     "wall_s", 15.0, "Seconds one program may run; waiting counts.", lower_bound=0.1
 )
 CPU_S = flags.DEFINE_integer("cpu_s", 5, "Seconds it may compute.", lower_bound=1)
+OVERLAP = flags.DEFINE_string(
+    "overlap", None, "What launch.decontaminate wrote: goes into every record."
+)
 PARTIAL = flags.DEFINE_bool("partial", False, "Score a file of samples that leaves problems out.")
 EXECUTE = flags.DEFINE_bool(
     "allow_code_execution", None, "Run programs in the sandbox; default only those of --samples."
@@ -73,8 +80,12 @@ def main(argv: Sequence[str]) -> None:
     del argv
     settings = _settings()
     began = time.perf_counter()
-    kind = evaluate_nll if settings.task == "nll" else evaluate_tasks
-    outcome = kind.evaluate(settings)
+    if settings.task in TASKS:
+        outcome = evaluate_tasks.evaluate(settings)
+    elif settings.task == "nll":
+        outcome = evaluate_nll.evaluate(settings)
+    else:
+        outcome = evaluate_likelihood.evaluate(settings)
     if outcome is not None:
         write_run(settings, outcome, began)
 
@@ -82,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
 def _settings() -> Settings:
     """The flags, checked."""
     if TASK.value is None:
-        raise InputError(f"--task is missing: give one of {', '.join([*TASKS, 'nll'])}")
+        raise InputError(f"--task is missing: give one of {', '.join(NAMES)}")
     samples = None if SAMPLES.value is None else Path(SAMPLES.value)
     if samples is None and OUT.value is None:
         raise InputError("--out is missing: give a folder for the results")
@@ -117,6 +128,7 @@ def _settings() -> Settings:
         package_folders=tuple(str(Path(folder).absolute()) for folder in PACKAGES.value),
         limits=Limits(wall_s=WALL_S.value, cpu_s=CPU_S.value),
         partial=PARTIAL.value,
+        overlap=OVERLAP.value,
         execute=samples is not None if EXECUTE.value is None else EXECUTE.value,
         dry_run=cli.DRY_RUN.value,
     )

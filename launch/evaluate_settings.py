@@ -21,7 +21,7 @@ from moejax.core.errors import InputError
 from moejax.evals.samples import write_samples
 from moejax.evals.sandbox import Limits
 from moejax.io import lineage
-from moejax.io.atomic import write_json
+from moejax.io.atomic import read_json, write_json
 from moejax.io.load import Loaded, find_source, load_any
 
 CLAIM = "evaluate.json"  # in the folder: whose it is
@@ -101,6 +101,39 @@ def load_model(settings: Settings) -> Loaded:
     if loaded.tokenizer is None:
         raise InputError(f"{settings.model} has no tokenizer, so it cannot be asked anything")
     return dataclasses.replace(loaded, params=jax.device_put(loaded.params))
+
+
+def overlap_of(settings: Settings) -> dict[str, float]:
+    """Per problem its overlap with training data, empty where that was not measured.
+
+    Raises:
+      InputError: a file that launch.decontaminate did not write, or without this task.
+    """
+    if settings.overlap is None:
+        return {}
+    found = read_json(settings.overlap)
+    try:
+        return dict(found["benchmarks"][settings.task]["shares"])
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{settings.overlap} has no overlap of task {settings.task}: run launch.decontaminate "
+            f"with --benchmarks={settings.task}=..."
+        ) from error
+
+
+def about_overlap(
+    settings: Settings, shares: Mapping[str, float], records: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """For the result: what was looked for where, and the score on what shares nothing."""
+    if settings.overlap is None:
+        return {"decontamination": None}
+    found = read_json(settings.overlap)
+    kept = {name: found[name] for name in ("n", "least", "data", "num_texts")}
+    counted = {k: v for k, v in found["benchmarks"][settings.task].items() if k != "shares"}
+    clean = [r for r in records if shares.get(r["id"]) == 0 and r["passed"] is not None]
+    passed = sum(bool(record["passed"]) for record in clean)
+    score = {"num_clean": len(clean), "score_clean": passed / len(clean) if clean else None}
+    return {"decontamination": {**kept, **counted, **score}}
 
 
 def describe(loaded: Loaded) -> None:

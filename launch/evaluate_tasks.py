@@ -12,10 +12,12 @@ from launch.evaluate_settings import (
     PARTIAL,
     Outcome,
     Settings,
+    about_overlap,
     bar,
     console,
     describe,
     load_model,
+    overlap_of,
 )
 from moejax.evals import sandbox
 from moejax.evals.run import RunConfig, grade_samples, require_grader, run
@@ -45,6 +47,7 @@ def evaluate(settings: Settings) -> Outcome | None:
             settings.package_folders,
             allow_code_execution=settings.execute,
         ),
+        overlap=overlap_of(settings),
     )
     if settings.dry_run:
         _plan(settings, task, items, form)
@@ -61,7 +64,10 @@ def evaluate(settings: Settings) -> Outcome | None:
         records = _ask(settings, task, items, config, asked)
     if task.executes:
         asked["sandbox"] = sandbox.working_mode()
-    result = summary(records, ks)
+    result = summary(records, ks) | about_overlap(settings, config.overlap, records)
+    if task.name.startswith(("humaneval", "mbpp")):
+        programs = [{"task_id": r["id"], "solution": r["extracted"]} for r in records]
+        write_samples(settings.out / "evalplus.jsonl", programs)
     _say(task, records, result)
     return asked, records, result
 
