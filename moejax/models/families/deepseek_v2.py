@@ -3,8 +3,8 @@
 Where transformers 5.23 computes something else than the code released with the weights, this is the
 released one: norm_topk_prob divides the weights by their sum in place of routed_scaling_factor
 (transformers ignores it), as `MoEGate` of the released modeling_deepseek.py does for more than one
-expert per token; its seq_aux loss is balance "sequence", else "switch". Of mscale and mscale_all_dim
-one alone, which no released model has and they read differently, is refused.
+expert per token; its seq_aux loss is balance "sequence", else "switch". mscale or mscale_all_dim
+alone, which no released model has and they read differently, is refused.
 """
 
 from __future__ import annotations
