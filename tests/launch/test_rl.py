@@ -9,6 +9,7 @@ import pytest
 from configs import rl_gsm8k
 from launch import rl
 from moejax.core.errors import InputError
+from moejax.evals.tasks import TASKS, Grading
 from moejax.evals.tasks.base import Grade, Item
 from tests.launch import tiny_run
 
@@ -61,3 +62,38 @@ def test_evaluations_and_checkpoints_fall_between_iterations():
     config.rl.iterations = 0
     with pytest.raises(InputError, match="iterations"):
         rl.rl_config(config)
+
+
+ATTEMPTS = [
+    "The answer is 16, 17, 18, 19 or 20.",
+    "#### 18 #### 19\n#### 17",
+    "#### 17\n#### 18\n#### 19",
+    "\\boxed{18} \\boxed{19}",
+    "\\boxed{17, 18}",
+    "#### 17 or 18",
+    "#### 10-20",
+    "#### " + " ".join(map(str, range(100))),
+    "#### 9+9",
+    "#### x = x",
+    "#### nan",
+    "#### inf",
+    "#### 1\u200b8",
+    "9+9?",
+    "####",
+    "",
+    "The answer is 18. No wait, the answer is 17.",
+    "#### -18",
+    "#### 0x12",
+]
+
+
+@pytest.mark.parametrize("attempt", ATTEMPTS)
+def test_attempts_to_earn_without_answering_earn_nothing(attempt):
+    """Lists, hedges and revisions that hold the right number somewhere; code: tests/evals."""
+    task = TASKS["gsm8k"]
+    item = task.make({"question": "9+9?", "answer": "#### 18"}, 0, "here")
+    form = task.form(None)
+    honest, tried = task.grade(
+        [(item, task.extract(item, form, text)) for text in ("#### 18", attempt)], Grading()
+    )
+    assert honest.passed and not tried.passed
