@@ -48,6 +48,11 @@ class Engine:
         settings: EngineConfig = EngineConfig(),
         decode_text: Decode | None = None,
     ):
+        if settings.options.parallel is not None:
+            raise InputError(
+                "an engine computes where the parameters lie: leave options.parallel out and load "
+                "them onto a mesh"
+            )
         self.config, self.settings = config, settings
         self.params = prepare(params, settings.options.compute_dtype)
         self._decode_text = decode_text

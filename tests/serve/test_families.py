@@ -12,7 +12,13 @@ NUM_NEW = 14
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen2-layer_types_yarn", "gemma2-grouped_tied", "opt-after_projected"]
+    "name",
+    [
+        "qwen2-layer_types_yarn",
+        "gemma2-grouped_tied",
+        "opt-after_projected",
+        "deepseek_v2-lite_yarn",
+    ],
 )
 def test_each_token_is_the_most_likely_one_after_the_text_so_far(name, tmp_path):
     """Prompts of two lengths share a batch; windows of 5 and 6 tokens pass over the padding."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moejax.serve.text import stream_text
+from moejax.serve.text import TextStream, stream_text
 
 
 def decode(ids):
@@ -35,3 +35,27 @@ def test_broken_bytes_in_the_middle_do_not_stop_the_stream():
     pieces = list(stream_text(decode, [[b] for b in data]))
     assert "".join(pieces) == "a\ufffdbc"
     assert pieces[0] == "a"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 50])
+def test_a_stop_string_is_found_across_pieces_and_never_shown(size):
+    data = list(b"one, two; three, four")
+    stream = TextStream(decode, ("; th", "zz", ", f"))
+    pieces = [stream.push(data[i : i + size]) for i in range(0, len(data), size)]
+    assert "".join(pieces) == "one, two" and stream.stopped
+    assert stream.num_ids == len("one, two; th")
+    assert stream.push([97], last=True) == ""
+
+
+def test_what_might_become_a_stop_waits_and_then_shows():
+    stream = TextStream(decode, ("abc",))
+    pieces = [stream.push(list(text.encode())) for text in ("xa", "b", "ab", "d")]
+    assert pieces == ["x", "", "ab", "abd"]
+    assert stream.push(list(b"ab"), last=True) == "ab"
+    assert not stream.stopped and stream.num_ids == 8
+
+
+def test_the_first_of_two_stops_counts():
+    stream = TextStream(decode, ("d", "bc"))
+    assert stream.push(list(b"abcd")) == "a"
+    assert stream.num_ids == 3

@@ -1,0 +1,27 @@
+"""An engine on a mesh answers what it answers on one device."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+
+def test_sharded_equals_one_device(tmp_path):
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serve.sharded_engine", str(tmp_path)],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for (ids, log_probs), (one_ids, one_log_probs) in zip(
+        found["sharded"], found["one"], strict=True
+    ):
+        assert ids == one_ids
+        np.testing.assert_allclose(log_probs, one_log_probs, atol=2e-5)
+    assert found["devices"] == 8 and found["parts_of_heads"] == 2
