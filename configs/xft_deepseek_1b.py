@@ -9,8 +9,9 @@ Command:  python -m launch.train --config=configs/xft_deepseek_1b.py:sft --workd
           python -m launch.train --config=configs/xft_deepseek_1b.py:moe --workdir=runs/moe
           python -m launch.merge --config=configs/xft_deepseek_1b.py:merge --lam=0.75 \\
               --source=runs/moe/model --target=runs/merged --workdir=runs/merge
-          Sizes only: --config.model.source=preset:deepseek-coder-1.3b --dry_run, with
-          --config.model.experts=8 --config.model.top_k=6 for the MoE.
+          Sizes only: --config.model.source=preset:deepseek-coder-1.3b --dry_run. On TPUs that are
+          not here: python -m launch.compile --config=configs/xft_deepseek_1b.py:moe \\
+              --topology=v5p:2x2x2
 Hardware: the paper's was 2 GPUs for the dense model and 4 for the MoE; `--dry_run` prints ours.
 Expected: the same data passes for both: 5 epochs of SFT against 4 of the MoE and 1 of the merge.
 
@@ -36,6 +37,9 @@ def get_config(stage: str = "moe") -> ConfigDict:
         raise ValueError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
     config = base.get_config()
     config.model.source = STAGES[stage]["source"]
+    config.model.preset = "deepseek-coder-1.3b"
+    if stage == "moe":
+        config.model.experts, config.model.top_k = 8, 6
     config.data.source = "ise-uiuc/Magicoder-Evol-Instruct-110K"
     config.data.seq_len = 1024
     config.data.heldout_share = 0.005

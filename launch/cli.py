@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
+from launch import out_of_memory
 from moejax.core.errors import InputError
 
 EXIT_BAD_INPUT = 2
@@ -29,8 +30,9 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print shapes, memory and FLOPs, t
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Runs an absl main so that whatever the user can mend is one line and an exit code.
 
-    0 done; 2 bad input, bad flags or no space left; 130 interrupted; 75 a training run that saved
-    its state at SIGTERM. Anything else is a bug of ours and keeps its traceback.
+    0 done; 2 bad input, bad flags or no space left; 3 out of memory (`launch.out_of_memory`); 130
+    interrupted; 75 a training run that saved its state at SIGTERM. Anything else is a bug of ours
+    and keeps its traceback.
     """
     _show_help_of(main)
     argv = list(sys.argv)
@@ -53,6 +55,10 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             if isinstance(error, (FileNotFoundError, PermissionError)) and error.filename:
                 return _fail(f"{error.filename}: {error.strerror}", EXIT_BAD_INPUT)
             raise
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory.is_out_of_memory(error):
+                raise
+            return out_of_memory.answer(error)
 
     signal.signal(signal.SIGTERM, _terminate)
     logging.set_verbosity(logging.WARNING)

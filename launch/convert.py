@@ -3,7 +3,7 @@
     python -m launch.convert --source=model.gguf --target=out/hf
     python -m launch.convert --source=org/name --target=out/model --format=orbax --dtype=bfloat16
     python -m launch.convert --source=folder --target=out/model.gguf --format=gguf --dtype=q8_0
-    python -m launch.convert --source=folder --describe          (or --source=preset:NAME)
+    python -m launch.convert --source=folder --describe
 
 The target is written whole or not at all.
 """
@@ -22,11 +22,10 @@ from absl import flags
 
 from launch import cli
 from launch.progress import bars
-from launch.settings import PRESET, preset_named
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.io import atomic, gguf_write, stream
-from moejax.io.describe import describe, with_exports
+from moejax.io.describe import describe
 from moejax.io.hf import config_fields
 from moejax.io.load import FORMATS, Loaded, load_any, main_dtype, save_any
 from moejax.io.safetensors import dtype_named
@@ -111,18 +110,14 @@ def _max_shard_bytes() -> int | None:
 
 def _describe() -> None:
     """Prints the description, a line per number, option and use."""
-    source = SOURCE.value
-    named = source.startswith(PRESET)
-    found = with_exports(preset_named(source)) if named else describe(source)
-    for name, value in dataclasses.asdict(found).items():
+    for name, value in dataclasses.asdict(describe(SOURCE.value)).items():
         if isinstance(value, dict):
-            print(name if value else f"{name:26} not read")
+            print(name)
             for key, item in value.items():
-                parts = item if isinstance(item, dict) else {}
-                shown = ", ".join(f"{part}={number}" for part, number in parts.items())
-                print(f"  {key:24} {shown or item}")
+                print(f"  {key:24} {item}")
         else:
-            print(f"{name:26} {f'{value:,.0f}' if isinstance(value, int | float) else value}")
+            shown = f"{value:,}" if isinstance(value, int | float) else value
+            print(f"{name:26} {shown}")
 
 
 def _show_plan(loaded: Loaded) -> int:

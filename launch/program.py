@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -62,10 +63,20 @@ def make_program(
         split_frozen(config, params),
         batch,
         StepOptions(
-            settings.accumulation, settings.accumulation_dtype, settings.max_skipped > 0, mesh
+            settings.accumulation,
+            settings.accumulation_dtype,
+            settings.max_skipped > 0,
+            mesh,
+            grad_dtype=grad_dtype(config),
         ),
         selection_bias_update(model),
     )
+
+
+def grad_dtype(config: ConfigDict) -> str | None:
+    """Gradients of blocks are no wider than the arithmetic that they come from."""
+    at_rest, arithmetic = jnp.dtype(config.model.dtype), jnp.dtype(config.compute.dtype)
+    return config.compute.dtype if arithmetic.itemsize < at_rest.itemsize else None
 
 
 def make_loss(model: ModelConfig, config: ConfigDict, mesh: Mesh | None = None) -> LossFn:

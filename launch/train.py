@@ -21,8 +21,9 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from launch import cli, multihost
-from launch.program import make_loss, make_mesh_of, parallel_options
+from launch import cli, multihost, out_of_memory
+from launch.planning import explainer
+from launch.program import grad_dtype, make_loss, make_mesh_of, parallel_options
 from launch.settings import (
     PRESET,
     Rows,
@@ -69,6 +70,7 @@ def main(argv) -> None:
     if not config.model.source:
         raise InputError("--config.model.source is missing: a model folder, .gguf file or hub id")
     plan = load_any(config.model.source, config.model.dtype, abstract=True)
+    out_of_memory.explain_with(explainer(config, plan.config))
     rows = load_rows(config, plan)
     settings = train_config(config, len(rows.train.ids))
     mesh = make_mesh_of(config, plan.config)
@@ -117,6 +119,7 @@ def train(
     peak = measure_gemm_peak(config.compute.dtype)
     rate = f"{peak.gflops:,.0f} GFLOP/s in {peak.dtype} matrix products"
     multihost.say(f"machine  {rate}, {peak.device}")
+    settings = dataclasses.replace(settings, grad_dtype=grad_dtype(config))
     result = fit(
         settings,
         make_loss(model, config, mesh),

@@ -14,12 +14,16 @@ from collections import defaultdict
 import numpy as np
 
 from moejax.aot.hlo import Instruction, Program, shape_bytes
+from moejax.aot.kernels import Array, kernel_flops
 
 # Rounds of the expert exchange that a balanced load does not need (`moejax.moe.chunked`).
 UNBALANCED = "unbalanced_rounds"
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"}
 _FREE |= {"call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier"}
 _PASS = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done")
+_TYPED = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+# Custom calls that run a kernel of ours or of JAX.
+KERNELS = {"tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2"}
 _ARRAY = re.compile(r"\b[a-z]+\d*[a-z0-9]*\[([\d,]*)\]")
 _ELSEWHERE = re.compile(r"\bS\([1-9]")  # a layout in the chip's own memory, or the host's
 
@@ -30,12 +34,14 @@ class Cost:
 
     flops: of matrix products. traffic_bytes: read from and written to HBM. runs: how often each
     computation runs. open_loops: loops whose trips depend on data, counted once each.
+    unknown_kernels: names of kernels whose FLOPs are not known, and left out.
     """
 
     flops: float
     traffic_bytes: float
     runs: dict[str, float]
     open_loops: int
+    unknown_kernels: tuple[str, ...] = ()
 
 
 def cost(program: Program) -> Cost:
@@ -43,15 +49,19 @@ def cost(program: Program) -> Cost:
     runs, open_loops = count_runs(program)
     inner = _inside_fusions(program)
     flops = traffic = 0.0
+    unknown: list[str] = []
     for name, instructions in program.items():
         if not runs[name]:
             continue
         shapes = {i.name: i.shape for i in instructions}
         for instruction in instructions:
-            flops += runs[name] * _flops(instruction, shapes)
+            found = _flops(instruction, shapes)
+            if found is None:
+                unknown.append(instruction.name)
+            flops += runs[name] * (found or 0.0)
             if name not in inner:
                 traffic += runs[name] * _traffic(program, instruction, shapes)
-    return Cost(flops, traffic, dict(runs), open_loops)
+    return Cost(flops, traffic, dict(runs), open_loops, tuple(unknown))
 
 
 def count_runs(program: Program) -> tuple[dict[str, float], int]:
@@ -100,14 +110,40 @@ def trips(program: Program, computation: str, loop: Instruction) -> int | None:
     if root is None or root.opcode != "compare" or len(root.operands) != 2:
         return None
     direction = re.search(r"direction=(\w+)", root.rest)
-    pair = [_limit(program, computation, loop, lines, name) for name in root.operands]
+    names = list(root.operands)
     if direction is not None and direction[1] in ("GT", "GE"):
-        pair.reverse()
-    start, end = pair
+        names.reverse()
+    start, end = (_limit(program, computation, loop, lines, name) for name in names)
     if end is None or start is None:
         return None
     more = direction is not None and direction[1] in ("LE", "GE")
-    return max(0, end - start + more)
+    return max(0, -(-(end - start + more) // _step(program, loop, lines, names[0])))
+
+
+def _step(program: Program, loop: Instruction, lines: list[Instruction], counter: str) -> int:
+    """What one trip adds to the counter: an unrolled loop takes several at once."""
+    at = _find(lines, counter)
+    while at is not None and at.opcode in _PASS and at.operands:
+        at = _find(lines, at.operands[0])
+    index = re.search(r"index=(\d+)", at.rest) if at is not None else None
+    body = re.search(r"body=%([\w.\-]+)", loop.rest)
+    inside = program.get(body[1], []) if body else []
+    root = next((i for i in inside if i.is_root and i.opcode == "tuple"), None)
+    if index is None or root is None or int(index[1]) >= len(root.operands):
+        return 1
+    return _added(inside, root.operands[int(index[1])]) or 1
+
+
+def _added(lines: list[Instruction], name: str) -> int:
+    """The sum of the constants along a chain of additions."""
+    at = _find(lines, name)
+    while at is not None and at.opcode in _PASS and at.operands:
+        at = _find(lines, at.operands[0])
+    if at is None or at.opcode not in ("add", "constant"):
+        return 0
+    if at.opcode == "constant":
+        return _constant(at) or 0
+    return sum(_added(lines, operand) for operand in at.operands)
 
 
 def _through_fusion(program: Program, lines: list[Instruction], fusion: Instruction):
@@ -166,8 +202,16 @@ def _ints(pattern: str, rest: str) -> tuple[int, ...]:
     return tuple(int(d) for d in re.findall(r"\d+", found[1])) if found else ()
 
 
-def _flops(instruction: Instruction, shapes: dict[str, str]) -> float:
-    """Of one matrix product; a kernel is believed its own estimate."""
+def _arrays(shapes: list[str]) -> list[Array]:
+    return [
+        (dtype, tuple(int(d) for d in dims.split(",") if d))
+        for shape in shapes
+        for dtype, dims in _TYPED.findall(shape)
+    ]
+
+
+def _flops(instruction: Instruction, shapes: dict[str, str]) -> float | None:
+    """Of one matrix product or kernel; None for a kernel that is not known."""
     rest = instruction.rest
     operands = [_dims(shapes.get(name, "")) for name in instruction.operands[:2]]
     if instruction.opcode == "dot":
@@ -183,6 +227,9 @@ def _flops(instruction: Instruction, shapes: dict[str, str]) -> float:
     if any(call.startswith("__cublas") for call in instruction.calls):
         contracted = _ints(r'"lhs_contracting_dimensions":\[([^\]]*)\]', rest)
         return 2.0 * math.prod(_dims(instruction.shape)) * _picked(operands[0], contracted)
+    if KERNELS & set(instruction.calls):
+        taken = _arrays([shapes.get(name, "") for name in instruction.operands])
+        return kernel_flops(instruction.name, taken, _arrays([instruction.shape]))
     return 0.0
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from moejax.ops.attention import AttentionSpec, attention
+from moejax.models.attend import attend
+from moejax.ops.attention import AttentionSpec
 from moejax.ops.attention_spec import Visible, Window
 from moejax.ops.norm import rms_norm
 from moejax.ops.rope import apply_rope
@@ -28,6 +30,7 @@ class AttentionInputs:
       spec: scale, soft cap, and how to compute.
       norm_eps: of the norms of queries and keys.
       clip: bound of queries, keys and values; None: none.
+      mesh: the devices that rows and heads are split over; None is one.
     """
 
     turn: tuple[jax.Array, jax.Array] | None
@@ -35,6 +38,7 @@ class AttentionInputs:
     spec: AttentionSpec
     norm_eps: float
     clip: float | None = None
+    mesh: Mesh | None = None
 
 
 def attention_shapes(config) -> dict[str, tuple[int, ...]]:
@@ -82,7 +86,7 @@ def mha(
     if inputs.turn is not None:
         q_BTHC, k_BTGC = (apply_rope(x, *inputs.turn) for x in (q_BTHC, k_BTGC))
     k_BGSC, v_BGSC, state = extend(jnp.swapaxes(k_BTGC, 1, 2), jnp.swapaxes(project("v"), 1, 2))
-    mixed_BTHC = attention(q_BTHC, k_BGSC, v_BGSC, inputs.visible, window, inputs.spec)
+    mixed_BTHC = attend(q_BTHC, k_BGSC, v_BGSC, inputs, window, inputs.spec)
     # One product over H * C: for an einsum over two dims XLA transposes the weights first.
     w_o = params["w_o"].reshape(-1, x_BTD.shape[-1])
     out_BTD = mixed_BTHC.reshape(*x_BTD.shape[:2], -1) @ w_o

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from moejax.core.errors import InputError
+from moejax.models.attend import attend
 from moejax.models.mha import AttentionInputs, Extend
-from moejax.ops.attention import AttentionSpec, attention
+from moejax.ops.attention import AttentionSpec
 from moejax.ops.attention_spec import Window
 from moejax.ops.norm import rms_norm
 from moejax.ops.rope import RopeConfig, apply_rope, yarn_scale
@@ -202,7 +203,7 @@ def _absorbed(config: MLAConfig, w_kv_up_RHC, q_BTHC, latent_B1SK, rest: Rest) -
     asked_BTHR = jnp.einsum("bthn,rhn->bthr", still, w_k_RHN)
     q_BTHK = jnp.concatenate([asked_BTHR, turned], axis=-1)
     # Mixing the P channels of rope too, and dropping them, spares a copy of the cache.
-    mixed_BTHK = attention(q_BTHK, latent_B1SK, latent_B1SK, inputs.visible, window, spec)
+    mixed_BTHK = attend(q_BTHK, latent_B1SK, latent_B1SK, inputs, window, spec)
     return jnp.einsum("bthr,rhc->bthc", mixed_BTHK[..., : config.kv_rank], w_v_RHC)
 
 
@@ -214,4 +215,4 @@ def _expanded(config: MLAConfig, w_kv_up_RHC, q_BTHC, latent_B1SK, rest: Rest) -
     k_BHSN, v_BHSC = jnp.split(kv_BHSC, [config.nope_size], axis=-1)
     shared_BHSP = jnp.broadcast_to(k_BSP[:, None], (*k_BHSN.shape[:3], config.rope_size))
     k_BHSC = jnp.concatenate([k_BHSN, shared_BHSP], axis=-1)
-    return attention(q_BTHC, k_BHSC, v_BHSC, inputs.visible, window, spec)
+    return attend(q_BTHC, k_BHSC, v_BHSC, inputs, window, spec)

@@ -17,6 +17,7 @@ from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.core.sharding import at_use
 from moejax.models.adapted import adapted
+from moejax.models.attend import local_shape
 from moejax.models.cache import KVCache, PagedCache, extend_split
 from moejax.models.config import ModelConfig
 from moejax.models.inserted import Inserted
@@ -249,8 +250,13 @@ def _attention_inputs(config, options, positions_BT, segment_ids_BT, cache) -> A
     kind = config.attention
     spec = AttentionSpec(kind.scale, kind.soft_cap, kind.windows, options.attention)
     shape = (*positions_BT.shape, config.num_heads)
-    visible, spec = shared_mask(visible, spec, shape, num_keys)
-    return AttentionInputs(turn, visible, spec, config.norm_eps, kind.clip)
+    mesh = None if options.parallel is None or cache is not None else options.parallel.mesh
+    if mesh is None:
+        visible, spec = shared_mask(visible, spec, shape, num_keys)
+    else:
+        shape = local_shape(shape, config.num_kv_heads, mesh.shape)
+        visible, spec = shared_mask(visible, spec, shape, num_keys, num_devices=1)
+    return AttentionInputs(turn, visible, spec, config.norm_eps, kind.clip, mesh)
 
 
 def _block(layer, x_BTD, rng, extend, context: _Context, window: Window):

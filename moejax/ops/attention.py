@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from moejax.core.platform import platform
 from moejax.ops.attention_blockwise import blockwise_attention
 from moejax.ops.attention_paged import paged_attention
 from moejax.ops.attention_spec import Visible, Window, mask_of, soft_capped
@@ -99,13 +100,18 @@ def attention(
 
 
 def shared_mask(
-    visible: Visible, spec: AttentionSpec, q_shape: tuple[int, int, int], num_keys: int
+    visible: Visible,
+    spec: AttentionSpec,
+    q_shape: tuple[int, int, int],
+    num_keys: int,
+    num_devices: int | None = None,
 ) -> tuple[Visible, AttentionSpec]:
     """Chooses the implementation for queries [B, T, H], and writes the mask out if it reads one.
 
-    For the caller of many layers: they then share one mask.
+    For the caller of many layers: they then share one mask. num_devices: that XLA is to split one
+    call over; None is all there are.
     """
-    name = spec.implementation or _choose_here(q_shape, num_keys, visible)
+    name = spec.implementation or _choose_here(q_shape, num_keys, visible, num_devices)
     if name in ("dense", "jax"):
         mask_BTS = mask_of(visible, q_shape[1], num_keys)
         visible = dataclasses.replace(visible, mask_BTS=mask_BTS)
@@ -123,8 +129,8 @@ def choose(
 
     "paged" for a cache in pages, and only that. Else "dense", as for all that reads from a cache,
     unless that is too long. "jax" and "cudnn" are never chosen; they are there to be asked for by
-    name. Nor is "splash" where there are several devices: XLA does not split such a kernel over a
-    mesh, and refuses to compile it.
+    name. Nor is "splash" where XLA is to split a call over several devices: it cannot split a
+    kernel (`moejax.models.attend` does it itself).
     """
     if visible.pages_BP is not None:
         return "paged"
@@ -140,8 +146,12 @@ def choose(
     return "blockwise" if score_bytes > MAX_SCORE_BYTES else "dense"
 
 
-def _choose_here(q_shape: tuple[int, int, int], num_keys: int, visible: Visible) -> str:
-    return choose(q_shape, num_keys, visible, jax.default_backend(), jax.device_count())
+def _choose_here(
+    q_shape: tuple[int, int, int], num_keys: int, visible: Visible, num_devices: int | None = None
+) -> str:
+    if num_devices is None:
+        num_devices = jax.device_count()
+    return choose(q_shape, num_keys, visible, platform(), num_devices)
 
 
 def dense_attention(

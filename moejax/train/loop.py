@@ -135,7 +135,11 @@ class _Run:
         self._latest = self._checkpoints.latest_step()
         self.step = self._latest or 0
         options = StepOptions(
-            config.accumulation, config.accumulation_dtype, config.max_skipped > 0, mesh
+            config.accumulation,
+            config.accumulation_dtype,
+            config.max_skipped > 0,
+            mesh,
+            grad_dtype=config.grad_dtype,
         )
         self._update: Any
         if mesh is None:

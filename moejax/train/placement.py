@@ -87,7 +87,7 @@ def step_program(
     )
 
 
-def place_params(params: tree.Tree, mesh: Mesh) -> tree.Tree:
+def place_params(params: tree.Tree, mesh: Mesh | AbstractMesh) -> tree.Tree:
     """Abstract parameters with the shardings of `moejax.core.sharding`."""
 
     def placed(path, leaf):
@@ -96,7 +96,7 @@ def place_params(params: tree.Tree, mesh: Mesh) -> tree.Tree:
     return tree.map_with_path(placed, params)
 
 
-def place_state(state: TrainState, mesh: Mesh) -> TrainState:
+def place_state(state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
     """An abstract state with shardings: every optimizer slot lies as its parameter does."""
     params = place_params(state.params, mesh)
     shapes = {path: leaf.shape for path, leaf in tree.flatten(state.params).items()}

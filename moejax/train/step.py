@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moejax.core import tree
+from moejax.core import narrow, tree
 from moejax.core.errors import InputError
 from moejax.core.mesh import TOKEN_AXES
 from moejax.train.state import TrainState
@@ -37,6 +37,9 @@ class StepOptions:
         gradient is not finite; metrics then hold skipped_count, 1 for such a step.
       mesh: where the state and the batch are split; None is one device.
       shardings: of the state, as `moejax.train.placement.place` has them; None lets XLA choose.
+      grad_dtype: of the gradients of blocks' weights until the optimizer takes them as float32
+        (`moejax.core.narrow`): the dtype of the arithmetic, for losses that cast every weight
+        to it before anything else. None: that of the weights.
     """
 
     accumulation: int = 1
@@ -44,6 +47,7 @@ class StepOptions:
     skip_nonfinite: bool = False
     mesh: Mesh | None = None
     shardings: TrainState | None = None
+    grad_dtype: str | None = None
 
     def __post_init__(self):
         if self.accumulation_dtype not in ACCUMULATION_DTYPES:
@@ -76,10 +80,11 @@ def make_train_step(
     def step(state, frozen, batch, key):
         key = jax.random.fold_in(key, state.step)
         if options.accumulation == 1:
-            grads, metrics = _grads(loss_fn, state.params, frozen, batch, key)
+            grads, metrics = _grads(loss_fn, state.params, frozen, batch, key, options)
         else:
             grads, metrics = _accumulate(loss_fn, state.params, frozen, batch, key, options)
         grads = _placed(grads, options)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -109,8 +114,15 @@ def _placed(grads: tree.Tree, options: StepOptions) -> tree.Tree:
     return jax.lax.with_sharding_constraint(grads, options.shardings.params)
 
 
-def _grads(loss_fn, params, frozen, batch, key) -> tuple[tree.Tree, Metrics]:
-    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, frozen, batch, key)
+def _grads(loss_fn, params, frozen, batch, key, options) -> tuple[tree.Tree, Metrics]:
+    slots, of_slots = params, loss_fn
+    if options.grad_dtype is not None:
+        slots = narrow.slots(params, options.grad_dtype)
+
+        def of_slots(slots, *rest):
+            return loss_fn(narrow.narrowed(params, slots), *rest)
+
+    (loss, metrics), grads = jax.value_and_grad(of_slots, has_aux=True)(slots, frozen, batch, key)
     metrics = {WEIGHT: jnp.ones(()), **metrics, "loss": loss}
     return grads, jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), metrics)
 
@@ -124,7 +136,8 @@ def _accumulate(loss_fn, params, frozen, batch, key, options) -> tuple[tree.Tree
         micro = jax.lax.with_sharding_constraint(micro, rows)
 
     def one(batch, index):
-        grads, metrics = _grads(loss_fn, params, frozen, batch, jax.random.fold_in(key, index))
+        key_of = jax.random.fold_in(key, index)
+        grads, metrics = _grads(loss_fn, params, frozen, batch, key_of, options)
         weight = metrics[WEIGHT]
         grads = jax.tree.map(lambda g: (weight * g.astype(jnp.float32)).astype(dtype), grads)
         return _placed(grads, options), {

@@ -108,6 +108,46 @@ def test_flops_of_a_product(text, flops):
     assert hlo_cost.cost(program).flops == flops
 
 
+def test_an_unrolled_loop_takes_several_steps_at_a_time():
+    added = "%two = s32[] constant(2)\n  %next = s32[] add(%i.1, %two)\n  %g = bf16"
+    text = LOOP.replace("%g = bf16", added)
+    text = text.replace("tuple(%i.1, %x, %ws)", "tuple(%next, %x, %ws)")
+    assert hlo_cost.cost(hlo.parse(text)).runs["body"] == 12
+
+
+KERNEL = """
+ENTRY %main (a: f32[]) -> f32[] {
+  %mask = s8[1,8,8]{2,1,0} parameter(0)
+  %q = bf16[16,4096,192]{2,1,0} parameter(1)
+  %v = bf16[16,4096,128]{2,1,0} parameter(2)
+  %rows = bf16[1024,64]{1,0} parameter(3)
+  %w = bf16[8,64,32]{2,1,0} parameter(4)
+  %KERNEL.4 = (f32[512,128], bf16[16,4096,128]) custom-call(ARGS), TARGET
+}
+""".replace("TARGET", 'custom_call_target="tpu_custom_call"')
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "flops"),
+    [
+        # Of 8 x 8 blocks a causal mask has 36.
+        ("splash_mha_fwd_no_residuals", "%mask, %q, %q, %v", 16 * 4096**2 * 36 / 64 * 2 * 320),
+        ("splash_mha_dkv_segmented", "%mask, %q, %q, %v", 16 * 4096**2 * 36 / 64 * 2 * 640),
+        ("splash_mha_dq_segmented", "%mask, %q, %q, %v", 16 * 4096**2 * 36 / 64 * 2 * 512),
+        ("grouped_matmul", "%mask, %rows, %w", 2 * 1024 * 64 * 32),
+        ("grouped_gated", "%rows, %w, %w", 2 * 2 * 1024 * 64 * 32),
+    ],
+)
+def test_flops_of_a_kernel(name, arguments, flops):
+    text = KERNEL.replace("KERNEL", name).replace("ARGS", arguments)
+    if name.startswith("grouped"):
+        text = text.replace("bf16[16,4096,128]) custom", "bf16[1024,32]) custom")
+    found = hlo_cost.cost(hlo.parse(text))
+    assert found.flops == flops and not found.unknown_kernels
+    found = hlo_cost.cost(hlo.parse(text.replace(name, "other")))
+    assert found.flops == 0 and found.unknown_kernels == ("other.4",)
+
+
 def test_what_lies_in_the_chips_own_memory_is_no_traffic():
     text = LOOP.replace("%y = bf16[8,32]{1,0}", "%y = bf16[8,32]{1,0:T(8,128)S(1)}")
     less = hlo_cost.cost(hlo.parse(LOOP)).traffic_bytes - 24 * 2 * (2 * 8 * 32)

@@ -1,0 +1,188 @@
+"""From a config to the plan of its step on a topology, and to the changes worth trying."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.errors import JaxRuntimeError
+from ml_collections import ConfigDict
+
+from launch.program import make_mesh_of, make_program
+from launch.settings import PRESET, preset, train_config
+from moejax.aot.estimate import Setup, estimate, estimate_time
+from moejax.aot.plan import Plan, describe_hbm, failed_plan, read_plan
+from moejax.aot.remedies import describe, remedies
+from moejax.core.chips import CHIPS, Chip, chip_of
+from moejax.core.errors import InputError
+from moejax.core.memory import available_bytes
+from moejax.core.mesh import AXES
+from moejax.io.load import load_any
+from moejax.models.config import ModelConfig
+
+Keys = dict[str, Any]
+REMAT = ("nothing", "dots", "full")
+# Of the strategies those that lose nothing; "capacity" drops, and is tried if it is asked for.
+STRATEGIES = ("chunked", "all_gather")
+MAX_BATCH_FACTOR = 4
+
+
+def model_of(config: ConfigDict) -> ModelConfig:
+    """The sizes of a config's model: of its folder or file, else of the preset it names."""
+    source = config.model.source
+    if source.startswith(PRESET):
+        return preset(config)
+    if source and Path(source).exists():
+        return load_any(source, config.model.dtype, abstract=True).config
+    if config.model.preset:
+        named = copy.deepcopy(config)
+        named.model.source = PRESET + config.model.preset
+        return preset(named)
+    raise InputError(
+        f"--config.model.source={source}: not on this machine, so its sizes are unknown: give a "
+        "folder or file that is, or --config.model.preset=NAME"
+    )
+
+
+def setup_of(config: ConfigDict, model: ModelConfig, sizes: Mapping[str, int], chip: Chip) -> Setup:
+    """What the estimates need of a config on a mesh."""
+    settings = train_config(config, None)
+    return Setup(
+        model=model,
+        chip=chip,
+        mesh=dict(sizes),
+        batch_size=config.train.batch_size,
+        seq_len=config.data.seq_len,
+        accumulation=settings.accumulation,
+        optim=settings.optim,
+        param_dtype=config.model.dtype,
+        compute_dtype=config.compute.dtype,
+        remat=config.compute.remat,
+        strategy=config.compute.moe_strategy,
+    )
+
+
+def changed(config: ConfigDict, keys: Mapping[str, Any]) -> ConfigDict:
+    """A copy of a config with dotted keys set."""
+    made = copy.deepcopy(config)
+    for key, value in keys.items():
+        section, name = key.split(".")
+        made[section][name] = value
+    return made
+
+
+def plan(
+    config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device], chip: Chip
+) -> tuple[Plan, Setup, str]:
+    """Compiles a config's step for devices that are not here. The text is the compiled program."""
+    mesh = make_mesh_of(config, model, devices)
+    setup = setup_of(config, model, mesh.shape, chip)
+    program = make_program(config, model, mesh)
+    start = time.perf_counter()
+    try:
+        compiled = program.lower().compile()
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return failed_plan(setup, error, time.perf_counter() - start), setup, ""
+    seconds = time.perf_counter() - start
+    text = compiled.as_text() or ""
+    return read_plan(program, compiled, setup, seconds, text), setup, text
+
+
+def candidates(
+    config: ConfigDict, model: ModelConfig, topology: str, num_devices: int
+) -> list[tuple[Keys, Setup]]:
+    """Every change of mesh, batch, remat and strategy that divides evenly; the fastest first.
+
+    By estimated tokens per second, those that do not fit last.
+    """
+    chip = chip_of(topology)
+    found: list[tuple[bool, float, int, Keys, Setup]] = []
+    for keys in _variants(config, model, num_devices):
+        setup = setup_of(
+            changed(config, keys), model, {axis: keys[f"mesh.{axis}"] for axis in AXES}, chip
+        )
+        try:
+            hbm, step_s = estimate(setup), estimate_time(setup).step_s
+        except InputError:  # a width does not divide by that mesh
+            continue
+        rate = setup.batch_size * setup.seq_len / step_s
+        found.append((hbm.left < 0, -rate, len(found), keys, setup))
+    return [(keys, setup) for *_, keys, setup in sorted(found, key=lambda row: row[:3])]
+
+
+def _variants(config: ConfigDict, model: ModelConfig, num_devices: int) -> Iterator[Keys]:
+    remats = sorted({*REMAT, config.compute.remat} - {"none"}, key=REMAT.index)
+    strategies = ("auto",) if model.moe is None else STRATEGIES
+    batch = config.train.batch_size
+    batches = [batch * 2**n for n in range(MAX_BATCH_FACTOR.bit_length())]
+    for sizes in _meshes(model, num_devices):
+        parts = sizes[0] * sizes[1] * sizes[2]
+        named = {f"mesh.{axis}": size for axis, size in zip(AXES, sizes, strict=True)}
+        for rows, remat, strategy in itertools.product(batches, remats, strategies):
+            if sizes[2] == 1 and strategy != strategies[0]:
+                continue
+            for accumulation in (1, 2, 4, 8, 16):
+                if rows % accumulation or (rows // accumulation) % parts:
+                    continue
+                yield named | {
+                    "train.batch_size": rows,
+                    "train.accumulation": accumulation,
+                    "compute.remat": remat,
+                    "compute.moe_strategy": strategy if sizes[2] > 1 else "auto",
+                }
+
+
+def _meshes(model: ModelConfig, num_devices: int) -> Iterator[tuple[int, int, int, int]]:
+    """Sizes of the axes: "expert" where it divides the experts, "tensor" up to 8."""
+    divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+    experts = [1] if model.moe is None else [n for n in divisors if model.moe.num_experts % n == 0]
+    for expert, tensor in itertools.product(experts, (1, 2, 4, 8)):
+        rest, over = divmod(num_devices, expert * tensor)
+        if over or not rest:
+            continue
+        for data in (n for n in divisors if rest % n == 0):
+            yield data, rest // data, expert, tensor
+
+
+def explainer(config: ConfigDict, model: ModelConfig) -> Callable[[int | None], list[str]]:
+    """For `launch.out_of_memory`: the memory table of a config's run here, and the remedies."""
+
+    def explain(asked: int | None) -> list[str]:
+        chip = _this_chip()
+        setup = setup_of(config, model, make_mesh_of(config, model).shape, chip)
+        hbm = estimate(setup)
+        # It did not fit, whatever the estimate says.
+        required = max(hbm.used, chip.hbm_bytes + (asked or chip.hbm_bytes // 20))
+        found = remedies(setup, required)
+        lines = [*describe_hbm(hbm), "change, one after the other, until it fits (reckoned):"]
+        return lines + [f"  {line}" for line in describe(found, chip.hbm_bytes)]
+
+    return explain
+
+
+def _this_chip() -> Chip:
+    """The devices of this process, with the rates of a chip of their kind, or of a slow one."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    size = int(stats.get("bytes_limit", available_bytes() // jax.local_device_count()))
+    kinds = {"v5 lite": "v5e", "v5": "v5p", "v6": "v6e", "h100": "h100"}
+    kind = device.device_kind.lower()
+    known = next((name for part, name in kinds.items() if part in kind), None)
+    if known is not None:
+        return dataclasses.replace(CHIPS[known], hbm_bytes=size)
+    return Chip(kind, size, flops_per_s=2e11, hbm_bytes_per_s=2e10, link_bytes_per_s=1e10)
+
+
+def free_memory() -> None:
+    """Lets go of what compiling left behind, before the next one."""
+    jax.clear_caches()
+    gc.collect()

@@ -1,0 +1,227 @@
+"""A training step's memory and time from shapes alone: seconds to compute where a compile takes
+minutes. Ranks what to compile, and orders the remedies of a step that does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from moejax.aot.roofline import Moved, Roofline, roofline
+from moejax.core import tree
+from moejax.core.chips import Chip
+from moejax.core.mesh import AXES, TOKEN_AXES
+from moejax.core.platform import compiling_for
+from moejax.models import flops
+from moejax.models.config import ModelConfig
+from moejax.models.params import abstract_params
+from moejax.models.transformer import ForwardOptions
+from moejax.moe.chunked import FIRST_ROUNDS, slots_per_round
+from moejax.train.loss import MAX_LOGIT_BYTES, lm_loss
+from moejax.train.memory import step_memory
+from moejax.train.optim import OptimConfig, make_optimizer
+from moejax.train.placement import place_params, place_state
+from moejax.train.state import TrainState, init_state
+
+# Products computed twice, over those of a step that keeps everything: a forward pass of three.
+RECOMPUTED = {"nothing": 0.0, "none": 0.0, "dots": 0.02, "full": 1 / 3, "offload": 1 / 3}
+_GRADIENT_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A training step by its sizes; every field is also a key of a config.
+
+    mesh: devices of each axis. batch_size: rows of the whole update, cut into `accumulation` parts.
+    strategy: how tokens travel to experts. factor: buffer rows of the exchange over the balanced
+    load.
+    """
+
+    model: ModelConfig
+    chip: Chip
+    mesh: Mapping[str, int]
+    batch_size: int
+    seq_len: int
+    accumulation: int
+    optim: OptimConfig
+    param_dtype: str = "float32"
+    compute_dtype: str = "bfloat16"
+    remat: str = "full"
+    strategy: str = "auto"
+    factor: float = 1.25
+
+    @property
+    def num_devices(self) -> int:
+        return math.prod(self.mesh.values())
+
+    @property
+    def token_parts(self) -> int:
+        return math.prod(self.mesh[axis] for axis in TOKEN_AXES)
+
+    @property
+    def rows_per_device(self) -> int:
+        """Of one microbatch."""
+        return max(1, self.batch_size // self.accumulation // self.token_parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hbm:
+    """Bytes on one device while it trains, of `capacity`.
+
+    params, optimizer: at rest, as they are split. batch: the step's input. gradients: one for
+    every trained parameter, and with accumulation their float32 sum. activations: what the forward
+    pass keeps for the backward pass. buffers: everything else at the peak (gathered weights, what
+    is exchanged and recomputed, logits). estimated: whether activations and buffers were reckoned,
+    not compiled.
+    """
+
+    params: int
+    optimizer: int
+    batch: int
+    gradients: int
+    activations: int
+    buffers: int
+    capacity: int
+    estimated: bool
+
+    @property
+    def used(self) -> int:
+        parts = (self.params, self.optimizer, self.batch, self.gradients)
+        return sum(parts) + self.activations + self.buffers
+
+    @property
+    def left(self) -> int:
+        return self.capacity - self.used
+
+
+def shard_bytes(leaves: tree.Tree) -> int:
+    """Bytes on one device of abstract arrays with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(leaves)
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    )
+
+
+def at_rest(setup: Setup) -> TrainState:
+    """The abstract state in its places; InputError where a size does not divide by the mesh."""
+    mesh = AbstractMesh(tuple(setup.mesh[axis] for axis in AXES), AXES)
+    optimizer = make_optimizer(setup.optim, max(1, setup.optim.warmup_steps))
+    params = tree.abstract(abstract_params(setup.model, setup.param_dtype))
+    return place_state(jax.eval_shape(lambda p: init_state(p, optimizer), params), mesh)
+
+
+def estimate(setup: Setup) -> Hbm:
+    """Parameters and optimizer as they are; the rest reckoned on one device's rows.
+
+    buffers: one block computed again (what it keeps without remat), two blocks' gathered weights,
+    three chunks of logits. InputError where a size does not divide by the mesh.
+    """
+    state = at_rest(setup)
+    numbers = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params)
+    )
+    sums = _GRADIENT_BYTES * numbers if setup.accumulation > 1 else 0
+    tensor = setup.mesh["tensor"]
+    block = _kept(setup, "nothing") // (setup.model.num_layers * tensor)
+    kept = _kept(setup, setup.remat) // tensor
+    gathered = 2 * _gathered_bytes(setup) // setup.model.num_layers
+    logits = 4 * setup.rows_per_device * setup.seq_len * setup.model.vocab_size // tensor
+    tokens = setup.batch_size // setup.token_parts * setup.seq_len
+    return Hbm(
+        params=shard_bytes(state.params),
+        optimizer=shard_bytes(state.opt_state),
+        batch=4 * 4 * tokens,
+        gradients=shard_bytes(state.params) + sums,
+        activations=kept,
+        buffers=block + gathered + 3 * min(logits, MAX_LOGIT_BYTES),
+        capacity=setup.chip.hbm_bytes,
+        estimated=True,
+    )
+
+
+def estimate_time(setup: Setup) -> Roofline:
+    """Compute, weights and exchanges at peak rates; the HBM traffic of weights and state only."""
+    num_tokens = setup.batch_size * setup.seq_len
+    total = flops.train_flops(setup.model, num_tokens, setup.seq_len)
+    compute = total * (1 + RECOMPUTED[setup.remat]) / setup.num_devices
+    state = at_rest(setup)
+    traffic = 2 * (shard_bytes(state.params) + shard_bytes(state.opt_state))
+    traffic += 3 * setup.accumulation * _gathered_bytes(setup)
+    sent = _weight_bytes_sent(setup) + _exchanged_bytes(setup) + _tensor_bytes(setup)
+    return roofline(compute, traffic, [Moved("all", 1, sent, sent, sent)], setup.chip)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_bytes(model: ModelConfig, shape: tuple[int, int], options: ForwardOptions) -> int:
+    names = ("tokens", "segment_ids", "positions", "loss_mask")
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    optimizer = make_optimizer(OptimConfig("adafactor"), 1)
+
+    def loss(params, frozen, batch, rng):
+        return lm_loss(params, model, batch, rng, options)
+
+    return step_memory(loss, optimizer, abstract_params(model), {}, batch).activations
+
+
+def _kept(setup: Setup, remat: str) -> int:
+    """What one device's microbatch keeps, were it alone."""
+    if remat == "offload":
+        return 0
+    implementation = None if setup.model.moe is None else "ragged_dot"
+    options = ForwardOptions(setup.compute_dtype, remat, implementation, "blockwise")
+    shape = (setup.rows_per_device, setup.seq_len)
+    with compiling_for("gpu" if setup.chip.name == "h100" else "tpu"):
+        return _kept_bytes(setup.model, shape, options)
+
+
+def _gathered_bytes(setup: Setup) -> int:
+    """All weights as one device uses them: whole but for "tensor", and experts for "expert"."""
+    width = jnp.dtype(setup.compute_dtype).itemsize
+    total = 0
+    for path, leaf in tree.flatten(abstract_params(setup.model)).items():
+        parts = setup.mesh["tensor"] * (setup.mesh["expert"] if "/experts/" in path else 1)
+        total += tree.num_params(leaf) * width // parts
+    return total
+
+
+def _weight_bytes_sent(setup: Setup) -> float:
+    """Gathered in the forward and backward pass, gradients scattered; of each microbatch.
+
+    Then the gradients' sum over "data".
+    """
+    mesh = AbstractMesh(tuple(setup.mesh[axis] for axis in AXES), AXES)
+    lying = shard_bytes(place_params(abstract_params(setup.model, setup.compute_dtype), mesh))
+    data = setup.mesh["data"]
+    passes = 3 * setup.accumulation * max(0, _gathered_bytes(setup) - lying)
+    return passes + 2 * (data - 1) / data * 2 * lying
+
+
+def _exchanged_bytes(setup: Setup) -> float:
+    """Tokens to their experts and back, in both passes, and again where they are recomputed."""
+    moe, shards = setup.model.moe, setup.mesh["expert"]
+    if moe is None or shards == 1:
+        return 0.0
+    tokens = setup.rows_per_device * setup.seq_len
+    slots = shards * tokens  # gathered, and as many partial sums scattered
+    if setup.strategy != "all_gather":
+        pairs = tokens * moe.routed_per_token
+        slots = FIRST_ROUNDS * shards * slots_per_round(pairs, shards, setup.factor)
+    passes = 4 + (2 if RECOMPUTED[setup.remat] > 0.1 else 0)
+    row = setup.model.d_model * jnp.dtype(setup.compute_dtype).itemsize
+    layers = sum(run.num_layers for run in setup.model.runs if run.kind != "dense")
+    return passes * setup.accumulation * layers * slots * row * (shards - 1) / shards
+
+
+def _tensor_bytes(setup: Setup) -> float:
+    """Two sums of activations per block and pass."""
+    tensor = setup.mesh["tensor"]
+    row = setup.model.d_model * jnp.dtype(setup.compute_dtype).itemsize
+    tokens = setup.accumulation * setup.rows_per_device * setup.seq_len
+    passes = 4 + (2 if RECOMPUTED[setup.remat] > 0.1 else 0)
+    return passes * setup.model.num_layers * tokens * row * 2 * (tensor - 1) / tensor

@@ -1,0 +1,123 @@
+"""Memory and remedies reckoned from shapes: exact where they can be, and each law of the order."""
+
+import dataclasses
+
+import pytest
+
+from moejax.aot.estimate import Setup, estimate, estimate_time
+from moejax.aot.plan import required_bytes
+from moejax.aot.remedies import describe, least_devices, remedies
+from moejax.core.chips import CHIPS
+from moejax.core.errors import InputError
+from moejax.core.memory import GIB
+from moejax.models import flops
+from moejax.models.config import ModelConfig
+from moejax.moe.config import CONVENTIONS, MoEConfig
+from moejax.train.optim import OptimConfig
+
+DENSE = ModelConfig("llama", 512, 4, 64, 128, 4, 2, 16)
+MOE = dataclasses.replace(DENSE, moe=MoEConfig(8, 2, **CONVENTIONS["mixtral"]))
+MESH = {"data": 2, "fsdp": 2, "expert": 2, "tensor": 1}
+
+
+def setup(model=MOE, mesh=MESH, hbm=None, **changes):
+    chip = CHIPS["v5p"] if hbm is None else dataclasses.replace(CHIPS["v5p"], hbm_bytes=int(hbm))
+    known = {"batch_size": 16, "seq_len": 256, "accumulation": 1, "remat": "nothing"}
+    return Setup(model, chip, dict(mesh), optim=OptimConfig("adamw"), **known | changes)
+
+
+def test_what_lies_at_rest_is_exact():
+    whole = setup(mesh={"data": 1, "fsdp": 1, "expert": 1, "tensor": 1})
+    found = estimate(whole)
+    assert found.params == found.gradients == 4 * flops.num_params(MOE)
+    assert found.optimizer == 2 * found.params + 2 * 4  # and two counters
+    assert estimate(setup()).params > found.params / 4  # norms and routers are on every device
+    assert estimate(setup()).params < found.params / 3
+    halved = estimate(dataclasses.replace(whole, param_dtype="bfloat16"))
+    assert halved.params * 2 == pytest.approx(found.params, rel=0.01)
+
+
+def test_activations_follow_rows_and_remat():
+    ways = ("nothing", "dots", "full")
+    kept = {remat: estimate(setup(remat=remat)).activations for remat in ways}
+    assert kept["nothing"] > kept["dots"] > kept["full"] > 0
+    assert estimate(setup(remat="offload")).activations == 0
+    more = estimate(setup(remat="full", batch_size=32)).activations
+    assert more == pytest.approx(2 * kept["full"], rel=0.1)
+    parts = estimate(setup(remat="full", accumulation=2))
+    assert parts.activations == pytest.approx(kept["full"] / 2, rel=0.2)
+    assert parts.gradients > estimate(setup()).gradients  # the float32 sum
+
+
+def test_time_is_that_of_the_slowest_resource_and_grows_with_what_costs():
+    plain = estimate_time(setup())
+    assert estimate_time(setup(remat="full")).compute_s == pytest.approx(4 / 3 * plain.compute_s)
+    one = {"data": 8, "fsdp": 1, "expert": 1, "tensor": 1}
+    assert estimate_time(setup(DENSE, one)).network_s > 0  # gradients are summed over "data"
+    alone = {axis: 1 for axis in MESH}
+    assert estimate_time(setup(DENSE, alone)).network_s == 0
+    gather = estimate_time(setup(strategy="all_gather")).network_s
+    assert gather != estimate_time(setup(strategy="chunked")).network_s
+
+
+def test_remedies_fit_in_the_end_and_keep_the_run_as_long_as_they_can():
+    plain = setup()
+    used = estimate(plain).used
+    assert remedies(plain) == []
+    tight = setup(hbm=0.8 * used)
+    found = remedies(tight)
+    assert found and found[-1].fits and not any(one.fits for one in found[:-1])
+    assert all(one.same_run for one in found)
+    assert [one.used for one in found] == sorted((one.used for one in found), reverse=True)
+    lines = describe(found, tight.chip.hbm_bytes)
+    assert lines[0].startswith("1. --config.") and "fits" in lines[-1]
+
+
+def test_remedies_that_change_the_run_come_last_and_say_so():
+    found = remedies(setup(hbm=0.15 * estimate(setup()).used), limit=20)
+    kinds = [one.same_run for one in found]
+    assert kinds == sorted(kinds, reverse=True) and not kinds[-1]
+    assert any("changes the training" in line for line in describe(found, GIB))
+
+
+def test_what_an_estimate_missed_is_added_to_every_other():
+    plain = setup()
+    first = estimate(plain).used
+    tight = dataclasses.replace(
+        plain, chip=dataclasses.replace(plain.chip, hbm_bytes=int(1.5 * first))
+    )
+    assert remedies(tight) == []
+    assert remedies(tight, required=int(1.7 * first))[0].used > first
+
+
+def test_each_remedy_names_keys_of_a_config():
+    from configs import base
+    from launch.cli import leaf_keys
+
+    found = remedies(setup(hbm=0.1 * estimate(setup()).used), limit=20)
+    known = set(leaf_keys(base.get_config()))
+    assert {key for one in found for key in one.keys} <= known
+
+
+def test_a_mesh_that_does_not_divide_is_refused():
+    with pytest.raises(InputError, match="does not divide"):
+        estimate(setup(mesh={"data": 1, "fsdp": 1, "expert": 3, "tensor": 1}))
+
+
+def test_least_devices_hold_the_state():
+    found = estimate(setup())
+    per = found.params + found.optimizer + found.gradients
+    assert least_devices(setup(hbm=per)) == 8
+    assert least_devices(setup(hbm=per / 2)) in (16, 17)
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("memory required for HLO temporaries (400.50G) exceeds available HBM (95.74G).", 400.5),
+        ("Ran out of memory in memory space hbm. Used 105.25G of 95.74G hbm. Exceeded", 105.25),
+        ("RESOURCE_EXHAUSTED: something else", None),
+    ],
+)
+def test_bytes_that_the_compiler_asks_for(message, gib):
+    assert required_bytes(message) == (None if gib is None else int(gib * GIB))
