@@ -4,10 +4,10 @@ Threat model. The program is whatever a language model wrote: wrong, wasteful, o
 accident or imitation. It must not reach the network, this user's files, secrets or processes,
 outlive its run, or exhaust the machine; and what it prints or how it exits must not decide whether
 it passed. Someone who holds an unknown flaw of the Linux kernel is NOT kept out (no virtual machine
-is used), nor is timing hidden. Each line below is a test in tests/evals/test_sandbox.py, in both
-modes, as root and as a plain user.
+is used), nor is timing hidden. Each line below is a test in tests/evals/test_sandbox.py, in every
+mode, as root and as a plain user.
 
-                          mode "namespaces"                       mode "restricted"
+                          modes "bubblewrap", "namespaces"        mode "restricted"
     network               empty network namespace, and seccomp    seccomp: socket() fails
     files it can read     /usr, /lib*, /bin, Python's own folder  Landlock: the same paths [1]
     files it can change   a /tmp of its own, in memory, limited   Landlock: one temporary folder,
@@ -33,15 +33,21 @@ All processes of a program together may use `processes` times `memory_bytes`, an
 counts per program only since Linux 5.14 (before, all processes of the user count: fewer can be
 started). A program has the standard library and no installed package.
 
-"namespaces" needs Linux 5.12 and either root with CAP_SYS_ADMIN or unprivileged user namespaces;
-"restricted" is the fallback for containers and distributions that forbid them. seccomp's filter
-exists for x86_64 and aarch64 (the latter was never run on such a machine); elsewhere nothing runs.
+"bubblewrap" is "namespaces" with the namespaces and the root made by bubblewrap (`bwrap`, 0.8 or
+newer), and taken first where that is installed: distributions that forbid users to make namespaces
+allow it by name. "namespaces" needs Linux 5.12 and either root with CAP_SYS_ADMIN or unprivileged
+user namespaces; "restricted" is the fallback for containers and distributions that forbid them.
+seccomp's filter exists for x86_64 and aarch64 (the latter was never run on such a machine);
+elsewhere nothing runs.
 Where a promise of a mode cannot be kept the program is not started at all.
 
 A pass. `run_python` tells how a program ended, which proves nothing: `os._exit(0)` is an exit too.
 `call_function` sends arguments in and takes results out as plain data (plain.py), and the caller
-compares: expected values never enter the candidate's process, so that no patched assert, `__eq__`,
-trace function or early exit makes a pass. A program may still special-case the arguments it sees.
+compares. A job with an `Exam` runs tests, as source, in a second process beside the candidate's,
+with the same limits and no rights either; they call a stand-in, whose arguments and results cross
+as plain data. Either way expected values and the verdict never enter the candidate's process, so
+that no patched assert, `__eq__`, trace function, frame or early exit makes a pass. A program may
+still special-case the arguments it sees. Other languages (`commands`) hold their own tests.
 
 Never a fork of this process (which may run jax): `subprocess` without a preexec function.
 """
@@ -57,7 +63,7 @@ from typing import Any
 from moejax.core.errors import InputError
 from moejax.evals.sandbox_process import Job, Limits, Run, SandboxError, Verdict, remove_tree
 
-MODES = ("namespaces", "restricted")
+MODES = ("bubblewrap", "namespaces", "restricted")
 
 
 def require_permission(allow_code_execution: bool) -> None:
@@ -168,7 +174,7 @@ def _run_patiently(mode: str, job: Job, limits: Limits, num_tries: int = 3) -> V
 
 
 def _run_in(mode: str, job: Job, limits: Limits) -> Verdict:
-    if mode == "namespaces":
+    if mode != "restricted":
         return Run(mode, job, limits, None).finish()
     folder = tempfile.mkdtemp(prefix="moejax-sandbox-")
     try:

@@ -171,7 +171,9 @@ def _lock_up(job: dict) -> None:
             raise OSError(f"uid {NOBODY} cannot read {os.__file__}: put Python where all can read")
         linux.die_with_parent()  # a change of user had cleared it
     else:
-        count += 2 + job["exam"]  # the sandbox's other processes have the same user and count too
+        count += (
+            1 + (job["mode"] == "namespaces") + job["exam"]
+        )  # the sandbox's other processes have the same user and count too
     if not namespaces:
         os.chdir(job["folder"])
         if not was_root or linux.landlock_version() >= 3:

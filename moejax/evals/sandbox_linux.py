@@ -76,7 +76,8 @@ def _set_mount(target: str, attributes: int, recursive: bool = True) -> None:
     _syscall(_NUM_MOUNT_SETATTR, -100, path, flags, buffer, len(request), what="mount_setattr")
 
 
-def _outermost(paths: list[str]) -> list[str]:
+def outermost(paths: list[str]) -> list[str]:
+    """Those of `paths` that exist and lie in no other of them."""
     kept: list[str] = []
     for path in sorted({os.path.normpath(path) for path in paths if os.path.exists(path)}):
         if not any(path.startswith(outer + "/") for outer in kept):
@@ -93,10 +94,10 @@ def enter_root(read_only: list[str], disk_bytes: int) -> None:
     # Opened first: the new root is mounted over a folder that may hide some of them.
     sources = {
         path: os.open(path, _O_PATH)
-        for path in _outermost(read_only) + list(DEVICES)
+        for path in outermost(read_only) + list(DEVICES)
         if not os.path.islink(path)
     }
-    links = {path: os.readlink(path) for path in _outermost(read_only) if os.path.islink(path)}
+    links = {path: os.readlink(path) for path in outermost(read_only) if os.path.islink(path)}
     root = next(path for path in ("/mnt", "/tmp", "/run", "/var") if os.path.isdir(path))
     _mount("none", root, "tmpfs", 0, "mode=755,size=1m")
     os.mkdir(root + "/tmp")  # before the rest: Python itself may live in it
@@ -169,7 +170,7 @@ def restrict_files(read_only: list[str], writable: list[str]) -> None:
     buffer = ctypes.create_string_buffer(struct.pack("=Q", everything), 8)
     ruleset = _syscall(_NUM_LANDLOCK_CREATE, buffer, 8, 0, what="landlock")
     reading = 1 | 4 | 8  # execute, read file, read folder
-    wanted = [(path, reading) for path in _outermost(read_only)]
+    wanted = [(path, reading) for path in outermost(read_only)]
     wanted += [(path, reading | 2) for path in DEVICES]
     wanted += [(path, everything) for path in writable]
     for path, access in wanted:

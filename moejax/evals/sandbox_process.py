@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moejax.evals import plain
+from moejax.evals import plain, sandbox_bubblewrap
 
 _CHILD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sandbox_child.py")
 _START_S = 20.0  # for a loaded machine to start the child, before its own clock runs
@@ -131,8 +131,16 @@ class Run:
         result_read, result_write = os.pipe()
         try:
             # -S: no site-packages. -I: no environment, no current folder. -B: writes no bytecode.
+            python, child, around = sys.executable, _CHILD, []
+            if mode == "bubblewrap":
+                around = _bubblewrap([*job.packages, *job.folders], limits.disk_bytes)
+                # A virtual environment's own path does not exist inside: what it stands on does.
+                python, child = (
+                    os.path.realpath(python),
+                    f"{sandbox_bubblewrap.FOLDER}/sandbox_child.py",
+                )
             self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-B", _CHILD, str(report_write), str(result_write)],
+                [*around, python, "-I", "-S", "-B", child, str(report_write), str(result_write)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -235,6 +243,13 @@ class Run:
             return "signal", signal.Signals(-code).name
         lines = stderr.strip().splitlines()
         return "error", lines[-1][:200] if lines else f"exit code {code}"
+
+
+def _bubblewrap(read_only: Sequence[str], disk_bytes: int) -> list[str]:
+    try:
+        return sandbox_bubblewrap.command(read_only, disk_bytes)
+    except OSError as error:
+        raise SandboxError(str(error)) from error
 
 
 def _parse_results(data: bytes) -> tuple[dict[str, Any], ...]:

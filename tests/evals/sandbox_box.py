@@ -8,7 +8,7 @@ from moejax.evals.sandbox import Limits, Verdict
 
 MODE = sys.argv[1] if sys.argv[1:] and sys.argv[1] in sandbox.MODES else "namespaces"
 # Only root without Landlock is promised less.
-FILES_HIDDEN = MODE == "namespaces" or os.getuid() != 0 or sandbox_linux.landlock_version() >= 3
+FILES_HIDDEN = MODE != "restricted" or os.getuid() != 0 or sandbox_linux.landlock_version() >= 3
 
 
 def run(program: str, **limits) -> Verdict:

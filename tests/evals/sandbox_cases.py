@@ -17,7 +17,12 @@ from sandbox_box import MODE
 from moejax.evals import sandbox
 
 # These look at all children, or all temporary files, of this process.
-ALONE = ("case_nothing_is_left_behind", "case_temporary_folder_is_removed", "case_fork_bomb")
+ALONE = (
+    "case_nothing_is_left_behind",
+    "case_temporary_folder_is_removed",
+    "case_fork_bomb",
+    "case_zombies",
+)
 
 
 def outcome_of(case) -> str:
