@@ -8,6 +8,7 @@ from gguf import GGMLQuantizationType as Type
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.io.gguf import GgufFile, read_metadata
+from moejax.io.gguf_tokenizer import PRE_TOKENIZERS
 from moejax.io.load import load_any
 from tests.tiny_llama import BASE, fields_of, tensors_of, write_llama
 from tests.tiny_tokenizer import gguf_fields
@@ -246,3 +247,17 @@ def test_a_folder_with_one_file_is_that_file(tmp_path):
     (tmp_path / "b.gguf").write_bytes(path.read_bytes())
     with pytest.raises(InputError, match="holds 2 GGUF files: name one"):
         load_any(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("Don't 12\n", ["Don", "'", "t", "Ġ", "1", "2", "Ċ"]),
+        ("naïve\u212a x=1", ["naÃ¯veâĦª", "Ġx", "=", "1"]),
+        ("\u6f22\u5b57 a", ["æ¼¢åŃĹ", "Ġa"]),
+    ],
+)
+def test_deepseek_s_way_of_cutting(text, parts):
+    """As its tokenizer.json says; llama.cpp's ids for a trained vocabulary were compared by hand."""
+    cut = PRE_TOKENIZERS["deepseek-llm"]().pre_tokenize_str(text)
+    assert [part for part, _ in cut] == parts
