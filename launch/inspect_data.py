@@ -2,6 +2,7 @@
 
   python -m launch.inspect_data --tokenizer=MODEL --data=stdlib
   python -m launch.inspect_data --tokenizer=model.gguf --data=train.jsonl --num=5 --nocolor
+  python -m launch.inspect_data --tokenizer=MODEL --data=train.jsonl --num=0 --measure_s=5
 
 Tokens are separated by |. On a terminal those that the loss counts are green and the end of a turn
 is inverted; in plain text they stand between [[ and ]].
@@ -9,6 +10,7 @@ is inverted; in plain text they stand between [[ and ]].
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +22,7 @@ from launch import cli
 from moejax.core.errors import InputError
 from moejax.data.examples import Example, encode_records
 from moejax.data.load import DataConfig, load_data
+from moejax.data.loader import batches
 from moejax.data.packing import pack
 from moejax.io.tokenizer import Tokenizer, load_tokenizer
 
@@ -33,6 +36,10 @@ NUM = flags.DEFINE_integer("num", 3, "Number of examples to show.", lower_bound=
 SEQ_LEN = flags.DEFINE_integer("seq_len", 128, "Tokens per packed row.", lower_bound=2)
 LIMIT = flags.DEFINE_integer("limit", None, "Most rows to read of a file or hub data set.")
 SPLIT = flags.DEFINE_string("split", "train", "Part of a hub data set.")
+MEASURE_S = flags.DEFINE_float(
+    "measure_s", 0.0, "Seconds to draw batches for, to see how many tokens/s the pipeline gives."
+)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows of a drawn batch.", lower_bound=1)
 COLOR = flags.DEFINE_bool("color", None, "Colours; by default where the output is a terminal.")
 
 
@@ -45,13 +52,32 @@ def main(argv: Sequence[str]) -> None:
     if COLOR.value:
         console = Console(force_terminal=True, highlight=False, soft_wrap=True)
     tokenizer = load_tokenizer(TOKENIZER.value)
+    start = time.perf_counter()
     data = load_data(DataConfig(source=DATA.value, split=SPLIT.value, limit=LIMIT.value))
     examples = encode_records(data.train, tokenizer)
+    read_s = time.perf_counter() - start
     if not cli.DRY_RUN.value:
         for example in examples[: NUM.value]:
             console.print(show(example, tokenizer, color))
     for line in describe(examples, tokenizer, SEQ_LEN.value, data.summary):
         console.print(line, markup=False)
+    if MEASURE_S.value > 0:
+        console.print(measure(examples, tokenizer.pad_id, read_s), markup=False)
+
+
+def measure(examples: Sequence[Example], pad_id: int, read_s: float) -> str:
+    """Tokens/s of the pipeline alone, one process and nothing trained; padding is no token."""
+    packed = pack(examples, SEQ_LEN.value, pad_id)
+    num_read = sum(len(example.ids) for example in examples)
+    draw = batches(packed, min(BATCH_SIZE.value, len(packed.ids)))
+    start, step, drawn = time.perf_counter(), 0, 0
+    while (spent := time.perf_counter() - start) < MEASURE_S.value:
+        drawn += int((draw(step)["segment_ids"] > 0).sum())
+        step += 1
+    return (
+        f"pipeline: {num_read / read_s:,.0f} tokens/s read and tokenised, once; "
+        f"{drawn / spent:,.0f} tokens/s in {step} shuffled batches of {BATCH_SIZE.value} rows"
+    )
 
 
 def show(example: Example, tokenizer: Tokenizer, color: bool) -> Text:
