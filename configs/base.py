@@ -72,6 +72,7 @@ def get_config() -> ConfigDict:
                 "fsdp": 0,  # state split, weights gathered at use
                 "expert": 0,  # experts split, tokens travel
                 "tensor": 0,  # widths split, results summed
+                "sequence": 1,  # rows split along their length: not done, more is refused
             },
             "save": {
                 "format": "",  # "hf" or "orbax"; "" is hf for a dense model, orbax for an MoE

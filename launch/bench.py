@@ -4,10 +4,11 @@
   python -m launch.bench --suite=kernels --only=E64        figures whose name matches
   python -m launch.bench --suite=kernels --out=rows.json
   python -m launch.bench --suite=layer --peer              the layer on a v5p:2x2x2, compiled
+  python -m launch.bench --suite=train --peer              a training step on the CPU
 
 A figure that cannot be measured here (a peer that is not installed, or needs more memory) stands in
-the table without a number and with the reason. Run kernels on an idle machine. The layer is
-compiled for TPUs that are not here, which needs the extra [aot]: `tests/run --aot` makes an
+the table without a number and with the reason. Run kernels and train on an idle machine. The layer
+is compiled for TPUs that are not here, which needs the extra [aot]: `tests/run --aot` makes an
 environment that has it, .venv-aot.
 """
 
@@ -20,12 +21,12 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 
-from launch import bench_cpu, bench_layer, cli
+from launch import bench_cpu, bench_layer, bench_train, cli
 from launch.bench_table import Rows, matcher, measure, record, table
 from moejax.core.errors import InputError
 from moejax.io.atomic import write_json
 
-SUITE = flags.DEFINE_string("suite", None, "kernels or layer.")
+SUITE = flags.DEFINE_string("suite", None, "kernels, layer or train.")
 PEER = flags.DEFINE_bool("peer", False, "Also measure the peers, with the same formula.")
 ONLY = flags.DEFINE_string("only", None, "Measure only figures that match this regular expression.")
 OUT = flags.DEFINE_string("out", None, "JSON file for the rows, the machine and the versions.")
@@ -33,6 +34,7 @@ OUT = flags.DEFINE_string("out", None, "JSON file for the rows, the machine and 
 SUITES: dict[str, dict[str, Rows]] = {
     "kernels": {"cpu": bench_cpu.rows},
     "layer": {"mesh": bench_layer.rows},
+    "train": {"cpu": bench_train.rows},
 }
 
 

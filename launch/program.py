@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -10,8 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from launch.settings import forward_options, split_frozen, train_config
+from launch.settings import forward_options, plan_memory, split_frozen, train_config
 from moejax.core import tree
+from moejax.core.errors import InputError
+from moejax.core.memory import GIB, available_bytes
 from moejax.models import transformer
 from moejax.models.config import ModelConfig
 from moejax.moe.expert_parallel import Parallel
@@ -33,7 +36,29 @@ def make_mesh_of(
 ) -> Mesh:
     """The mesh of --config.mesh.* (0 chooses a size) over all devices, or over those given."""
     train, sizes = config.train, config.mesh.to_dict()
+    if sizes.pop("sequence") > 1:
+        raise InputError(_how_far(config, model))
     return choose_mesh(sizes, model, train.batch_size, train.accumulation, devices)
+
+
+def _how_far(config: ConfigDict, model: ModelConfig) -> str:
+    """Why a row is not split along its length, and how long one may be on one device here."""
+    length = max(512, config.data.seq_len)  # from 512 tokens on attention's memory is linear
+    one = copy.deepcopy(config)
+    one.data.seq_len, one.train.batch_size, one.train.accumulation = length, 1, 1
+    memory = plan_memory(one, model, train_config(one, 1), make_loss(model, one))
+    stats = jax.local_devices()[0].memory_stats() or {}
+    there = stats.get("bytes_limit", available_bytes())
+    at_rest, per_token = memory.total - memory.activations, memory.activations / length
+    reach = int(max(0, there - at_rest) / per_token)
+    return (
+        f"mesh.sequence={config.mesh.sequence}: rows are not split along their length (there is no "
+        f"sequence parallelism). One device here, {there / GIB:.1f} GiB, reaches rows of about "
+        f"{reach:,} tokens for this model with remat {config.compute.remat}: "
+        f"{at_rest / GIB:.1f} GiB of state and {per_token / 1024:.0f} KiB of activations a token. "
+        "compute.remat=full or offload, bfloat16, or more devices on mesh.fsdp and mesh.tensor "
+        "reach further; set mesh.sequence to 1"
+    )
 
 
 def make_program(

@@ -48,7 +48,7 @@ def run(folder: Path, workdir: Path, *flags: str, hook: Hook | None = None, devi
     """Forks a launch.train; gives its pid and the file that it writes to."""
     command = tiny_run.command(folder, workdir, f"--config.train.steps={STEPS}", *flags)
     index = next((flag[-1] for flag in flags if flag.startswith("--multihost")), "0")
-    log = workdir.with_name(f"{workdir.name}_{index}.log")
+    log = folder / f"{workdir.name}_{index}.log"
     pid = os.fork()
     if pid:
         return pid, log
@@ -218,7 +218,8 @@ class Table:
 
     def add(self, name: str, fault: str, happened: str, wanted: list[float], again: str) -> Row:
         """Adds the row of a run that was started again."""
-        said = last_line(self.folder / f"{name}_0.log", "resuming at step")
+        log = self.folder / f"{name.rpartition('/')[2]}_0.log"
+        said = last_line(log, "resuming at step")
         start = said.partition("resuming at ")[2].partition(" of")[0] or "did not resume"
         same = compared(losses(self.folder / name), wanted)
         good = again == "exit 0" and same.startswith(("same", "losses within")) and bool(said)
@@ -282,10 +283,10 @@ class Table:
             return
         try:
             end = self.one("small/run", hook=fill_disk(place / "ballast"))
-            said = last_line(place / "run_0.log", "error:") or "no words"
+            said = last_line(self.folder / "run_0.log", "error:") or "no words"
             (place / "ballast").unlink()
             again = self.one("small/run")
-            happened = f"{end}: {said.removeprefix('error: ')[:60]}"
+            happened = f"{end}, {said.removeprefix('error: ').partition(' while')[0]}"
             self.add("small/run", "full disk", happened, wanted, again)
         finally:
             subprocess.run(["umount", str(place)], check=True)

@@ -128,17 +128,12 @@ def _placed(leaf: Any) -> Any:
 
 @contextlib.contextmanager
 def _context(chunk_bytes: int | None = None) -> Iterator[None]:
-    """Our options; and no log of an error that is raised as well, a page of traceback each."""
+    """Our options, and no interrupt half way."""
     context = ocp.Context()
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = chunk_bytes
-    logger = logging.getLogger("absl")
-    logger.addFilter(_is_not_orbax)
-    try:
-        with context, interrupts_held():
-            yield
-    finally:
-        logger.removeFilter(_is_not_orbax)
+    with context, interrupts_held():
+        yield
 
 
 @contextlib.contextmanager
@@ -172,6 +167,10 @@ def interrupts_held() -> Iterator[None]:
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
     return "/orbax/" not in record.pathname
+
+
+# Its threads log every error that is raised as well, a page of traceback each, whenever they end.
+logging.getLogger("absl").addFilter(_is_not_orbax)
 
 
 def broken(path: str | os.PathLike[str], error: Exception) -> InputError:
