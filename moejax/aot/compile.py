@@ -42,7 +42,7 @@ def compile_for(
     What chooses by the platform (`moejax.core.platform`) chooses for those devices.
     """
     device = min(jax.tree.leaves(arguments)[0].sharding.device_set, key=lambda d: d.id)
-    with compiling_for(device.platform):
+    with compiling_for(device.platform, device.device_kind):
         return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
 
 

@@ -1,10 +1,11 @@
 """Gate, up and activation of experts: what stands before the last product of a gated layer."""
 
 import jax
+import jax.numpy as jnp
 
 from moejax.core.errors import InputError
 from moejax.ops.gated_ffn import Activation
-from moejax.ops.grouped_matmul import grouped_matmul
+from moejax.ops.grouped_matmul import check, chosen, grouped_matmul
 
 
 def grouped_gated(
@@ -24,13 +25,21 @@ def grouped_gated(
 
     lhs [R, D], w_gate and w_up [E, D, F], group_sizes [E] integers >= 0 -> [R, F], of the operands'
     dtype. activation: elementwise, such as jax.nn.silu. implementation, groups and what is raised:
-    as in `grouped_matmul`, which the two products are.
+    as in `grouped_matmul`, which the two products are; `tpu` is one kernel of both, whose products
+    never leave the chip's VMEM where no gradient is taken.
     """
     if w_gate.shape != w_up.shape:
         raise InputError(
             f"grouped_gated: w_gate is {list(w_gate.shape)} and w_up {list(w_up.shape)}; "
             "they must be equal."
         )
+    if chosen(implementation) == "tpu":
+        check(lhs, w_gate, group_sizes, groups)
+        from moejax.ops.grouped_matmul_tpu import grouped_gated_tpu  # Pallas is slow to import
+
+        dtype = jnp.result_type(lhs, w_gate, w_up)
+        floats = (a.astype(dtype) for a in (lhs, w_gate, w_up))
+        return grouped_gated_tpu(*floats, group_sizes.astype(jnp.int32), activation, groups)
 
     def product(weight: jax.Array) -> jax.Array:
         return grouped_matmul(

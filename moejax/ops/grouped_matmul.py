@@ -72,13 +72,21 @@ def grouped_matmul(
     lhs [R, K], rhs [E, K, N], group_sizes [E] integers >= 0 -> [R, N]. Differentiable in lhs and
     rhs. groups: bool [E] or None (all); where false the gradient of rhs[e] is zero and, but for
     `ref` and `ragged_dot`, no work is done for it; the output and the gradient of lhs stay whole.
-    implementation: a name in IMPLEMENTATIONS, never replaced by another; None takes the one
-    for the default backend and logs it once. Raises ValueError for shapes that do not fit and
-    NotImplementedError for an implementation that the devices cannot run.
+    implementation: a name in IMPLEMENTATIONS, never replaced by another; None takes `cpu` on a
+    CPU and `ragged_dot` on a TPU or GPU, where our own kernels have not run yet, and logs it once.
+    Raises ValueError for shapes that do not fit and NotImplementedError for an implementation that
+    the devices cannot run.
     """
-    _check(lhs, rhs, group_sizes, groups)
+    check(lhs, rhs, group_sizes, groups)
+    kernel = _KERNELS[chosen(implementation)]
+    dtype = jnp.result_type(lhs, rhs)
+    return kernel(lhs.astype(dtype), rhs.astype(dtype), group_sizes.astype(jnp.int32), groups)
+
+
+def chosen(implementation: str | None) -> str:
+    """The implementation asked for, or the one None stands for; raises as `grouped_matmul`."""
     if implementation is None:
-        implementation = _choose(platform())
+        return _choose(platform())
     if implementation not in _KERNELS:
         raise InputError(
             f"grouped_matmul has no implementation {implementation!r}: "
@@ -90,10 +98,7 @@ def grouped_matmul(
             f"grouped_matmul: {implementation!r} is compiled for {needed} devices and these are "
             f"{platform()}: take implementation=None, or the kernel itself with interpret=True."
         )
-    dtype = jnp.result_type(lhs, rhs)
-    return _KERNELS[implementation](
-        lhs.astype(dtype), rhs.astype(dtype), group_sizes.astype(jnp.int32), groups
-    )
+    return implementation
 
 
 @functools.lru_cache
@@ -103,9 +108,8 @@ def _choose(backend: str) -> str:
     return name
 
 
-def _check(
-    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, groups: jax.Array | None
-) -> None:
+def check(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, groups: jax.Array | None) -> None:
+    """Raises InputError, with both numbers, for operands that do not fit each other."""
     if lhs.ndim != 2 or rhs.ndim != 3 or group_sizes.ndim != 1:
         raise InputError(
             "grouped_matmul takes lhs [R, K], rhs [E, K, N] and group_sizes [E], not shapes "

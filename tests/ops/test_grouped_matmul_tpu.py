@@ -1,5 +1,7 @@
 """The TPU kernels in the TPU interpreter, with its race detector, over the cases of the suite."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,64 +9,160 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 
+from moejax.ops import tpu_tiles, tpu_visits
+from moejax.ops.grouped_gated import grouped_gated
 from moejax.ops.grouped_matmul import grouped_matmul
 from moejax.ops.grouped_matmul_ref import grouped_matmul_ref
-from moejax.ops.grouped_matmul_tpu import Tiles, grouped_matmul_tpu, row_visits
+from moejax.ops.grouped_matmul_tpu import PRODUCT, grouped_gated_tpu, grouped_matmul_tpu
+from moejax.ops.tpu_outer import outer
+from moejax.ops.tpu_rows import multiply
+from moejax.ops.tpu_tiles import OuterTiles, Tiles
 from tests.aot.test_topology import run_for
 from tests.ops.test_grouped_matmul import CASES, NUM_ROWS, assert_close, by_hand, operands
 
 K, N = 136, 200  # no multiple of a tile
-TILES = Tiles(64, 128)
+TILES = Tiles((64, 32), 128, 48 << 20)
+# One of each: groups that share a block, that are empty, that no core has, and many small ones.
+FAST = ("no_block_multiple", "empty_middle_and_last")
+
+
+def slow(names, fast):
+    return [n if n in fast else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 def interpreted():
     return pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
 
 
-@pytest.mark.parametrize("sizes", CASES.values(), ids=CASES)
-def test_forward_equals_the_definition_without_a_race(sizes):
-    lhs, rhs, group_sizes = operands(sizes, NUM_ROWS, k=K, n=N)
-    got = grouped_matmul_tpu(lhs, rhs, group_sizes, None, interpreted(), TILES)
-    assert_close(got, by_hand(lhs, rhs, sizes), "float32")
+@pytest.mark.parametrize("case", slow(CASES, FAST))
+def test_forward_equals_the_definition_without_a_race(case):
+    lhs, rhs, group_sizes = operands(CASES[case], NUM_ROWS, k=K, n=N)
+    (got,) = multiply(PRODUCT, [lhs], [rhs], group_sizes, TILES, interpreted())
+    assert_close(got, by_hand(lhs, rhs, CASES[case]), "float32")
     assert not interpreter.races.races_found
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(
-    "case", ["empty_first", "one_row", "no_block_multiple", "none", "one_group"]
-)
-def test_gradients_are_those_of_the_definition_without_a_race(case, masked):
-    lhs, rhs, group_sizes = operands(CASES[case], NUM_ROWS, k=K, n=N)
+@pytest.mark.parametrize(("split", "masked"), [("k", True), ("n", False)])
+@pytest.mark.parametrize("case", slow(CASES, ("no_block_multiple",)))
+def test_sums_of_a_group_equal_the_definition_without_a_race(case, split, masked):
+    lhs, _, group_sizes = operands(CASES[case], NUM_ROWS, k=K, n=N)
+    d_out = operands(CASES[case], NUM_ROWS, k=N, n=K, seed=1)[0]
     groups = jnp.arange(group_sizes.size) % 2 == 0 if masked else None
+    tiles = OuterTiles((128, 64), 128, 128, split, 48 << 20)
+    got = outer(lhs, d_out, group_sizes, groups, tiles, interpreted())
+    zeros = jnp.zeros((group_sizes.size, K, N))
+    pull = jax.vjp(lambda w: grouped_matmul_ref(lhs, w, group_sizes, groups), zeros)[1]
+    assert_close(got, pull(d_out)[0], "float32")
+    assert not interpreter.races.races_found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["one_row", "none", "one_group"])
+def test_gradients_are_those_of_the_definition(case):
+    lhs, rhs, group_sizes = operands(CASES[case], NUM_ROWS, k=K, n=N)
     d_out = operands(CASES[case], NUM_ROWS, k=N, n=K, seed=1)[0]
 
     def pulled(kernel):
-        return jax.vjp(lambda a, b: kernel(a, b, group_sizes, groups), lhs, rhs)[1](d_out)
+        return jax.vjp(lambda a, b: kernel(a, b, group_sizes, None), lhs, rhs)[1](d_out)
 
-    wanted = pulled(grouped_matmul_ref)
-    found = pulled(lambda *a: grouped_matmul_tpu(*a, interpreted(), TILES))
-    for got, expected in zip(found, wanted, strict=True):
+    found = pulled(lambda *a: grouped_matmul_tpu(*a, interpreted()))
+    for got, expected in zip(found, pulled(grouped_matmul_ref), strict=True):
         assert_close(got, expected, "float32")
     assert not interpreter.races.races_found
 
 
-def test_bfloat16_and_a_single_tile():
+def gated(num_rows=40):
+    lhs, w_gate, sizes = operands([17, 0, 20], num_rows, k=24, n=40)
+    w_up = operands([17, 0, 20], num_rows, k=24, n=40, seed=5)[1]
+
+    def ours(*floats):
+        return grouped_gated_tpu(*floats, sizes, jax.nn.silu, None, interpreted())
+
+    def oracle(*floats):
+        return grouped_gated(*floats, sizes, jax.nn.silu, implementation="ref")
+
+    return ours, oracle, (lhs, w_gate, w_up)
+
+
+def test_gated_forward_in_one_kernel_without_a_race():
+    ours, oracle, floats = gated()
+    assert_close(ours(*floats), oracle(*floats), "float32")
+    assert not interpreter.races.races_found
+
+
+@pytest.mark.slow
+def test_gated_gradients_without_a_race():
+    ours, oracle, floats = gated()
+    wanted, pull_wanted = jax.vjp(oracle, *floats)
+    got, pull = jax.vjp(ours, *floats)
+    assert_close(got, wanted, "float32")
+    for one, other in zip(pull(wanted), pull_wanted(wanted), strict=True):
+        assert_close(one, other, "float32")
+    assert not interpreter.races.races_found
+
+
+def test_bfloat16_and_fewer_rows_than_a_block():
     lhs, rhs, group_sizes = operands([3, 0, 6], 10, "bfloat16", K, N)
     got = grouped_matmul_tpu(lhs, rhs, group_sizes, None, interpreted())
     assert_close(got, by_hand(lhs, rhs, [3, 0, 6]), "bfloat16")
 
 
-def test_the_cores_share_the_visits_evenly_and_own_their_tiles():
+HEIGHTS = (256, 128, 96, 64, 32)
+of_rows = functools.partial(jax.jit, static_argnums=(1, 2))(tpu_visits.row_visits)
+of_sums = functools.partial(jax.jit, static_argnums=(2, 3))(tpu_visits.outer_visits)
+
+
+def test_visits_cover_every_row_once_and_the_cores_share_them_evenly():
     rng = np.random.default_rng(0)
     for _ in range(30):
         sizes = rng.multinomial(3900, rng.dirichlet(np.full(16, 0.3)))
-        visits = row_visits(jnp.asarray(sizes), 4096, 128)
-        tiles = [{int(t) for t in visits.row_tile[core, : visits.num[core]]} for core in range(2)]
-        assert not tiles[0] & tiles[1] and tiles[0] | tiles[1] == set(range(32))
-        busy = [int((visits.group[c, : visits.num[c]] < 16).sum()) for c in range(2)]
-        # A tile that many groups share cannot be cut.
-        most = np.bincount(np.concatenate([visits.row_tile[c, : visits.num[c]] for c in range(2)]))
-        assert abs(busy[0] - busy[1]) <= 2 * most.max()
+        visits = jax.tree.map(np.asarray, of_rows(jnp.asarray(sizes), 4096, HEIGHTS))
+        cost, blocks = [0, 0], [set(), set()]
+        covered = np.zeros((17, 256), int)  # per group and block
+        for core in range(2):
+            for v in range(visits.num[core]):
+                group, kind, fetch, skip, lead, count = (field[core, v] for field in visits[:6])
+                first = fetch + skip + lead
+                assert 0 <= fetch <= 256 - 16 and skip >= 0 and count > 0
+                if group < 16:
+                    size = HEIGHTS[kind] // 16
+                    assert skip + size <= 16 and lead + count <= size and count >= size - 1
+                    cost[core] += HEIGHTS[kind] + 9
+                covered[group, first : first + count] += 1
+                blocks[core] |= set(range(first, first + count))
+        assert not blocks[0] & blocks[1] and blocks[0] | blocks[1] == set(range(256))
+        ends = np.cumsum(np.append(sizes, 196))
+        for group, (start, end) in enumerate(zip(np.append(0, ends), ends, strict=False)):
+            inside = np.arange(start // 16, -(-end // 16)) if end > start else []
+            np.testing.assert_array_equal(np.flatnonzero(covered[group]), inside)
+        assert covered.max() == 1 and max(cost) <= 1.06 * sum(cost) / 2
+
+
+def test_no_visit_of_a_group_that_is_not_asked_for_sums_a_row():
+    sizes, groups = jnp.array([700, 0, 90, 300]), jnp.array([True, True, False, True])
+    visits = of_sums(sizes, groups, 1120, (256, 128))
+    kinds = [int(k) for k in visits.kind[0, : visits.num[0]]]
+    # 256, 256 and then 188 rows; nothing of the second; the third is not asked for; 256 and then 44
+    assert kinds == [2, 2, 0, 3, 3, 2, 1]
+
+
+def test_tiles_divide_what_the_cores_share_and_fit():
+    for kind, mib in (("TPU v5", 64), ("TPU v5 lite", 128), ("TPU v6 lite", 128)):
+        with tpu_tiles_for(kind):
+            assert tpu_tiles.vmem_bytes() == (mib << 20) // 8 * 7
+            assert tpu_tiles.rows_tiles(512, 2048, 1408, "bfloat16").columns == 1408
+            assert tpu_tiles.rows_tiles(512, 2048, 1408, "bfloat16").heights[0] == 256
+            assert tpu_tiles.rows_tiles(40, 2048, 1408, "bfloat16").heights[0] == 128
+            tpu_tiles.outer_tiles.cache_clear()
+            assert tpu_tiles.outer_tiles(2048, 1408, "bfloat16")[1:4] == (1024, 1408, "k")
+            assert tpu_tiles.outer_tiles(1408, 2048, "bfloat16")[1:4] == (1408, 1024, "n")
+    tpu_tiles.outer_tiles.cache_clear()
+
+
+def tpu_tiles_for(kind):
+    from moejax.core.platform import compiling_for
+
+    return compiling_for("tpu", kind)
 
 
 def test_what_the_kernel_cannot_do_is_said():
@@ -80,6 +178,8 @@ def test_what_the_kernel_cannot_do_is_said():
         )
     with pytest.raises(NotImplementedError, match="tpu devices and these are cpu"):
         grouped_matmul(lhs, rhs, group_sizes, implementation="tpu")
+    with pytest.raises(NotImplementedError, match="tpu devices and these are cpu"):
+        grouped_gated(lhs, rhs, rhs, group_sizes, jax.nn.silu, implementation="tpu")
 
 
 _COMPILE = """
@@ -87,22 +187,25 @@ import sys
 import jax, jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec as P
 from moejax.aot import compile as aot, topology
+from moejax.ops.grouped_gated import grouped_gated
 from moejax.ops.grouped_matmul import grouped_matmul
 
 mesh = Mesh(topology.devices(sys.argv[1])[:1], ("one",))
-for dtype, (m, k, n, e) in [("bfloat16", (4096, 2048, 1408, 8)), ("float32", (300, 136, 200, 64)),
-                            ("bfloat16", (1024, 14336, 4096, 8))]:
-    def step(x, w, sizes, groups):
-        def loss(x, w):
-            y = grouped_matmul(x, w, sizes, implementation="tpu", groups=groups)
+for dtype, (m, k, n, e) in [("bfloat16", (4096, 2048, 1408, 8)), ("float32", (300, 136, 200, 64))]:
+    def step(x, gate, up, down, sizes, groups):
+        def loss(x, gate, up, down):
+            how = {"implementation": "tpu", "groups": groups}
+            y = grouped_gated(x, gate, up, sizes, jax.nn.silu, **how)
+            y = grouped_matmul(y, down, sizes, **how)
             return jnp.sum(y.astype(jnp.float32) ** 2)
-        return jax.grad(loss, (0, 1))(x, w)
+        return jax.grad(loss, (0, 1, 2, 3))(x, gate, up, down)
 
     args = [aot.abstract(s, d, mesh, P()) for s, d in
-            [((m, k), dtype), ((e, k, n), dtype), ((e,), jnp.int32), ((e,), jnp.bool_)]]
+            [((m, k), dtype), ((e, k, n), dtype), ((e, k, n), dtype), ((e, n, k), dtype),
+             ((e,), jnp.int32), ((e,), jnp.bool_)]]
     text = aot.compile_for(step, *args).as_text()
-    calls = [name for name in ("grouped_matmul_dx", "grouped_matmul_dw") if name in text]
-    print(dtype, text.count("tpu_custom_call"), calls)
+    names = ("grouped_gated", "grouped_gated_dx", "grouped_matmul_dx", "grouped_matmul_dw")
+    print(dtype, [name for name in names if name in text])
 """
 
 
@@ -112,5 +215,5 @@ def test_forward_and_gradient_compile(name):
     done = run_for(name, _COMPILE, name)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
-    assert len(lines) == 3
-    assert all("'grouped_matmul_dx', 'grouped_matmul_dw'" in line for line in lines), done.stdout
+    wanted = "['grouped_gated', 'grouped_gated_dx', 'grouped_matmul_dx', 'grouped_matmul_dw']"
+    assert lines == [f"bfloat16 {wanted}", f"float32 {wanted}"], done.stdout

@@ -1,0 +1,138 @@
+"""The TPU kernel of the gradient of the matrices: per group, rows^T times rows.
+
+Each core owns half of every matrix and goes through the groups' visits (`tpu_visits`) once per
+tile. A visit sums as many rows as its height has; a matrix unit sums 128 at a time, so heights are
+multiples of that. All but the last visit of a group add to a float32 sum in VMEM, the last one
+writes that and its own product as the result, in the type of the operands. Groups that are not
+asked for are visited once, to write zeros.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from moejax.ops.tpu_rows import blocked, dot, kind_is, when
+from moejax.ops.tpu_tiles import OuterTiles
+from moejax.ops.tpu_visits import BLOCK, Visits, outer_visits
+
+
+def outer(
+    lhs: jax.Array,
+    d_out: jax.Array,
+    group_sizes: jax.Array,
+    groups: jax.Array | None,
+    tiles: OuterTiles,
+    interpret: Any = False,
+) -> jax.Array:
+    """out[e] = sum over rows r of group e of lhs[r]^T d_out[r]: [R, K], [R, N] -> [E, K, N]."""
+    (num_rows, k), n = lhs.shape, d_out.shape[1]
+    rows = max(-(-num_rows // BLOCK) * BLOCK, tiles.heights[-1])
+    tiles = tiles._replace(heights=tuple(h for h in tiles.heights if h <= rows))
+    visits = outer_visits(group_sizes, groups, rows, tiles.heights)
+    operands = (
+        blocked(lhs, rows, -(-k // tiles.k) * tiles.k),
+        blocked(d_out, rows, -(-n // tiles.n) * tiles.n),
+    )
+    out = call(*operands, visits, visits.num[0], tiles, interpret)
+    return out[:, :k, :n]
+
+
+def call(
+    lhs: jax.Array,
+    d_out: jax.Array,
+    visits: Visits,
+    num_visits: jax.Array | int,
+    tiles: OuterTiles,
+    interpret: Any = False,
+    known: int | None = None,
+) -> jax.Array:
+    """The kernel on blocked rows [R / 16, 16, K] and [R / 16, 16, N]; K and N are whole tiles.
+
+    known: the kind of every visit, for a kernel whose cycles a compiler can count, or None; one
+    past the heights for the first of a group's visits, two past them for a later one but the last.
+    """
+    k, n, num_groups = lhs.shape[2], d_out.shape[2], visits.starts.size
+    tallest = tiles.heights[0] // BLOCK
+
+    def place(i, j):  # the first dimension of the grid is that which the cores share
+        return (i, j) if tiles.cores_split == "k" else (j, i)
+
+    def lhs_index(i, j, v, group, kind, fetch, *_):
+        return fetch[0, v], 0, pl.multiple_of(place(i, j)[0] * tiles.k, 128)
+
+    def d_out_index(i, j, v, group, kind, fetch, *_):
+        return fetch[0, v], 0, pl.multiple_of(place(i, j)[1] * tiles.n, 128)
+
+    def out_index(i, j, v, group, *_):
+        return group[0, v], *place(i, j)
+
+    return pl.pallas_call(
+        functools.partial(_kernel, heights=tiles.heights, known=known),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(visits),
+            grid=(*place(k // tiles.k, n // tiles.n), num_visits),
+            in_specs=[
+                pl.BlockSpec(tuple(map(pl.Element, (tallest, BLOCK, tiles.k))), lhs_index),
+                pl.BlockSpec(tuple(map(pl.Element, (tallest, BLOCK, tiles.n))), d_out_index),
+            ],
+            out_specs=pl.BlockSpec((None, tiles.k, tiles.n), out_index),
+            scratch_shapes=[pltpu.VMEM((tiles.k, tiles.n), jnp.float32)],
+        ),
+        out_shape=jax.ShapeDtypeStruct((num_groups, k, n), lhs.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=tiles.vmem_bytes,
+        ),
+        interpret=interpret,
+        name="grouped_matmul_dw",
+    )(*visits, lhs, d_out)
+
+
+def _kernel(*refs, heights, known):
+    visits = Visits(*refs[: len(Visits._fields)])
+    lhs, d_out, out, total = refs[len(Visits._fields) :]
+    v = pl.program_id(2)
+    g, kind = visits.group[0, v], visits.kind[0, v]
+    computed = visits.fetch[0, v] + visits.skip[0, v]
+    begin = (computed + visits.lead[0, v]) * BLOCK
+    # Rows in [start, end) of those computed count: the group's own, and each only once.
+    start = jnp.maximum(visits.starts[g], begin) - computed * BLOCK
+    end = jnp.minimum(visits.ends[g], begin + visits.count[0, v] * BLOCK) - computed * BLOCK
+    is_first = (v == 0) | (visits.group[0, jnp.maximum(v - 1, 0)] != g)
+
+    def summed(height):
+        row = jax.lax.broadcasted_iota(jnp.int32, (height, 1), 0)
+        inside = (row >= start) & (row < end)
+
+        def rows(ref):  # both are masked: another group's NaN times zero would be NaN
+            x = ref[pl.ds(visits.skip[0, v], height // BLOCK)].reshape(height, ref.shape[2])
+            return jnp.where(inside, x, jnp.zeros_like(x))
+
+        return dot(rows(lhs), rows(d_out), (0, 0))
+
+    for i, height in enumerate(heights):
+
+        @kind_is(kind, i, known)
+        def _(height=height):
+            product = summed(height)
+            out[...] = (jnp.where(is_first, 0.0, total[...]) + product).astype(out.dtype)
+
+    def knows(which):
+        return None if known is None else known == which
+
+    # Two bodies: a choice in a sum that is read and written where it lies would be a second pass.
+    @when((kind == len(heights)) & is_first, knows(len(heights)))
+    def _():
+        total[...] = summed(heights[0])
+
+    @when((kind == len(heights)) & ~is_first, knows(len(heights) + 1))
+    def _():
+        total[...] += summed(heights[0])
+
+    @when(kind == len(heights) + 1, knows(len(heights) + 2))
+    def _():
+        out[...] = jnp.zeros_like(out)
