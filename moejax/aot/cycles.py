@@ -26,13 +26,13 @@ def kernel_cycles(compiled: jax.stages.Compiled) -> int:
 
     Raises ValueError when the program has none or they were not counted.
     """
-    kernels = [line for line in compiled.as_text().splitlines() if _KERNEL.search(line)]
+    kernels = [line for line in (compiled.as_text() or "").splitlines() if _KERNEL.search(line)]
     return _sum(kernels, "a Pallas kernel")
 
 
 def program_cycles(compiled: jax.stages.Compiled) -> int:
     """Estimated cycles of every instruction that has an estimate, each counted once."""
-    return _sum(compiled.as_text().splitlines(), "an instruction")
+    return _sum((compiled.as_text() or "").splitlines(), "an instruction")
 
 
 def _sum(lines: list[str], what: str) -> int:

@@ -101,7 +101,7 @@ def _kernel(*refs, heights, known):
     begin = (computed + visits.lead[0, v]) * BLOCK
     # Rows in [start, end) of those computed count: the group's own, and each only once.
     start = jnp.maximum(visits.starts[g], begin) - computed * BLOCK
-    end = jnp.minimum(visits.ends[g], begin + visits.count[0, v] * BLOCK) - computed * BLOCK
+    end = jnp.minimum(visits.ends[g], begin + visits.owned[0, v] * BLOCK) - computed * BLOCK
     is_first = (v == 0) | (visits.group[0, jnp.maximum(v - 1, 0)] != g)
 
     def summed(height):

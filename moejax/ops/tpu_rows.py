@@ -45,7 +45,7 @@ class _Visit(NamedTuple):
     fetch: Any
     skip: Any
     lead: Any
-    count: Any
+    owned: Any
 
 
 def multiply(
@@ -201,15 +201,15 @@ def _compute(form, xs, ws, done, skipped, height):
 def _mend_edges(done, slot, before, now, own):
     """Rows of an earlier group in the first block come from the visit before; none past the own."""
     start, end = own
-    theirs = jnp.maximum(before.lead + before.count - 1, 0)
-    first, last = now.lead, now.lead + now.count - 1
+    theirs = jnp.maximum(before.lead + before.owned - 1, 0)
+    first, last = now.lead, now.lead + now.owned - 1
     row = jax.lax.broadcasted_iota(jnp.int32, done.shape[-2:], 0)
     for at in range(done.shape[0]):
         earlier = done[at, 1 - slot, theirs].astype(jnp.float32)
         mine = done[at, slot, first].astype(jnp.float32)
         done[at, slot, first] = jnp.where(row < start, earlier, mine).astype(done.dtype)
         mine = done[at, slot, last].astype(jnp.float32)
-        inside = row + BLOCK * (now.count - 1) < end
+        inside = row + BLOCK * (now.owned - 1) < end
         done[at, slot, last] = jnp.where(inside, mine, 0.0).astype(done.dtype)
 
 
@@ -233,13 +233,13 @@ def _send(action, done, out, sem, visit, j, heights, width, known):
                 if size > 1:
                     copy(visit.lead, size - 1, columns)
 
-                @pl.when(visit.count == size)
+                @pl.when(visit.owned == size)
                 def _():
                     copy(size - 1, 1, columns)
 
         @kind_is(visit.kind, len(heights), known)
         def _():
-            jax.lax.fori_loop(0, visit.count, lambda b, _: copy(b, 1, columns) or 0, 0)
+            jax.lax.fori_loop(0, visit.owned, lambda b, _: copy(b, 1, columns) or 0, 0)
 
     rest = width % tile
     if not rest:

@@ -27,7 +27,7 @@ class Visits(NamedTuple):
     """Per core and visit [C, V]; num [C] are real.
 
     As many blocks as the tallest height has are fetched from block `fetch` on. The visit computes
-    those from `skip` on, as many as its height has, and owns `count` of them from `lead` on: a
+    those from `skip` on, as many as its height has, and owns `owned` of them from `lead` on: a
     height may be a block more than what is left of a group, and at the end of the rows that one
     lies before it. kind: the place of the height in the list of heights; one past it for rows of no
     group. starts, ends [E + 1]: rows of each group, the last being the rows past all others.
@@ -38,7 +38,7 @@ class Visits(NamedTuple):
     fetch: jax.Array
     skip: jax.Array
     lead: jax.Array
-    count: jax.Array
+    owned: jax.Array
     num: jax.Array
     starts: jax.Array
     ends: jax.Array
@@ -74,8 +74,10 @@ def pieces(heights: tuple[int, ...], at_most: int) -> Pieces:
                     cost = first + second + 2 * VISIT_ROWS
                     ways.append((cost, 2, (i, j), (first // BLOCK, left)))
         found.append(min(ways))
-    cost, num, kind, blocks = (np.asarray(column, np.int32) for column in zip(*found, strict=True))
-    return Pieces(num, kind, blocks, cost)
+    costs, nums, kinds, blocks = (
+        np.asarray(column, np.int32) for column in zip(*found, strict=True)
+    )
+    return Pieces(nums, kinds, blocks, costs)
 
 
 def row_visits(group_sizes: jax.Array, num_rows: int, heights: tuple[int, ...]) -> Visits:
@@ -117,8 +119,8 @@ def outer_visits(
     # One block for those of nothing, so that they too are visited.
     nothing = count == 0
     first = jnp.where(nothing, 0, first)
-    sizes = {"heights": heights, "at_most": 1, "v_max": v_max}
-    of = _of_core(first, jnp.maximum(count, 1), nothing, **sizes)
+    several = functools.partial(_of_core, heights=heights, at_most=1, v_max=v_max)
+    of = several(first, jnp.maximum(count, 1), nothing)
     group, within, visits, kind, block, count, num = (a[None] for a in of)
     kind = jnp.where(within < visits - 1, len(heights), kind)
     kind = jnp.where(nothing[group], len(heights) + 1, kind)
