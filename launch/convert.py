@@ -3,7 +3,7 @@
     python -m launch.convert --source=model.gguf --target=out/hf
     python -m launch.convert --source=org/name --target=out/model --format=orbax --dtype=bfloat16
     python -m launch.convert --source=folder --target=out/model.gguf --format=gguf --dtype=q8_0
-    python -m launch.convert --source=folder --describe
+    python -m launch.convert --source=folder --describe          (or --source=preset:NAME)
 
 The target is written whole or not at all.
 """
@@ -22,10 +22,11 @@ from absl import flags
 
 from launch import cli
 from launch.progress import bars
+from launch.settings import PRESET, preset_named
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.io import atomic, gguf_write, stream
-from moejax.io.describe import describe
+from moejax.io.describe import describe, with_exports
 from moejax.io.hf import config_fields
 from moejax.io.load import FORMATS, Loaded, load_any, main_dtype, save_any
 from moejax.io.safetensors import dtype_named
@@ -110,14 +111,18 @@ def _max_shard_bytes() -> int | None:
 
 def _describe() -> None:
     """Prints the description, a line per number, option and use."""
-    for name, value in dataclasses.asdict(describe(SOURCE.value)).items():
+    source = SOURCE.value
+    named = source.startswith(PRESET)
+    found = with_exports(preset_named(source)) if named else describe(source)
+    for name, value in dataclasses.asdict(found).items():
         if isinstance(value, dict):
-            print(name)
+            print(name if value else f"{name:26} not read")
             for key, item in value.items():
-                print(f"  {key:24} {item}")
+                parts = item if isinstance(item, dict) else {}
+                shown = ", ".join(f"{part}={number}" for part, number in parts.items())
+                print(f"  {key:24} {shown or item}")
         else:
-            shown = f"{value:,}" if isinstance(value, int | float) else value
-            print(f"{name:26} {shown}")
+            print(f"{name:26} {f'{value:,.0f}' if isinstance(value, int | float) else value}")
 
 
 def _show_plan(loaded: Loaded) -> int:

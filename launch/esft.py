@@ -23,6 +23,9 @@ attach  puts a delta (a folder with expert_cfg.json and safetensors, ours or the
         its base and writes the whole model; --remove takes it out of --model again, with the
         weights of --base; --extract makes a delta of --model, where it differs from --base only in
         --experts.
+report  --scores=TASK=DIR,TASK=DIR: heat maps of relevance, overlap between tasks, experts per layer
+        and, with --model, bytes; OUT/report.html. --group_sizes=1,2,4 asks, of the first task's
+        per-token files, how many experts coarser groups would train.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from ml_collections import config_flags
 from launch import cli
 from moejax.core.errors import InputError
 
-STAGES = ("score", "select", "train", "attach")
+STAGES = ("score", "select", "train", "attach", "report")
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "train: a file of configs/esft/.")
 WORKDIR = flags.DEFINE_string("workdir", None, "train: folder of the run; resumed if it is there.")
@@ -89,6 +92,7 @@ REMOVE = flags.DEFINE_bool("remove", False, "attach: take --delta out of --model
 EXTRACT = flags.DEFINE_bool("extract", False, "attach: make a delta of --model.")
 EXPERTS = flags.DEFINE_string("experts", None, "Expert config: which experts (select makes one).")
 FORMAT = flags.DEFINE_enum("format", None, ("hf", "orbax", "gguf"), "attach: of the whole model.")
+GROUPS = flags.DEFINE_list("group_sizes", [], "report: experts per group, to simulate.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what is at --out.")
 
 
@@ -111,6 +115,10 @@ def main(argv) -> None:
         from launch import esft_attach
 
         esft_attach.main(_named("out", "base"))
+    else:
+        from launch import esft_report
+
+        esft_report.main(_named("out", "scores"))
 
 
 def _named(*names: str) -> dict:

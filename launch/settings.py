@@ -151,13 +151,18 @@ def forward_options(config: ConfigDict) -> ForwardOptions:
     return ForwardOptions(compute.dtype, compute.remat, compute.moe_implementation or None)
 
 
-def preset(config: ConfigDict) -> ModelConfig:
+def preset_named(source: str) -> ModelConfig:
     """The sizes that a ``preset:NAME`` source stands for."""
-    name = config.model.source.removeprefix(PRESET)
+    name = source.removeprefix(PRESET)
     presets = {key: value for family in FAMILIES for key, value in family.presets.items()}
     if name not in presets:
         raise InputError(f"no preset {name!r}: there are {', '.join(sorted(presets))}")
-    model = presets[name]
+    return presets[name]
+
+
+def preset(config: ConfigDict) -> ModelConfig:
+    """The preset of a config, with the experts that it asks for."""
+    model = preset_named(config.model.source)
     if config.model.experts:
         model = dataclasses.replace(model, moe=MoEConfig(config.model.experts, config.model.top_k))
     return model

@@ -135,10 +135,8 @@ def export_file(
         name: _Group(g.names, g.place, g.info, dtype) for name, g in groups.items()
     }
     metadata = _metadata(layout, loaded)
-    factors = None
-    if layout.factors and config.rope.kind == "llama3":
-        factors = gguf_rope.factors_of(config.rope, config.rope_size)
-        metadata[gguf_rope.NUMBERS] = json.dumps(gguf_rope.llama3_numbers(config.rope))
+    factors = _factors(layout, config)
+    if factors is not None:
         sizes[gguf_rope.FACTORS] = _Constant(factors)
     fields = config_of({**metadata}, groups.keys(), layout, target, factors)
     _check_says_it_all(config, fields, layout)
@@ -155,6 +153,24 @@ def export_file(
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def check_fits(config: ModelConfig) -> None:
+    """Raises InputError unless a GGUF file can hold such a model, and llama.cpp load it."""
+    layout = layout_of(config)
+    table = by_name(config.family).name_table(config)
+    names = {place.name for parts in places(layout, config, table).values() for place in parts}
+    metadata = _metadata(layout, Loaded(None, config))
+    factors = _factors(layout, config)
+    fields = config_of(metadata, names, layout, Path("the file"), factors)
+    _check_says_it_all(config, fields, layout)
+
+
+def _factors(layout: GgufLayout, config: ModelConfig) -> np.ndarray | None:
+    """The tensor of frequency factors, where rope asks for one and llama.cpp takes it."""
+    if not layout.factors or config.rope.kind != "llama3":
+        return None
+    return gguf_rope.factors_of(config.rope, config.rope_size)
 
 
 def check_target(target: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -227,6 +243,8 @@ def _metadata(layout: GgufLayout, loaded: Loaded) -> dict[str, Any]:
             found[f"{prefix}.{field.key}"] = field.kind(fields[field.hf])
     more = {**gguf_rope.rope_fields(config.rope, layout.mscales), **layout.fields_out(fields)}
     found |= {f"{prefix}.{key}": value for key, value in more.items()}
+    if layout.factors and config.rope.kind == "llama3":
+        found[gguf_rope.NUMBERS] = json.dumps(gguf_rope.llama3_numbers(config.rope))
     if loaded.tokenizer is not None:
         loaded.tokenizer.check_fits(config.vocab_size)
         found |= gguf_from_backend(loaded.tokenizer, config.vocab_size)

@@ -45,7 +45,7 @@ def read_scores(path: str | os.PathLike[str], top_k: int = 6) -> tuple[ExpertSco
         return _from_summary(path), str(path)
     if not path.is_dir():
         raise InputError(f"{path} is missing: name a folder with {SUMMARY} or per-token files")
-    texts = sorted(p for p in [*path.glob("*.txt"), *path.glob("*/*.txt")] if _is_text(path, p))
+    texts = _texts(path)
     summary = _summary_of(path)
     if summary is not None:
         scores = _from_summary(summary, check_sums=not texts)
@@ -84,6 +84,25 @@ def from_token_files(paths: Iterable[Path], top_k: int) -> ExpertScores:
     return ExpertScores(
         layers, tuple(range(num_experts)), {"token": whole[0], "gate": whole[1]}
     )
+
+
+def token_choices(
+    path: str | os.PathLike[str], top_k: int = 6
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Layer -> every token's (ids [N, K], gate scores [N, K]), of a folder of per-token files."""
+    path = Path(path)
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for file in _texts(path):
+        layer = int(_TOKENS.fullmatch(file.name).group(1))  # type: ignore[union-attr]
+        ids, gates = (part.reshape(-1, top_k) for part in _read_tokens(file, top_k))
+        if layer in found:
+            ids, gates = np.concatenate([found[layer][0], ids]), np.concatenate(
+                [found[layer][1], gates]
+            )
+        found[layer] = ids, gates
+    if not found:
+        raise InputError(f"{path} has no expert_weights_<layer>.txt: score with --per_token")
+    return dict(sorted(found.items()))
 
 
 def summary_json(scores: ExpertScores, decimals: int | None = 4) -> dict[str, Any]:
@@ -134,6 +153,12 @@ def _summary_of(folder: Path) -> Path | None:
         return folder / SUMMARY
     found = sorted(folder.glob(f"*[_.-]{SUMMARY}"))
     return found[0] if len(found) == 1 else None
+
+
+def _texts(folder: Path) -> list[Path]:
+    """A folder's per-token files, those below rank_<r>/ too."""
+    found = [*folder.glob("*.txt"), *folder.glob("*/*.txt")]
+    return sorted(path for path in found if _is_text(folder, path))
 
 
 def _is_text(folder: Path, path: Path) -> bool:

@@ -23,7 +23,8 @@ class Description:
       flops_per_token: of a forward pass over a text of `seq_len` tokens.
       seq_len: the length that is meant there.
       kv_cache_bytes_per_token: of all layers, with a cache of 2-byte numbers.
-      options: the fields of the config that are not `ModelConfig`'s defaults.
+      options: the fields of the config that are not `ModelConfig`'s defaults, and of its parts
+        those that are not the part's.
       uses: what moejax can do with the model -> "yes", maybe with a condition, or "no: why".
       stored_dtypes: dtype -> how many parameters are read as it with dtype="keep" (quantised ones
         are float32 there); empty where only the config was read.
@@ -74,12 +75,13 @@ def describe(folder: str | Path) -> Description:
     return describe_config(by_architecture(names[0]).config_from_hf(fields))
 
 
-def _options(config: ModelConfig) -> dict[str, Any]:
+def _options(config: Any) -> dict[str, Any]:
     found = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.default is not dataclasses.MISSING and value != field.default:
-            found[field.name] = dataclasses.asdict(value) if _is_part(value) else value
+        needed = field.default is dataclasses.MISSING and not isinstance(config, ModelConfig)
+        if needed or field.default not in (dataclasses.MISSING, value):
+            found[field.name] = _options(value) if _is_part(value) else value
     return found
 
 
@@ -91,7 +93,12 @@ def _uses(config: ModelConfig) -> dict[str, str]:
     dense = "yes" if config.moe is None else "no: it has experts already"
     if config.moe is None and not config.gated:
         dense = "no: its feed-forward layers are not gated"
-    return {"upcycle": dense, "merge": _merge_use(config), "interpolate": _INTERPOLATE}
+    return {
+        "upcycle": dense,
+        "esft": "no: it has no experts: upcycle it first" if config.moe is None else "yes",
+        "merge": _merge_use(config),
+        "interpolate": _INTERPOLATE,
+    }
 
 
 _INTERPOLATE = "yes, with a checkpoint of the same run"
@@ -102,6 +109,8 @@ def _merge_use(config: ModelConfig) -> str:
     moe = config.moe
     if moe is None:
         return "no: it has no experts"
+    if config.dense_layers:
+        return f"no: {len(config.dense_layers)} of its layers are dense already"
     if moe.expert_ffn not in (None, config.d_ff) or moe.shared_ffn:
         return f"no: its experts or shared network have not the dense layer's width {config.d_ff}"
     return "yes" if moe.num_shared else "yes, but no learned lambda: it has no shared expert"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from moejax.report.plots import LINE_COLORS, MARKERS, _figure
 
@@ -31,4 +31,102 @@ def stability_plot(curves: Sequence[Any], top_k: int) -> Figure:
     axes.set_title("When the ranking of experts is stable (band: all draws)")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def relevance_plot(tasks: Sequence[Any], score: str) -> Figure:
+    """One heat map per task, layer x expert; a dot marks what is chosen."""
+    num_layers, num_experts = tasks[0].values_LJ.shape
+    width = min(12.0, 2.2 + 0.16 * num_experts)
+    height = 1.2 + len(tasks) * (0.7 + 0.13 * num_layers)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid = figure.subplots(len(tasks), 1, squeeze=False, sharex=True)[:, 0]
+    top = max(float(task.values_LJ.max()) for task in tasks)
+    for axes, task in zip(grid, tasks, strict=True):
+        image = axes.imshow(
+            task.values_LJ, aspect="auto", cmap="Blues", vmin=0.0, vmax=top, interpolation="none"
+        )
+        column = {e: j for j, e in enumerate(task.experts)}
+        marks = [
+            (column[e], i) for i, n in enumerate(task.layers) for e in task.chosen.get(n, ())
+        ]
+        axes.scatter(*zip(*marks, strict=True), s=9, color=LINE_COLORS[1], linewidths=0)
+        step = max(1, num_layers // 10)
+        axes.set_yticks(range(0, num_layers, step), [str(n) for n in task.layers[::step]])
+        axes.set_ylabel("layer")
+        axes.set_title(f"{task.name}: {len(marks)} experts chosen (dots)", fontsize=10)
+    step = max(1, num_experts // 16)
+    grid[-1].set_xticks(range(0, num_experts, step), [str(e) for e in tasks[0].experts[::step]])
+    grid[-1].set_xlabel("expert")
+    figure.colorbar(image, ax=list(grid), label=f"{score} score", aspect=30 * len(tasks))
+    return figure
+
+
+def overlap_plot(names: Sequence[str], shared: Any, top_k: int) -> Figure:
+    """Matrix of how many of their best experts two tasks share."""
+    size = 2.6 + 0.75 * len(names)
+    figure, axes = _figure(size + 1.2, size)
+    image = axes.imshow(shared, cmap="Blues", vmin=0.0, vmax=top_k)
+    for i, row in enumerate(shared):
+        for j, value in enumerate(row):
+            color = "white" if value > 0.6 * top_k else "black"
+            axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=color, fontsize=9)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_title(f"Shared of the {top_k} best experts, mean over layers", fontsize=10)
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    return figure
+
+
+def counts_plot(tasks: Sequence[Any]) -> Figure:
+    """How many experts each layer has chosen, one line per task."""
+    figure, axes = _figure(7.2, 3.8)
+    for i, task in enumerate(tasks):
+        counts = [len(task.chosen.get(n, ())) for n in task.layers]
+        color = LINE_COLORS[i % len(LINE_COLORS)]
+        marker = MARKERS[i % len(MARKERS)]
+        axes.plot(task.layers, counts, color=color, marker=marker, markersize=4, label=task.name)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layer")
+    axes.set_ylabel("experts chosen")
+    axes.set_title(f"Experts per layer, of {tasks[0].values_LJ.shape[1]}")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    return figure
+
+
+def bytes_plot(tasks: Sequence[Any], whole_bytes: int) -> Figure:
+    """What each task's experts take beside the whole model."""
+    rows = [("whole model", whole_bytes), *((t.name, t.num_bytes) for t in tasks)]
+    figure, axes = _figure(7.2, 1.0 + 0.4 * len(rows))
+    for y, (_, size) in enumerate(rows):
+        color = "#777777" if y == 0 else LINE_COLORS[0]
+        axes.barh(y, size / 1e6, color=color)
+        text = f" {size / 1e6:,.1f} MB ({size / whole_bytes:.1%})"
+        axes.text(size / 1e6, y, text, va="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.25 * whole_bytes / 1e6)
+    axes.set_xlabel("megabytes on disk")
+    axes.set_title("A task's experts beside the model")
+    return figure
+
+
+def group_plot(rows: Sequence[Any]) -> Figure:
+    """Experts to train against group size, grouped by co-occurrence and at random."""
+    figure, axes = _figure(6.4, 3.8)
+    sizes = [str(row["size"]) for row in rows]
+    for i, kind in enumerate(("co_occurrence", "random")):
+        shares = [row[kind]["share"] for row in rows]
+        label = f"grouped {'by co-occurrence' if i == 0 else 'at random'}"
+        axes.plot(sizes, shares, color=LINE_COLORS[i], marker=MARKERS[i], label=label)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("experts per group")
+    axes.set_ylabel("share of all experts to train")
+    axes.set_title("What coarser experts cost")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure

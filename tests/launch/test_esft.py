@@ -53,3 +53,14 @@ def test_select_writes_the_reference_s_schema(scored, tmp_path):
     wrong = run(*flags, "--threshold=1.5", "--overwrite")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "(0, 1]" in wrong.stderr
     assert json.loads(out.read_text())["experts"]["1"] == [0, 2]
+
+
+def test_report_draws_tasks_beside_each_other(scored, tmp_path):
+    out = tmp_path / "report"
+    done = run("--stage=report", f"--scores=a={scored},b={scored}", f"--out={out}", "--top_k=2")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((out / "report.json").read_text())
+    assert [task["name"] for task in record["tasks"]] == ["a", "b"]
+    assert record["overlap"] == [[2.0, 2.0], [2.0, 2.0]]
+    text = (out / "report.html").read_text()
+    assert text.count("<img") == 3 and (out / "overlap.png").stat().st_size > 5000

@@ -24,7 +24,9 @@ def test_a_folder_is_described_without_its_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors.SafetensorsFolder, "read", None)
     found = moejax.models.describe(tmp_path)
     read = io_describe.describe(tmp_path)
-    assert found.stored_dtypes == {} and dataclasses.replace(read, stored_dtypes={}) == found
+    assert read.uses == found.uses | {"export to hf": "yes", "export to gguf": "yes"}
+    assert found.stored_dtypes == {}
+    assert dataclasses.replace(read, stored_dtypes={}, uses=found.uses) == found
     assert read.stored_dtypes == {"float32": found.num_params}
     assert found.num_params == found.active_params == sum(v.size for v in tensors.values())
     # Keys and values of 2 layers, 2 heads of 6, 2 bytes each.
@@ -74,3 +76,18 @@ def test_merging_is_offered_where_the_method_accepts_the_config(moe, expected):
             dense_config(config)
     else:
         assert dense_config(config).moe is None
+
+
+def test_uses_say_what_each_kind_of_model_is_good_for():
+    presets = {name: config for family in FAMILIES for name, config in family.presets.items()}
+    names = ("opt-125m", "olmoe-1b-7b")
+    dense, experts = (io_describe.with_exports(presets[name]).uses for name in names)
+    assert dense["esft"].startswith("no: it has no experts") and experts["esft"] == "yes"
+    assert dense["upcycle"].startswith("no: its feed-forward layers are not gated")
+    assert "no GGUF layout" in dense["export to gguf"] and experts["export to gguf"] == "yes"
+    xft = dataclasses.replace(presets["smollm2-135m"], moe=MoEConfig(4, 3))
+    assert "no class in transformers" in io_describe.with_exports(xft).uses["export to hf"]
+    assert io_describe.with_exports(presets["llama-3.1-8b"]).options["rope"]["kind"] == "llama3"
+    assert "kind" not in describe_config(presets["smollm2-135m"]).options["rope"]
+    lite = dataclasses.replace(presets["deepseek-v2-lite"], d_ff=1408)
+    assert describe_config(lite).uses["merge"].startswith("no: 1 of its layers are dense already")

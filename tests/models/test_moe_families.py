@@ -28,6 +28,7 @@ PARAMETERS = {
     "qwen3-235b-a22b": (235_093_634_560, 22.2),
     "deepseek-v2-lite": (15_706_484_224, 2.7),
     "deepseek-v2": (235_741_434_880, 21.4),
+    "deepseek-v2.5": (235_741_434_880, 21.4),
 }
 OF = {
     "mixtral": "mixtral",

@@ -3,8 +3,8 @@
 Where transformers 5.23 computes something else than the code released with the weights, this is the
 released one: norm_topk_prob divides the weights by their sum in place of routed_scaling_factor
 (transformers ignores it), as `MoEGate` of the released modeling_deepseek.py does for more than one
-expert per token; its seq_aux loss is balance "sequence", else "switch". mscale without
-mscale_all_dim, or the reverse, they read differently: refused. No released model has either.
+expert per token; its seq_aux loss is balance "sequence", else "switch". mscale or mscale_all_dim
+alone, which no released model has and they read differently, is refused.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from moejax.models.families.names import name_table
 from moejax.models.mla import MLAConfig, yarn_softmax_scale
 from moejax.moe.config import CONVENTIONS, MoEConfig
 
-# What config.json need not say.
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {  # what config.json need not say
     **{"n_shared_experts": None, "first_k_dense_replace": 0, "q_lora_rank": None},
     **{"topk_method": "greedy", "norm_topk_prob": False, "routed_scaling_factor": 1.0},
     **{"attention_bias": False, "aux_loss_alpha": 0.001, "seq_aux": True},
@@ -51,14 +50,14 @@ MODULES = EXPERT_MODULES | {
 def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
     """Reads config.json's fields. Inverse: `config_to_hf`."""
     fields = DEFAULTS | fields
-    needed = [name for name in SIZES if name != "q_lora_rank"]
-    require(fields, [*needed, "moe_intermediate_size", "n_routed_experts"], "deepseek_v2")
+    needed = {*SIZES, "moe_intermediate_size", "n_routed_experts"} - {"q_lora_rank"}
+    require(fields, sorted(needed), "deepseek_v2")
     for name, value in ONLY.items():
         if fields.get(name, value) != value:
             raise InputError(f"config.json: {name} {fields[name]!r} is not read, only {value!r}")
     mla = MLAConfig(**{ours: fields[theirs] for theirs, ours in SIZES.items()})
-    common = llama_like("deepseek_v2", fields | {"head_dim": mla.head_size})
-    common["num_kv_heads"] = common["num_heads"]
+    heads = {"head_dim": mla.head_size, "num_key_value_heads": fields.get("num_attention_heads")}
+    common = llama_like("deepseek_v2", fields | heads)
     return ModelConfig(
         **common,
         num_dense_layers=fields["first_k_dense_replace"],
@@ -117,7 +116,6 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-# As in their config.json.
 _LITE: dict[str, Any] = {
     **{"vocab_size": 102400, "num_hidden_layers": 27, "hidden_size": 2048},
     **{"intermediate_size": 10944, "num_attention_heads": 16, "max_position_embeddings": 163840},
@@ -135,6 +133,7 @@ _WHOLE = _LITE | {
     **{"moe_intermediate_size": 1536, "routed_scaling_factor": 16.0, "n_group": 8},
     **{"topk_group": 3, "topk_method": "group_limited_greedy"},
 }
+_UNIT = _LITE["rope_scaling"] | {"mscale": 1.0, "mscale_all_dim": 1.0}  # V2.5, Coder-V2
 
 DEEPSEEK_V2 = Family(
     name="deepseek_v2",
@@ -146,5 +145,6 @@ DEEPSEEK_V2 = Family(
     presets={
         "deepseek-v2-lite": config_from_hf(_LITE),
         "deepseek-v2": config_from_hf(_WHOLE),
+        "deepseek-v2.5": config_from_hf(_WHOLE | {"rope_scaling": _UNIT}),
     },
 )

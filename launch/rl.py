@@ -1,0 +1,230 @@
+"""Reinforcement learning on verifiable rewards, by GRPO (moejax/train/grpo.py).
+
+    python -m launch.rl --config=configs/rl_gsm8k.py --config.model.source=runs/wise \\
+        --config.data.path=problems.jsonl --workdir=runs/rl [--allow_code_execution]
+
+Each iteration asks the model some problems of a task several times, rewards 1 for an answer that
+the task's grader passes and 0 for any other, and takes a few steps. Answers are drawn at
+temperature 1, uncut: what is drawn from is what is differentiated. Programs run in the sandbox,
+tests apart from the candidate; tasks whose tests cannot be kept apart are refused.
+configs/rl_gsm8k.py says what each key means. WORKDIR gets metrics.jsonl and tb/, rollouts/ (every
+answer with its reward), curves.png and, at the end, model/. Stopped and started again, also in the
+middle of an iteration, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from configs import rl_gsm8k
+from launch import cli
+from launch.settings import checked
+from moejax.core import tree
+from moejax.core.errors import InputError
+from moejax.evals import sandbox
+from moejax.evals.draw import TaskSampler
+from moejax.evals.run import require_grader
+from moejax.evals.sweep import Problem
+from moejax.evals.tasks import TASKS, Grading, load_items
+from moejax.io import lineage
+from moejax.io.hf import has_class
+from moejax.io.load import Loaded, load_any, save_any
+from moejax.models.transformer import ForwardOptions
+from moejax.report import rl_plots
+from moejax.serve.generate import GenerateConfig, prepare
+from moejax.serve.sampling import SamplingConfig
+from moejax.train.grpo import GrpoConfig, make_grpo_loss
+from moejax.train.loop import RunInfo, TrainConfig, fit
+from moejax.train.optim import OptimConfig
+from moejax.train.rl import OnPolicy, RlConfig
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "configs/rl_gsm8k.py, or one like it.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; resumed if it is there.")
+EXECUTE = flags.DEFINE_bool(
+    "allow_code_execution", False, "Run the programs that the model writes, in the sandbox."
+)
+
+
+def main(argv) -> None:
+    del argv
+    config = checked(CONFIG.value, rl_gsm8k.get_config())
+    if not config.model.source:
+        raise InputError("--config.model.source is missing: a model folder, .gguf file or hub id")
+    if config.data.task not in TASKS:
+        raise InputError(f"data.task {config.data.task!r} is unknown: use {', '.join(TASKS)}")
+    task = TASKS[config.data.task]
+    settings, grpo = rl_config(config), grpo_config(config)
+    run = train_config(config, settings)
+    items = load_items(task, config.data.path or None, config.data.limit or None)
+    loaded = load_any(config.model.source, config.model.dtype, abstract=True)
+    sampler = make_sampler(config, loaded)
+    problems = sampler.problems(items, strict=True)
+    held = config.data.heldout
+    if not 0 <= held <= len(problems) - settings.prompts:
+        raise InputError(
+            f"data.heldout={held} of {len(problems)} problems leaves fewer than the "
+            f"{settings.prompts} of an iteration"
+        )
+    print(
+        f"model    {config.model.source}: {tree.num_params(loaded.params):,} parameters\n"
+        f"task     {task.name}, form {sampler.form}: {len(problems) - held} problems, {held} held "
+        f"out\nsteps    {config.rl.iterations} iterations of {settings.prompts} x "
+        f"{settings.answers} answers of up to {settings.max_answer} tokens, {settings.updates} "
+        f"updates each; KL weight {grpo.kl_weight:g}",
+        flush=True,
+    )
+    if cli.DRY_RUN.value:
+        print("dry run: nothing trained, nothing written")
+        return
+    if WORKDIR.value is None:
+        raise InputError("--workdir is missing: name the folder that the run is kept in")
+    if task.executes:
+        sandbox.require_permission(EXECUTE.value)
+        require_grader(task)
+    train(config, sampler, problems, (settings, grpo, run), Path(WORKDIR.value))
+
+
+def train(
+    config: ConfigDict,
+    sampler: TaskSampler,
+    problems: Sequence[Problem],
+    settings: tuple[RlConfig, GrpoConfig, TrainConfig],
+    workdir: Path,
+) -> None:
+    """Runs the iterations and writes WORKDIR/model and curves.png."""
+    rl, grpo, run = settings
+    split = len(problems) - config.data.heldout
+    asked, heldout = problems[:split], problems[split:]
+    loaded = load_any(config.model.source, config.model.dtype)
+    start = jax.device_put(loaded.params)
+    options = ForwardOptions(config.compute.dtype, config.compute.remat)
+    batches = OnPolicy(
+        sampler.model,
+        rl,
+        grpo,
+        [problem.prompt for problem in asked],
+        (make_rollout(sampler), make_reward(sampler, asked)),
+        workdir / "rollouts",
+        reference=start if grpo.kl_weight else None,
+        describe=lambda number, ids: {
+            "id": asked[number].id, "completion": sampler.tokenizer.decode(ids)
+        },
+        options=options,
+    )
+    identity = {"config": {name: config[name].to_dict() for name in ("model", "data", "rl")}}
+    result = fit(
+        run,
+        make_grpo_loss(sampler.model, grpo, options),
+        start,
+        {},
+        batches,
+        workdir,
+        make_eval(sampler, heldout, rl.seed),
+        RunInfo("rl", identity, on_policy=True),
+    )
+    rl_plots.curves(result.records).savefig(workdir / "curves.png", dpi=130)
+    save(config, loaded, result.params, result.records, workdir / "model")
+
+
+def rl_config(config: ConfigDict) -> RlConfig:
+    """How much is drawn."""
+    r = config.rl
+    if r.iterations < 1:
+        raise InputError(f"rl.iterations must be 1 or more, got {r.iterations}")
+    return RlConfig(r.prompts, r.answers, r.epochs, r.minibatches, r.max_answer, r.seed)
+
+
+def grpo_config(config: ConfigDict) -> GrpoConfig:
+    """The objective."""
+    r = config.rl
+    return GrpoConfig(r.clip_low, r.clip_high, r.kl_weight, r.scale, r.mean)
+
+
+def train_config(config: ConfigDict, rl: RlConfig) -> TrainConfig:
+    """The run's settings, in updates: checkpoints and evaluations fall between iterations."""
+    t = config.train
+    return TrainConfig(
+        config.rl.iterations * rl.updates,
+        OptimConfig(t.optimizer, t.lr, "constant", clip_norm=t.clip_norm),
+        accumulation=t.accumulation,
+        seed=rl.seed,
+        log_every=t.log_every,
+        save_every=t.save_every * rl.updates,
+        eval_every=t.eval_every * rl.updates,
+        keep_last=t.keep_last,
+    )
+
+
+def make_sampler(config: ConfigDict, loaded: Loaded) -> TaskSampler:
+    """Asks and grades with the model's own tokenizer and prompt form."""
+    if loaded.tokenizer is None:
+        raise InputError(f"{config.model.source} has no tokenizer, so it cannot be asked anything")
+    task = TASKS[config.data.task]
+    drawing = GenerateConfig(
+        config.rl.max_answer,
+        stop_ids=tuple(loaded.tokenizer.eos_ids),
+        batch_size=config.compute.batch_size,
+        options=ForwardOptions(config.compute.dtype),
+    )
+    form = task.form(config.data.form or None)
+    grading = Grading(allow_code_execution=EXECUTE.value)
+    return TaskSampler(loaded.config, loaded.tokenizer, task, form, drawing, grading)
+
+
+def make_rollout(sampler: TaskSampler):
+    """Answers at temperature 1; the end token, part of what is learned, is put back."""
+    end = sampler.drawing.stop_ids[0] if sampler.drawing.stop_ids else None
+
+    def rollout(params, prompts, seed):
+        ready = prepare(params, sampler.drawing.options.compute_dtype)
+        found = sampler.complete(ready, prompts, SamplingConfig(1.0), seed)
+        return [c.ids + ([end] if c.finished and end is not None else []) for c in found]
+
+    return rollout
+
+
+def make_reward(sampler: TaskSampler, problems: Sequence[Problem]):
+    """1 for an answer that the task's grader passes without a doubt, else 0."""
+
+    def reward(numbers, answers):
+        graded = sampler.grade([problems[n] for n in numbers], answers)
+        return [float(grade.passed and not grade.weak) for _, _, grade in graded]
+
+    return reward
+
+
+def make_eval(sampler: TaskSampler, heldout: Sequence[Problem], seed: int):
+    """Share of held-out problems solved greedily; None where nothing is held out."""
+    if not heldout:
+        return None
+
+    def evaluate(params, frozen) -> dict[str, float]:
+        del frozen
+        answers = sampler(params, heldout, 1, SamplingConfig(0.0), seed)
+        return {"solved": float(np.mean([row[0].correct for row in answers]))}
+
+    return evaluate
+
+
+def save(config: ConfigDict, loaded: Loaded, params: Any, records, target: Path) -> None:
+    """Writes the policy, replacing one that an earlier start of this run wrote."""
+    read = [lineage.input_of(loaded.source)]
+    results = {"last_reward": [r["reward"] for r in records if "reward" in r][-1]}
+    operations = lineage.append(loaded.lineage, "rl", read, config.to_dict(), results)
+    params = jax.tree.map(np.asarray, params)
+    tuned = dataclasses.replace(loaded, params=params, lineage=operations)
+    form = "hf" if has_class(loaded.config) else "orbax"
+    save_any(tuned, target, form, overwrite=True)
+    print(f"written  {target} ({form})")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,102 @@
+"""launch.wise --stage=sweep as a user runs it, and how it chooses."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from launch import wise_sweep
+from moejax.evals.sampled import Sampled
+from moejax.evals.sweep import Arm, Criterion, Problem
+from moejax.serve.sampling import SamplingConfig
+from tests.launch import tiny_run
+
+
+class Known:
+    """A sweep whose every arm has a known share of right answers."""
+
+    def __init__(self, best: str, delta: float):
+        self.best, self.delta = best, delta
+        self.asked: list[tuple[str, float, str]] = []
+
+    def sampled(self, arm: Arm, split: str, problems) -> Sampled:
+        self.asked.append((arm.early, arm.delta, split))
+        rate = 0.2 + 0.6 * (arm.early == self.best) * (1 - abs(arm.delta - self.delta))
+        rate *= arm.delta > 0
+        rng = np.random.default_rng(0)
+        correct = rng.random((len(problems), 8)) < rate + 0.1
+        answers = tuple(tuple(str(int(c)) for c in row) for row in correct)
+        return Sampled(tuple(p.id for p in problems), answers, correct)
+
+
+def plan(**changes) -> wise_sweep.Plan:
+    fields = {
+        "early": ("A", "B"), "late": "C",
+        "samplings": (SamplingConfig(1.0), SamplingConfig(0.5)),
+        "grid": (0.0, 0.5, 1.0), "points": 0, "criterion": Criterion("pass", 1),
+        "ks": (1, 4), "num_samples": 8, "seed": 0,
+    }
+    return wise_sweep.Plan(**fields | changes)
+
+
+SPLITS = {
+    "validation": [Problem(f"v{i}", (1,), 0) for i in range(20)],
+    "test": [Problem(f"t{i}", (1,), 0) for i in range(30)],
+}
+
+
+@pytest.mark.parametrize("points", [0, 5])
+def test_the_best_on_validation_is_chosen_and_reported_on_test(points):
+    run = Known("B", 0.5)
+    result, rows, sampled = wise_sweep.measure(run, plan(points=points), SPLITS)
+    assert result["chosen"]["early"] == "B" and abs(result["chosen"]["delta"] - 0.5) <= 0.25
+    assert {split for _, delta, split in run.asked if delta in (0.25, 0.75)} <= {"validation"}
+    assert all(ids.startswith("t") for s in sampled.values() for ids in s.ids)
+    assert set(sampled) == {"late", "early", "chosen", "late, T 0.5"}
+    gap = [r for r in result["differences"]["late"] if r["measure"] == "pass" and r["k"] == 1]
+    assert gap[0]["verdict"] == "better" and gap[0]["p"] < 0.05
+    assert {row["split"] for row in rows} == {"validation", "test"}
+
+
+def test_a_sweep_from_the_command_line_twice(tmp_path):
+    tiny_run.write(tmp_path)
+    flags = [
+        "--stage=sweep", f"--early={tmp_path / 'early'}", f"--late={tmp_path / 'late'}",
+        "--task=gsm8k", f"--data={tmp_path / 'sums.jsonl'}", f"--out={tmp_path / 'sweep'}",
+        "--num_samples=4", "--k=1,4", "--criterion=pass@4", "--max_new_tokens=4",
+        "--delta_grid=0,0.5,1", "--sampling=temperature=1", "--sampling=temperature=0.7,top_k=5",
+    ]
+    done = tiny_run.run("wise", *flags)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "sweep"
+    found = json.loads((folder / "sweep.json").read_text())
+    assert found["chosen"]["delta"] in (0, 0.5, 1)
+    rows = list(csv.DictReader((folder / "table.csv").open()))
+    assert {"pass", "maj", "best", "oracle", "bias", "variance", "unique"} <= {
+        row["measure"] for row in rows
+    }
+    assert len(list((folder / "plots").glob("*.png"))) == 5
+    drawn = {p: p.stat().st_mtime_ns for p in (folder / "samples").iterdir()}
+    again = tiny_run.run("wise", *flags)
+    assert again.returncode == 0 and "draw " not in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in drawn} == drawn
+    other = tiny_run.run("wise", *flags, "--num_samples=5")
+    assert other.returncode == 2 and "another config" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--late=B"], "needs --early"),
+        (["--early=A", "--late=B", "--k=32"], "--num_samples=16"),
+        (["--early=A", "--late=B", "--criterion=best"], "pass@K or maj@K"),
+        (["--early=A", "--late=B", "--sampling=top_q=1"], "'top_q=1' is none of"),
+    ],
+)
+def test_what_cannot_be_swept_is_one_line(flags, said, tmp_path):
+    done = tiny_run.run("wise", "--stage=sweep", f"--out={tmp_path / 'x'}", *flags)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "x").exists()
