@@ -130,3 +130,26 @@ def group_plot(rows: Sequence[Any]) -> Figure:
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
+
+
+def frontier_plot(rows: Sequence[Any], target: str) -> Figure:
+    """Loss on the target against loss on the other domains, one point per arm with intervals."""
+    figure, axes = _figure(6.6, 4.6)
+    for i, row in enumerate(rows):
+        axes.errorbar(
+            row["target"],
+            row["others"],
+            xerr=row["target_half_width"],
+            yerr=row["others_half_width"],
+            color="#777777" if row["arm"] == "frozen" else LINE_COLORS[i % len(LINE_COLORS)],
+            marker=MARKERS[i % len(MARKERS)],
+            linestyle="none",
+            capsize=3,
+            label=row["arm"],
+        )
+    axes.set_xlabel(f"nats per token on {target} (lower is better)")
+    axes.set_ylabel("mean of the other domains (lower is better)")
+    axes.set_title("What is learned against what is forgotten, 95% intervals over runs")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure

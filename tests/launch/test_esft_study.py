@@ -1,0 +1,42 @@
+"""The study's every stage at a size that shows nothing but that they work, and going on."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.exists(), reason="the study's data is not beside the checkout")
+def test_the_tiny_study_goes_through_and_goes_on(tmp_path):
+    def run():
+        return subprocess.run(
+            [sys.executable, "-m", "launch.esft_study", "--compile_cache=",
+             "--config=configs/esft/study.py:tiny", f"--workdir={tmp_path}"],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=1800,
+        )
+
+    done = run()
+    assert done.returncode == 0, done.stderr[-2000:]
+    with (tmp_path / "table.csv").open() as file:
+        rows = {row["arm"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["frozen", "full", "lora", "esft_token", "esft_gate", "random"]
+    assert int(rows["random"]["trained_params"]) == int(rows["esft_token"]["trained_params"])
+    result = tmp_path / "arms/esft_token/0.003/1/result.json"
+    before = result.read_bytes()
+    result.unlink()
+    again = run()
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert result.read_bytes() == before
