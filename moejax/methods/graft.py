@@ -196,8 +196,6 @@ def init_bridge(key: jax.Array, graft: GraftConfig, target: ModelConfig) -> tree
             inputs = math.prod(own[:-1]) if name == "w_o" else own[0]
             noise = jax.random.normal(jax.random.fold_in(key, index), shape)
             params[path] = noise * inputs**-0.5
-    if graft.gate == "scalar" and graft.start == "tanh":  # tanh(0) = 0, with a gradient
-        params["layers/b_gate"] = jnp.zeros_like(params["layers/b_gate"])
     return tree.unflatten(params)
 
 
@@ -302,7 +300,8 @@ class Reading:
     """What a target reads of one source: its bridge, all keys and values, what is in sight.
 
     states_BSR: needed for "paper" only, whose input they replace. open_B: per row whether the
-    source is used, 1 or 0 (switchable per request); None: by all.
+    source is used, 1 or 0 (switchable per request); None: by all. skip: layers of the bridge that
+    add nothing, where the target's layers are walked one by one.
     """
 
     bridge: tree.Tree
@@ -311,17 +310,24 @@ class Reading:
     limit_BT: jax.Array
     states_BSR: jax.Array | None = None
     open_B: jax.Array | None = None
+    skip: tuple[int, ...] = ()
 
-    def added(self, index: Any, x_BTD: jax.Array) -> jax.Array:
-        """What layer `index` of the bridge (an int, or traced) adds to x."""
+    def layer(self, index: Any) -> tuple[tree.Tree, tuple[jax.Array, jax.Array]]:
+        """Parameters, keys and values of a layer of the bridge (an int, or traced)."""
 
         def at(stack):
             if isinstance(index, int):
                 return stack[index]
             return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
 
-        layer = jax.tree.map(at, self.bridge["layers"])
         pair = (at(self.keys_values[0]), at(self.keys_values[1]))
+        return jax.tree.map(at, self.bridge["layers"]), pair
+
+    def added(self, index: Any, x_BTD: jax.Array) -> jax.Array:
+        """What layer `index` of the bridge (an int, or traced) adds to x."""
+        if isinstance(index, int) and index in self.skip:
+            return jnp.zeros_like(x_BTD)
+        layer, pair = self.layer(index)
         y_BTD = enhance(layer, self.graft, x_BTD, pair, self.limit_BT)
         if self.open_B is None:
             return y_BTD
@@ -355,7 +361,7 @@ def _paper_input(reading: Reading, x_BTD: jax.Array) -> jax.Array:
             "target tokens"
         )
     r = read(bridge, reading.graft, r.astype(x_BTD.dtype))
-    first = {name: leaf for name, leaf in bridge["first"].items()}
+    first = bridge["first"]
     z = _norm(first["norm"], r @ _as(first["w_in"], r) + _as(first["b_in"], r))
     z = jax.nn.gelu(z, approximate=False) @ _as(first["w_out"], r) + _as(first["b_out"], r)
     z = _norm(first["out_norm"], z)

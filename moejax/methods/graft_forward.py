@@ -12,15 +12,17 @@ from moejax.core import tree
 from moejax.methods.graft import (
     LAST,
     GraftConfig,
+    Look,
     Reading,
     insert_after,
     insert_before,
     keys_values,
+    look,
     read,
 )
 from moejax.models.config import ModelConfig
 from moejax.models.inserted import Inserted
-from moejax.models.transformer import Output, forward
+from moejax.models.transformer import Output, forward, split_layers
 
 # Per target token all source tokens, also those of later text: what the reference sees.
 SEES_ALL = jnp.iinfo(jnp.int32).max
@@ -85,3 +87,36 @@ def grafted(
         before=insert_before(readings), after=lambda block, x, kept: (after(block, x), kept)
     )
     return forward(params, config, tokens_BT, inserted=inserted, **forward_args)
+
+
+def inspect(
+    params: tree.Tree,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    reading: Reading,
+    **forward_args: Any,
+) -> list[Look]:
+    """What every layer of a bridge did with a text, first to last; not for "paper" bridges."""
+    looks: list[Look] = []
+    graft = reading.graft
+    assert graft.placement != "paper"
+
+    def seen(index: int, x_BTD):
+        layer, pair = reading.layer(index)
+        looks.append(look(layer, graft, x_BTD, pair, reading.limit_BT))
+        return x_BTD + reading.added(index, x_BTD)
+
+    def before(x_BTD):
+        for index in range(graft.num_before if graft.placement == "before" else 0):
+            x_BTD = seen(index, x_BTD)
+        return x_BTD
+
+    def after(block, x_BTD, kept):
+        if graft.placement == "inside" and (block + 1) % graft.every == 0:
+            x_BTD = seen(block // graft.every, x_BTD)
+        return x_BTD, kept
+
+    if not any(isinstance(run, tuple) for run in params["layers"].values()):
+        params = split_layers(params)
+    forward(params, config, tokens_BT, inserted=Inserted(before, after), **forward_args)
+    return looks

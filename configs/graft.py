@@ -1,0 +1,67 @@
+"""Every key of `python -m launch.graft`; others start from here.
+
+Claim:    a small model with a bridge to a frozen large one reads more than its own size knows.
+Command:  python -m launch.graft --stage=train --config=configs/graft.py \\
+              --config.source.model=SOURCE --config.target.model=TARGET \\
+              --config.data.path=texts.jsonl --workdir=runs/graft
+Expected: not known yet; nobody has run a study with it.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "source": {
+                "model": "",  # Knowledge Source, never trained: folder, .gguf file or hub id
+                "dtype": "float32",
+                "layers": (-1,),  # whose states are read: number of the block, -1 the final one
+            },
+            "target": {
+                "model": "",  # Generation Module
+                "train": "all",  # or "lora", "none": the bridge alone
+                "lora_rank": 8,
+            },
+            "bridge": {
+                "placement": "inside",  # or "before", "paper"
+                "every": 4,  # blocks per layer of the bridge (inside)
+                "num_heads": 8,
+                "bottleneck": 256,
+                "gate": "channel",  # or "token", "scalar"
+                "start": "tanh",  # or "zero_output" (both leave the target as it is), "sigmoid"
+                "distance_bias": True,
+                "alignment": "settled",  # or "cut"; "same" with one tokenizer
+                "prefix": False,  # the source reads the prompt alone
+            },
+            "data": {
+                "path": "",  # rows of "text", or conversations: .jsonl, .parquet or a hub data set
+                "limit": 0,
+                "target_len": 256,  # tokens of a row
+                "source_len": 256,
+                "drop_long": False,  # leave longer texts out; they are never cut
+                "heldout": 64,  # last texts, never trained on
+                "seed": 0,
+            },
+            "cache": {
+                "dtype": "bfloat16",  # of states on disk
+                "use": True,  # False runs the source in every step
+            },
+            "train": {
+                "steps": 200,
+                "batch_size": 8,
+                "optimizer": "adamw",
+                "lr": 1e-4,  # of the bridge
+                "target_lr": 5e-5,
+                "weight_decay": 0.01,
+                "clip_norm": 1.0,
+                "schedule": "constant",
+                "warmup_share": 0.02,
+                "seed": 0,
+                "save_every": 100,
+                "eval_every": 0,
+                "log_every": 10,
+            },
+            "compute": {"dtype": "float32", "remat": "nothing"},
+        }
+    )

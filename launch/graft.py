@@ -1,0 +1,140 @@
+"""LLM Modules: a frozen large model lends its knowledge to a small one (arXiv 2502.08213).
+
+    python -m launch.graft --stage=cache    --config=configs/graft.py --workdir=runs/graft \\
+        --config.source.model=LARGE --config.target.model=SMALL --config.data.path=texts.jsonl
+    python -m launch.graft --stage=train    (the same flags)
+    python -m launch.graft --stage=evaluate (the same flags)
+    python -m launch.graft --stage=report   (the same flags)
+    python -m launch.graft --stage=generate (the same flags) --prompt='User: Why?'
+
+cache     runs the source once over all texts and keeps its states in WORKDIR/states
+train     the bridge, and the target with it (--config.target.train); reads the states, or with
+          --noconfig.cache.use runs the source in every step; WORKDIR/bridge, WORKDIR/target
+evaluate  bits per byte of held-out answers: with the bridge, with it shut, with another text's
+          states (is the knowledge used at all?), with every state in sight (the leak), of the
+          target as it came, of the source alone; WORKDIR/evaluation.json
+report    gates, attention maps, the effect of each layer of the bridge; WORKDIR/plots
+generate  continues prompts, keys and values of both models kept
+
+The two may have different tokenizers: configs/graft.py says what each key means. Only moejax loads
+a bridge: neither transformers nor vLLM has its layer. One process, one device.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from configs import graft as graft_config
+from launch import cli, graft_evaluate, graft_train
+from launch.graft_setup import Setup, cache_states, load_examples, make_setup
+from launch.settings import checked
+from moejax.core import tree
+from moejax.core.errors import InputError
+from moejax.data.grafting import stats
+from moejax.methods.graft import bridge_shapes
+from moejax.serve.grafted import generate_text
+from moejax.serve.sampling import SamplingConfig
+
+STAGES = ("cache", "train", "evaluate", "report", "generate")
+STAGE = flags.DEFINE_enum("stage", None, STAGES, "What to do.")
+CONFIG = config_flags.DEFINE_config_file("config", "configs/graft.py", "configs/graft.py or alike.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; resumed if it is there.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "generate: a text to continue; may be repeated.")
+NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "generate: per answer.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "generate: 0 is greedy.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "generate: of the draws.")
+
+
+def main(argv) -> None:
+    del argv
+    if STAGE.value is None:
+        raise InputError(f"--stage is missing: give one of {', '.join(STAGES)}")
+    setup = make_setup(checked(CONFIG.value, graft_config.get_config()))
+    say = functools.partial(print, flush=True)
+    for line in describe(setup):
+        say(line)
+    if STAGE.value == "generate":
+        _generate(setup)
+        return
+    train, heldout = load_examples(setup)
+    for name, examples in (("train", train), ("held out", heldout)):
+        found = stats(examples)
+        say(f"{name:8} " + ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in found.items()))
+    tokens = sum(len(e.source_ids) for e in (*train, *heldout))
+    size = tokens * setup.graft.read_size * (4 if setup.config.cache.dtype == "float32" else 2)
+    say(f"states   {size / 1e9:.3f} GB in {setup.config.cache.dtype}")
+    if cli.DRY_RUN.value:
+        say("dry run: nothing trained, nothing written")
+        return
+    workdir = _workdir()
+    examples = [*train, *heldout]
+    if STAGE.value == "cache" or setup.config.cache.use:
+        cache_states(setup, examples, workdir / "states", _progress(say))
+    if STAGE.value == "train":
+        graft_train.train(setup, train, heldout, workdir, say)
+    elif STAGE.value == "evaluate":
+        graft_evaluate.evaluate(setup, len(train), examples, workdir, say)
+    elif STAGE.value == "report":
+        graft_evaluate.report(setup, heldout, workdir, say)
+
+
+def describe(setup: Setup) -> list[str]:
+    """The plan in lines."""
+    graft, b = setup.graft, setup.config.bridge
+    bridge = sum(_size(shape) for shape in bridge_shapes(graft, setup.target.config).values())
+    places = f"{graft.num_layers(setup.target.config)} layers {graft.placement}"
+    places += f" every {graft.every} blocks" if graft.placement == "inside" else ""
+    return [
+        f"source   {setup.config.source.model}: {tree.num_params(setup.source.params):,} "
+        f"parameters, frozen, layers {list(graft.taps)}",
+        f"target   {setup.config.target.model}: {tree.num_params(setup.target.params):,} "
+        f"parameters, trained: {setup.config.target.train}",
+        f"bridge   {bridge:,} parameters, {places}, gate {graft.gate} {graft.start}; alignment "
+        f"{setup.joined.how}{', source reads the prompt alone' if b.prefix else ''}"
+        + ("; PAPER MODE: every token sees later text" if setup.joined.paper else ""),
+    ]
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
+
+
+def _workdir() -> Path:
+    if WORKDIR.value is None:
+        raise InputError("--workdir is missing: name the folder that the run is kept in")
+    return Path(WORKDIR.value)
+
+
+def _progress(say):
+    """Says a line for every tenth of the texts."""
+    said = [0]
+
+    def show(done: int, total: int) -> None:
+        if done * 10 // total > said[0]:
+            said[0] = done * 10 // total
+            say(f"states   {done} of {total} texts")
+
+    return show
+
+
+def _generate(setup: Setup) -> None:
+    if not PROMPT.value:
+        raise InputError("--prompt is missing: give a text to continue")
+    if cli.DRY_RUN.value:
+        print("dry run: nothing generated")
+        return
+    model = graft_train.load_pair(setup, _workdir())
+    for prompt in PROMPT.value:
+        sampling = SamplingConfig(TEMPERATURE.value)
+        print(generate_text(model, prompt, NEW_TOKENS.value, sampling, SEED.value), flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)
