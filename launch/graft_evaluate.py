@@ -40,14 +40,15 @@ def evaluate(
     states = _states(setup, examples, workdir)
     original = jax.device_put(load_any(setup.config.target.model, "float32").params)
     arms: dict[str, np.ndarray] = {}
-    names = ["bridge", "bridge shut", "target as it came", "shuffled states"]
-    names.append("causal" if setup.joined.paper else "all states in sight")
+    names = ["bridge", "target as it came", "shuffled states"]
+    names += ["causal"] if setup.joined.paper else ["bridge shut", "all states in sight"]
     for name in names:
         params = original if name == "target as it came" else target
         arms[name] = _arm(setup, heldout, states, num_train, params, bridge, name)
     arms["source alone"] = _source_alone(setup, heldout)
     num_bytes = np.array([e.num_bytes for e in heldout], np.float64)
-    result: dict[str, Any] = {"bytes": int(num_bytes.sum()), "texts": len(heldout), "arms": {}, "differences": {}}
+    result: dict[str, Any] = {"bytes": int(num_bytes.sum()), "texts": len(heldout)}
+    result |= {"arms": {}, "differences": {}}
     for name, bits in arms.items():
         found = bootstrap.ratio(bits, num_bytes)
         result["arms"][name] = {"bits_per_byte": found.mean, "low": found.low, "high": found.high}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from launch.graft_setup import (
@@ -31,7 +32,7 @@ from moejax.methods.graft_forward import grafted, make_reading, source_states
 from moejax.serve.grafted import Grafted
 from moejax.serve.prepare import prepare
 from moejax.train.loop import RunInfo, TrainConfig, fit
-from moejax.train.loss import next_token_loss
+from moejax.train.loss import targets, token_nll
 from moejax.train.optim import OptimConfig
 
 Say = Callable[[str], None]
@@ -146,9 +147,11 @@ def make_loss(setup: Setup):
             )[0]
         hidden = run_target(setup, trainable, frozen, batch, states)
         target = target_of(setup, trainable, frozen)
-        total, count = next_token_loss(target, config, hidden, batch)
-        nll = total / jax.numpy.maximum(count, 1.0)
-        tokens = jax.numpy.sum(batch["segment_ids"] > 0)
+        target_BT, weight_BT = targets(batch)
+        count = jnp.sum(weight_BT)
+        nll_BT = token_nll(target, config, hidden, target_BT)
+        nll = jnp.sum(nll_BT * weight_BT) / jnp.maximum(count, 1.0)
+        tokens = jnp.sum(batch["segment_ids"] > 0)
         return nll, {"nll": nll, "target_count": count, "token_count": tokens}
 
     return loss_fn
@@ -156,8 +159,9 @@ def make_loss(setup: Setup):
 
 def run_target(setup: Setup, trainable, frozen, batch, states, open_B=None) -> jax.Array:
     """The target's last hidden states with the bridge in it."""
+    dtype = setup.options.compute_dtype
     reading = make_reading(
-        trainable["bridge"], setup.graft, states, batch["limits"], open_B, setup.options.compute_dtype
+        trainable["bridge"], setup.graft, states, batch["limits"], open_B, dtype
     )
     return grafted(
         target_of(setup, trainable, frozen),

@@ -62,7 +62,7 @@ def read_texts(source: str, limit: int | None = None) -> list[Text]:
     Only the last answer of a conversation is learned. InputError names file and line of a row that
     is neither.
     """
-    texts = []
+    texts: list[Text] = []
     for where, row in rows(source):
         if limit is not None and len(texts) >= limit:
             break

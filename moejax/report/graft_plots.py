@@ -14,7 +14,7 @@ def arms_plot(arms: Mapping[str, Mapping[str, float]]) -> Figure:
     """Bits per byte of every arm with its interval (lower is better)."""
     figure = Figure(figsize=(6.8, 1.2 + 0.4 * len(arms)), layout="constrained")
     axes = figure.subplots()
-    for row, (name, found) in enumerate(arms.items()):
+    for row, found in enumerate(arms.values()):
         value = found["bits_per_byte"]
         error = [[value - found["low"]], [found["high"] - value]]
         axes.errorbar(value, row, xerr=error, marker="o", capsize=3, color=LINE_COLORS[row % 7])
