@@ -21,12 +21,11 @@ from configs import base
 def get_config() -> ConfigDict:
     config = base.get_config()
     config.data.source = "openai/gsm8k:main"
-    config.data.seq_len = 256
+    config.data.seq_len = 512
     config.data.heldout_share = 0.02
     config.data.num_heldout = 64
     config.train.epochs = 1.0
-    config.train.batch_size = 16
-    config.train.accumulation = 2
+    config.train.batch_size = 8
     config.train.optimizer = "adafactor"
     config.train.lr = 5e-5
     config.train.schedule = "cosine"
@@ -34,4 +33,5 @@ def get_config() -> ConfigDict:
     config.train.clip_norm = 1.0
     config.train.save_every = 50
     config.train.keep_last = 2
+    config.compute.remat = "dots"
     return config

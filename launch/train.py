@@ -8,7 +8,8 @@
 --config.SECTION.KEY=VALUE changes a key; configs/base.py says what each means. All devices are
 used, split as --config.mesh.* says (0 chooses). A run whose --workdir is there goes on where it
 stopped, also on another mesh or number of processes; the tuned model is WORKDIR/model.
-SIGTERM saves and exits with 75: start the same command again.
+SIGTERM saves and exits with 75: start the same command again. --export_step=N makes a model of
+one checkpoint, as for launch.wise (--config.train.keep_every keeps a trajectory of them).
 """
 
 from __future__ import annotations
@@ -48,11 +49,15 @@ from moejax.io.sharded import on_mesh
 from moejax.models import flops
 from moejax.models.config import ModelConfig
 from moejax.train.layout import describe_mesh
-from moejax.train.loop import FitResult, RunInfo, TrainConfig, fit, load_best
+from moejax.train.loop import FitResult, RunInfo, TrainConfig, fit, load_best, load_params
 from moejax.train.peak import measure_gemm_peak
+from moejax.train.placement import place_params
 from moejax.train.selection_bias import selection_bias_update
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, or one like them.")
+EXPORT_STEP = flags.DEFINE_integer(
+    "export_step", None, "Train nothing: write WORKDIR/model_step_N from the checkpoint of step N."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; resumed if it is there.")
 
 
@@ -82,7 +87,25 @@ def main(argv) -> None:
     if workdir is None or cli.DRY_RUN.value:
         say("dry run: nothing trained, nothing written")
         return
+    if EXPORT_STEP.value is not None:
+        export(config, plan, mesh, Path(workdir))
+        return
     train(config, load_on(mesh, config), rows, settings, (mesh, Path(workdir)))
+
+
+def export(config: ConfigDict, plan: Loaded, mesh: Mesh, workdir: Path) -> None:
+    """Writes the weights of one checkpoint as a model, without the optimizer's state."""
+    step = EXPORT_STEP.value
+    assert step is not None
+    if not (workdir / "ckpt").is_dir():
+        raise InputError(f"{workdir} holds no checkpoints: name the --workdir of a run")
+    trained, frozen = split_frozen(config, place_params(plan.params, mesh))
+    params = load_params(workdir, trained, step)
+    if frozen:
+        params = tree.join(params, split_frozen(config, load_on(mesh, config).params)[1])
+    result = FitResult(params, step, None, None, [{"step": step}])
+    loaded = dataclasses.replace(plan, params=params, tensors=None)
+    save(config, loaded, result, {}, workdir / f"model_step_{step}")
 
 
 def load_on(mesh: Mesh, config: ConfigDict) -> Loaded:

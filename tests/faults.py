@@ -144,7 +144,7 @@ def fill_disk(ballast: Path) -> Hook:
         if step == 6:
             with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
                 while True:
-                    file.write(bytes(4096))
+                    file.write(bytes(1 << 16))
         return plain(self, step, params, metrics)
 
     def hook() -> None:
@@ -277,7 +277,7 @@ class Table:
     def full_disk(self, wanted: list[float]) -> None:
         place = self.folder / "small"
         place.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)]
         if subprocess.run(mount, capture_output=True).returncode:
             self.rows.append(Row("full disk", "not tried: no right to mount", "-", "-", False))
             return

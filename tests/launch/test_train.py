@@ -61,7 +61,12 @@ def test_a_moe_is_tuned_written_and_resumed(folder):
     changed = {line.split(":")[0] for line in tree.diff(before.params, after.params)}
     assert changed == set(tree.flatten(before.params))
     assert after.lineage[-2]["op"] == "train" and after.lineage[-2]["results"]["step"] == 3
-    again = run(folder, "--config.train.lr=0.01", "--config.train.accumulation=2")
+    same = ("--config.train.lr=0.01", "--config.train.accumulation=2")
+    exported = run(folder, *same, "--export_step=3")
+    assert exported.returncode == 0, exported.stderr
+    of_step = load_any(folder / "run" / "model_step_3")
+    assert tree.diff(of_step.params, after.params) == []
+    again = run(folder, *same)
     assert again.returncode == 0, again.stderr
     assert "step 3/3  loss" not in again.stdout
     assert tree.diff(load_any(folder / "run" / "model").params, after.params) == []
