@@ -120,7 +120,7 @@ def _describe() -> None:
             for key, item in value.items():
                 parts = item if isinstance(item, dict) else {}
                 shown = ", ".join(f"{part}={number}" for part, number in parts.items())
-                print(f"  {key:24} {shown or item}")
+                print(f"  {key:24} {shown or ('defaults' if item == {} else item)}")
         else:
             print(f"{name:26} {f'{value:,.0f}' if isinstance(value, int | float) else value}")
 

@@ -2,7 +2,7 @@
 
 From Hugging Face's format to itself, to float32, to our own format and back.
 
-    python -m tests.io.measure_convert DIR [GIGABYTES]
+    python -m tests.io.measure_convert DIR [GIGABYTES] [PAIRS]
 
 Prints the peak of anonymous memory above what the imports took (RssAnon of /proc, sampled every 2
 ms), and the time of conversions and, in turn with them, of plain passes that read the same files
@@ -28,6 +28,7 @@ import numpy as np
 
 from moejax.io.load import load_any, save_any
 from moejax.io.safetensors import Entry, Info, dtype_named, write_folder
+from moejax.io.stream import check_all
 from moejax.models.families import by_name
 
 MEGABYTE = 2**20
@@ -91,8 +92,11 @@ def watched(work: Callable[[], None]) -> Cost:
 
 
 def convert(source: Path, target: Path, format: str = "hf", dtype: str = "keep") -> None:
-    """One conversion from folder to folder."""
-    save_any(load_any(source, abstract=True), target, format, dtype)
+    """What `launch.convert` does: looks for what is wrong, then writes."""
+    loaded = load_any(source, abstract=True)
+    assert loaded.tensors is not None
+    check_all(loaded.tensors, by_name(loaded.config.family).name_table(loaded.config), dtype)
+    save_any(loaded, target, format, dtype)
 
 
 def rss_anon() -> int:
@@ -127,17 +131,17 @@ def main() -> None:
             if source == "ours":
                 convert(place / "source", place / "ours", "orbax")
             print(f"{'orbax' if source == 'ours' else 'hf'} to {format}")
-            paired(place, source, format)
+            paired(place, source, format, int((sys.argv[3:] or ["4"])[0]))
         print(f"to float32: {shown(one(place, 'source', 'hf', 'float32'))}")
     finally:
         for name in ("source", "ours", "target", "copy"):
             shutil.rmtree(place / name, ignore_errors=True)
 
 
-def paired(place: Path, source: str, format: str) -> None:
-    """Four conversions and four plain passes, each first in half of the pairs."""
+def paired(place: Path, source: str, format: str, num_pairs: int) -> None:
+    """Conversions and plain passes in turn, each first in half of the pairs."""
     pairs: list[tuple[Cost, Cost]] = []
-    for number in range(4):
+    for number in range(num_pairs):
         found: dict[str, Cost] = {}
         for what in ("plain", "convert") if number % 2 else ("convert", "plain"):
             if what == "convert":

@@ -110,8 +110,8 @@ def checksum(path: Path) -> int:
     return value
 
 
-def llama_cpp(path: Path) -> np.ndarray:
-    """Log-probabilities of the next token [len(LENGTHS), V], float32, with a float32 cache."""
+def serve(path: Path):
+    """llama.cpp with a file, on one thread, with a float32 cache."""
     import xllamacpp
 
     wanted = xllamacpp.CommonParams()
@@ -122,14 +122,19 @@ def llama_cpp(path: Path) -> np.ndarray:
     wanted.cache_type_k = wanted.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     wanted.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     wanted.cpuparams.n_threads = 1
-    server = xllamacpp.Server(wanted)
+    return xllamacpp.Server(wanted)
+
+
+def llama_cpp(path: Path) -> np.ndarray:
+    """Log-probabilities of the next token [len(LENGTHS), V], float32."""
+    server = serve(path)
     found = np.full((len(LENGTHS), VOCAB), np.nan, np.float32)
     for row, length in zip(found, LENGTHS, strict=True):
         asked = {
             **{"prompt": TOKENS[:length].tolist(), "n_predict": 1, "n_probs": VOCAB},
             **{"temperature": 1.0, "samplers": ["temperature"], "cache_prompt": False},
         }
-        answers = (_ask(server, asked | {"seed": seed}) for seed in range(1000))
+        answers = (ask(server, "completion", asked | {"seed": seed}) for seed in range(1000))
         # Half a character or an end comes without probabilities: another seed is tried.
         first = next(a[_FOUND][0] for a in answers if _FOUND in a)
         for entry in first["top_logprobs"]:
@@ -137,9 +142,10 @@ def llama_cpp(path: Path) -> np.ndarray:
     return found
 
 
-def _ask(server, asked: dict[str, Any]) -> dict[str, Any]:
+def ask(server, route: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """One answer of llama.cpp's server."""
     request = urllib.request.Request(
-        f"{server.listening_address}/completion",
+        f"{server.listening_address}/{route}",
         json.dumps(asked).encode(),
         {"Content-Type": "application/json"},
     )
