@@ -4,6 +4,7 @@
   python -m launch.evaluate --model=MODEL --task=functions --out=DIR --allow_code_execution
   python -m launch.evaluate --model=MODEL --task=piqa [--shots=5] --out=DIR
   python -m launch.evaluate --model=MODEL --task=perplexity --data=FILE.txt --out=DIR
+  python -m launch.evaluate --model=MODEL --task=own --data=FILE.jsonl --grader=number --out=DIR
   python -m launch.evaluate --model=MODEL --task=nll --data=stdlib --num=64 --out=DIR
 
 MODEL is a model folder, a .gguf file or a hub id. --data is the task's set: a .jsonl, .jsonl.gz or
@@ -31,9 +32,10 @@ from moejax.core.errors import InputError
 from moejax.evals.sandbox import Limits
 from moejax.evals.tasks import TASKS
 from moejax.evals.tasks.choice import CHOICE_TASKS
+from moejax.evals.tasks.own import GRADERS
 
 MODEL = flags.DEFINE_string("model", None, "Model folder, .gguf file or hub id.")
-NAMES = [*TASKS, *CHOICE_TASKS, "perplexity", "nll"]
+NAMES = [*TASKS, "own", *CHOICE_TASKS, "perplexity", "nll"]
 TASK = flags.DEFINE_enum("task", None, NAMES, "What to measure.")
 OUT = flags.DEFINE_string("out", None, "Folder for samples.jsonl and result.json.")
 SAMPLES = flags.DEFINE_string("samples", None, "Grade this JSONL file; no model is loaded.")
@@ -67,6 +69,10 @@ WALL_S = flags.DEFINE_float(
     "wall_s", 15.0, "Seconds one program may run; waiting counts.", lower_bound=0.1
 )
 CPU_S = flags.DEFINE_integer("cpu_s", 5, "Seconds it may compute.", lower_bound=1)
+GRADER = flags.DEFINE_enum("grader", None, list(GRADERS), "Of --task=own: a file of your own.")
+VERSUS = flags.DEFINE_string(
+    "versus", None, "Folder of another model's run of the same task: the paired difference."
+)
 OVERLAP = flags.DEFINE_string(
     "overlap", None, "What launch.decontaminate wrote: goes into every record."
 )
@@ -80,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     settings = _settings()
     began = time.perf_counter()
-    if settings.task in TASKS:
+    if settings.task in TASKS or settings.task == "own":
         outcome = evaluate_tasks.evaluate(settings)
     elif settings.task == "nll":
         outcome = evaluate_nll.evaluate(settings)
@@ -99,11 +105,16 @@ def _settings() -> Settings:
         raise InputError("--out is missing: give a folder for the results")
     if samples is None and MODEL.value is None:
         raise InputError("--model is missing: give a model folder, a .gguf file or a hub id")
-    if samples is not None and (TASK.value not in TASKS or MODEL.value is not None):
+    graded = TASK.value in TASKS or TASK.value == "own"
+    if samples is not None and (not graded or MODEL.value is not None):
         raise InputError(f"--samples grades a file with --task={'|'.join(TASKS)}, without --model")
     beside = None if samples is None else samples.with_name(f"{samples.stem}.{TASK.value}")
     out = beside if OUT.value is None else Path(OUT.value)
     assert out is not None
+    if (TASK.value == "own") != (GRADER.value is not None):
+        raise InputError(f"--task=own and --grader={'|'.join(GRADERS)} go together")
+    if VERSUS.value is not None and not (Path(VERSUS.value) / "samples.jsonl").is_file():
+        raise InputError(f"--versus={VERSUS.value} holds no samples.jsonl of a finished run")
     lost = [folder for folder in PACKAGES.value if not Path(folder).is_dir()]
     if lost:
         raise InputError(f"--package_folders: {lost[0]} is no folder")
@@ -129,6 +140,8 @@ def _settings() -> Settings:
         limits=Limits(wall_s=WALL_S.value, cpu_s=CPU_S.value),
         partial=PARTIAL.value,
         overlap=OVERLAP.value,
+        grader=GRADER.value,
+        versus=None if VERSUS.value is None else Path(VERSUS.value),
         execute=samples is not None if EXECUTE.value is None else EXECUTE.value,
         dry_run=cli.DRY_RUN.value,
     )

@@ -11,6 +11,7 @@ from launch.evaluate_settings import (
     Settings,
     about_overlap,
     bar,
+    compared,
     console,
     describe,
     load_model,
@@ -79,6 +80,7 @@ def evaluate(settings: Settings) -> Outcome | None:
             f"{name} {result[name]:.4f} [{low:.4f}, {high:.4f}], {len(records)} questions",
             markup=False,
         )
+    result |= compared(settings, records)
     return asked, records, result
 
 

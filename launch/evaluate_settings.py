@@ -18,7 +18,8 @@ from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
 from moejax.core import tree
 from moejax.core.errors import InputError
-from moejax.evals.samples import write_samples
+from moejax.evals import scores
+from moejax.evals.samples import read_partial, write_samples
 from moejax.evals.sandbox import Limits
 from moejax.io import lineage
 from moejax.io.atomic import read_json, write_json
@@ -54,6 +55,8 @@ class Settings:
     partial: bool = False
     execute: bool = False
     overlap: str | None = None
+    grader: str | None = None
+    versus: Path | None = None
     dry_run: bool = False
 
 
@@ -134,6 +137,28 @@ def about_overlap(
     passed = sum(bool(record["passed"]) for record in clean)
     score = {"num_clean": len(clean), "score_clean": passed / len(clean) if clean else None}
     return {"decontamination": {**kept, **counted, **score}}
+
+
+def compared(settings: Settings, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """For the result: the paired difference to another model's run, said on the console too.
+
+    Raises:
+      InputError: that run has other problems.
+    """
+    if settings.versus is None:
+        return {}
+    other = read_partial(settings.versus / "samples.jsonl")
+    try:
+        found = scores.compare([dict(record) for record in records], other)
+    except (KeyError, ValueError) as error:
+        raise InputError(f"--versus={settings.versus} cannot be compared: {error}") from error
+    low, high = found["interval"]
+    console.print(
+        f"minus {settings.versus}: {found['difference']:+.3f} [{low:+.3f}, {high:+.3f}], "
+        f"{found['verdict']}; p = {found['p_flip']:.3g} (randomisation test)",
+        markup=False,
+    )
+    return {"versus": {"folder": str(settings.versus), **found}}
 
 
 def describe(loaded: Loaded) -> None:

@@ -14,6 +14,7 @@ from launch.evaluate_settings import (
     Settings,
     about_overlap,
     bar,
+    compared,
     console,
     describe,
     load_model,
@@ -24,6 +25,7 @@ from moejax.evals.run import RunConfig, grade_samples, require_grader, run
 from moejax.evals.samples import append_samples, read_partial, read_samples, write_samples
 from moejax.evals.scores import UNSCORED, check_ks, summary
 from moejax.evals.tasks import TASKS, Grading, Item, Task, load_items, with_shots
+from moejax.evals.tasks.own import GRADERS
 from moejax.serve.generate import GenerateConfig, generate, prepare
 from moejax.serve.sampling import SamplingConfig
 from moejax.train.loop import claim_folder
@@ -33,7 +35,7 @@ Record = dict[str, Any]
 
 def evaluate(settings: Settings) -> Outcome | None:
     """Asks the model, or grades a file, and prints Pass@k; None after a dry run."""
-    task = TASKS[settings.task]
+    task = GRADERS[settings.grader] if settings.grader else TASKS[settings.task]
     items = load_items(task, settings.data, settings.num)
     items = with_shots(task, items, settings.shots, settings.shots_data, settings.seed)
     form = task.form(settings.form)
@@ -69,6 +71,7 @@ def evaluate(settings: Settings) -> Outcome | None:
         programs = [{"task_id": r["id"], "solution": r["extracted"]} for r in records]
         write_samples(settings.out / "evalplus.jsonl", programs)
     _say(task, records, result)
+    result |= compared(settings, records)
     return asked, records, result
 
 

@@ -1,7 +1,8 @@
 """What k samples of one problem are worth: chosen by a score, by a vote, by an oracle; diversity.
 
 All are expectations over a random k-subset of the n samples that were drawn, computed exactly and
-not by drawing subsets. Answers are compared as they are given: normalise them first. None is a
+not by drawing subsets (but for `maj_at_k_drawn`, with its standard error). Answers are compared as
+they are given: normalise them first. None is a
 sample without an answer; it never wins a vote.
 """
 
@@ -51,7 +52,8 @@ def maj_at_k(answers: Answers, correct: Collection[Hashable], k: int) -> float:
     """The chance that a plurality vote of k of n samples gives a correct answer.
 
     Ties are broken at random, in expectation; a subset without any answer gives none. Counting
-    the subsets answer by answer takes time polynomial in n, so nothing is drawn.
+    the subsets answer by answer takes time polynomial in n, so nothing is drawn; where
+    `exact_is_feasible` says no (many hundreds of samples), use `maj_at_k_drawn`.
 
     Args:
       answers: [n], normalised.
@@ -69,6 +71,32 @@ def maj_at_k(answers: Answers, correct: Collection[Hashable], k: int) -> float:
             shares = 1 / np.arange(1, len(ways_TV) + 1)
             total += math.comb(counts[winner], votes) * float(shares @ ways_TV[:, -1])
     return total / math.comb(len(answers), k)
+
+
+def maj_at_k_drawn(
+    answers: Answers, correct: Collection[Hashable], k: int, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """`maj_at_k` from `draws` random k-subsets: the estimate and its standard error.
+
+    For counts that are too large to be exact; ties still in expectation.
+    """
+    _check_k(k, len(answers))
+    if draws < 1000:
+        raise ValueError(f"{draws} draws are too few: take at least 1,000")
+    rng, right = np.random.default_rng(seed), set(correct)
+    shares = np.zeros(draws)
+    for draw in range(draws):
+        chosen = rng.choice(len(answers), k, replace=False)
+        counts = Counter(answers[i] for i in chosen if answers[i] is not None)
+        most = max(counts.values(), default=0)
+        best = [answer for answer, num in counts.items() if num == most]
+        shares[draw] = sum(answer in right for answer in best) / len(best) if best else 0.0
+    return float(shares.mean()), float(shares.std(ddof=1) / math.sqrt(draws))
+
+
+def exact_is_feasible(num_samples: int, k: int) -> bool:
+    """Whether `maj_at_k` counts subsets in reasonable time, with numbers that floats hold."""
+    return num_samples <= 300 or (num_samples <= 1000 and k <= 32)
 
 
 def _ways(others: Sequence[int], abstaining: int, most: int, left: int) -> np.ndarray:

@@ -75,7 +75,7 @@ def summary(records: Sequence[Mapping[str, Any]], ks: Sequence[int] = (1,)) -> d
         spread = at_k.spread(int(num_samples[0]), num_passed)
         result["bias_of_pass_at_1"] = spread.bias
         result["variance_of_pass_at_1"] = spread.variance
-    return result | _chosen(records, ids, ks)
+    return result | _chosen(records, ids, num_samples, ks)
 
 
 def _bounds(values: np.ndarray) -> list[float]:
@@ -83,7 +83,9 @@ def _bounds(values: np.ndarray) -> list[float]:
     return [interval.low, interval.high]
 
 
-def _chosen(records, ids: Sequence[str], ks: Sequence[int]) -> dict[str, Any]:
+def _chosen(
+    records, ids: Sequence[str], num_samples: np.ndarray, ks: Sequence[int]
+) -> dict[str, Any]:
     """What a vote or a score makes of k samples, where the records have votes or scores."""
     by_id: dict[str, list] = {name: [] for name in ids}
     for record in records:
@@ -93,6 +95,9 @@ def _chosen(records, ids: Sequence[str], ks: Sequence[int]) -> dict[str, Any]:
     if any(record.get("answer") is not None for record in records):
         maj = {k: [_maj(group, k) for group in by_id.values()] for k in ks}
         result["maj_at_k"] = {str(k): float(np.mean(values)) for k, values in maj.items()}
+        drawn = [k for k in ks if not at_k.exact_is_feasible(int(num_samples.max()), k)]
+        if drawn:
+            result["maj_at_k_standard_error"] = {str(k): _drawn_error(by_id, k) for k in drawn}
         result["maj_at_k_interval"] = {str(k): _bounds(np.array(v)) for k, v in maj.items()}
         answers = [[record.get("answer") for record in group] for group in by_id.values()]
         result["unique_answers"] = float(np.mean([at_k.unique_share(group) for group in answers]))
@@ -106,7 +111,20 @@ def _chosen(records, ids: Sequence[str], ks: Sequence[int]) -> dict[str, Any]:
 def _maj(group: Sequence[Mapping[str, Any]], k: int) -> float:
     answers = [record.get("answer") for record in group]
     correct = {record.get("answer") for record in group if record["passed"]} - {None}
-    return at_k.maj_at_k(answers, correct, k)
+    if at_k.exact_is_feasible(len(answers), k):
+        return at_k.maj_at_k(answers, correct, k)
+    return at_k.maj_at_k_drawn(answers, correct, k)[0]
+
+
+def _drawn_error(by_id: Mapping[str, list], k: int) -> float:
+    """Standard error, from the draws alone, of the mean over tasks of a drawn Maj@k."""
+    errors = []
+    for group in by_id.values():
+        answers = [record.get("answer") for record in group]
+        correct = {record.get("answer") for record in group if record["passed"]} - {None}
+        if not at_k.exact_is_feasible(len(answers), k):
+            errors.append(at_k.maj_at_k_drawn(answers, correct, k)[1])
+    return float(np.sqrt(np.sum(np.square(errors))) / len(by_id))
 
 
 def _best(group: Sequence[Mapping[str, Any]], k: int) -> float:
@@ -128,6 +146,30 @@ def minus(records_a: Sequence[Record], records_b: Sequence[Record]) -> Interval:
     if (n_a == 1).all() and (n_b == 1).all():
         return bootstrap.paired_share(c_a == 1, c_b == 1)
     return bootstrap.paired_mean(c_a / n_a, c_b / n_b)
+
+
+def compare(records_a: Sequence[Record], records_b: Sequence[Record]) -> dict[str, Any]:
+    """The paired difference in Pass@1 (a minus b), its interval, and tests that there is none.
+
+    "p_sign": McNemar's exact test, for one sample a task; "p_flip": Fisher's randomisation test on
+    the tasks' shares.
+
+    Raises:
+      ValueError: the tasks differ.
+    """
+    interval = minus(records_a, records_b)
+    (ids_a, n_a, c_a), (ids_b, n_b, c_b) = counts(records_a), counts(records_b)
+    order = [ids_b.index(name) for name in ids_a]
+    n_b, c_b = n_b[order], c_b[order]
+    single = bool((n_a == 1).all() and (n_b == 1).all())
+    return {
+        "difference": interval.mean,
+        "interval": [interval.low, interval.high],
+        "verdict": bootstrap.verdict(interval),
+        "p_sign": bootstrap.sign_test(c_a == 1, c_b == 1) if single else None,
+        "p_flip": bootstrap.flip_test(c_a / n_a, c_b / n_b),
+        "num_tasks": len(ids_a),
+    }
 
 
 def choose_form(results: Mapping[str, Sequence[Record]]) -> str:

@@ -143,3 +143,14 @@ def test_bad_input_is_a_value_error():
     ]:
         with pytest.raises(ValueError, match=said):
             bad()
+
+
+def test_drawn_majorities_agree_with_the_exact_ones_within_their_error():
+    answers = ["a"] * 9 + ["b"] * 8 + ["c"] * 5 + [None] * 4
+    for k in (1, 3, 10, 26):
+        exact = at_k.maj_at_k(answers, {"a"}, k)
+        mean, error = at_k.maj_at_k_drawn(answers, {"a"}, k, seed=k)
+        assert abs(mean - exact) <= 4 * error + 1e-12
+    with pytest.raises(ValueError, match="too few"):
+        at_k.maj_at_k_drawn(answers, {"a"}, 3, draws=10)
+    assert at_k.exact_is_feasible(256, 128) and not at_k.exact_is_feasible(2000, 1000)

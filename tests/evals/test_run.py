@@ -184,3 +184,26 @@ def test_what_cannot_be_scored_counts_neither_way():
     assert (summary["pass_at_1"], summary["pass_at_1_n"]) == (0.5, 2)
     assert summary["verdicts"]["unscored"] == 1
     assert scores.summary(records[2:])["pass_at_1"] is None
+
+
+def test_two_models_are_compared_by_task():
+    a, b = records_of([1, 1, 1, 1, 0, 1, 1, 1]), records_of([0, 0, 0, 0, 0, 0, 0, 1])
+    found = scores.compare(a, b)
+    assert found["difference"] == 6 / 8 and found["verdict"] == "better"
+    assert found["p_sign"] == pytest.approx(2 / 2**6) == found["p_flip"]
+    with pytest.raises(ValueError, match="not the same"):
+        scores.compare(a, b[:-1])
+
+
+def test_votes_and_scores_are_summed_up():
+    rows = [("1", True), ("1", True), ("2", False)], [("3", False), (None, False), ("4", True)]
+    records = [
+        {"id": str(i), "sample": j, "answer": answer, "passed": passed, "score": float(j),
+         "verdict": "pass" if passed else "wrong"}
+        for i, group in enumerate(rows) for j, (answer, passed) in enumerate(group)
+    ]  # fmt: skip
+    summary = scores.summary(records, ks=(1, 3))
+    assert summary["maj_at_k"]["3"] == pytest.approx((1 + 0.5) / 2)
+    assert summary["best_at_k"]["3"] == pytest.approx((0 + 1) / 2)
+    assert summary["unique_answers"] == pytest.approx((2 / 3 + 1) / 2)
+    assert summary["pass_at_k"]["3"] == 1.0 and "bias_of_pass_at_1" in summary

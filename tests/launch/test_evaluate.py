@@ -154,3 +154,80 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(folder, tmp_path):
         assert code == 2 and message in error and error.count("\n") == 1, (flags, code, error)
         assert error.startswith("error: ")
     assert not (tmp_path / "new").exists()
+
+
+def one_after_another(*commands: list[str]) -> list[tuple[int, str]]:
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_ANOTHER.replace("print(json", "print('END', json")],
+        input=json.dumps(commands),
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(row[4:]) for row in done.stdout.splitlines() if row.startswith("END ")]
+
+
+def lines(path: Path, *rows: dict) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_other_tasks_from_samples_to_results(folder, tmp_path):
+    """HumanEval's form with k; numbers with two models compared; choices; overlap carried."""
+    code = {"task_id": "T/0", "prompt": "def f(x):\n", "entry_point": "f",
+            "test": "def check(candidate):\n    assert candidate(1) == 2\n"}  # fmt: skip
+    right, wrong = ({"task_id": "T/0", "completion": f"    return x {op} 1\n"} for op in "+-")
+    sums = [{"id": str(i), "prompt": f"{i} and one more makes a sum of", "answer": i + 1}
+            for i in range(4)]  # fmt: skip
+    choices = [{"query": "hello", "choices": ["ab", "12"], "gold": i % 2} for i in range(4)]
+    data = {name: lines(tmp_path / f"{name}.jsonl", *rows) for name, rows in
+            {"code": [code], "sums": sums, "choices": choices,
+             "two": [right, wrong], "part": [{"id": "0", "completion": "1"}],
+             "good": [{"id": str(i), "completion": f"#### {i + 1}"} for i in range(4)],
+             "bad": [{"id": str(i), "completion": "#### 1"} for i in range(4)],
+            }.items()}  # fmt: skip
+    overlap = {"n": 13, "least": 6, "data": ["train"], "num_texts": 1,
+               "benchmarks": {"own": {"shares": {"0": 0.5, "1": 0, "2": 0, "3": 0}}}}  # fmt: skip
+    (tmp_path / "overlap.json").write_text(json.dumps(overlap))
+    own = ["--task=own", "--grader=number", f"--data={data['sums']}"]
+    ends = one_after_another(
+        [f"--samples={data['two']}", "--task=humaneval", f"--data={data['code']}", "--k=1,2"],
+        [f"--samples={data['two']}", "--task=humaneval", f"--data={data['code']}", "--k=3"],
+        [f"--samples={data['bad']}", *own],
+        [f"--samples={data['good']}", *own, f"--versus={tmp_path / 'bad.own'}",
+         f"--overlap={tmp_path / 'overlap.json'}"],
+        [f"--samples={data['part']}", *own],
+        [f"--samples={data['part']}", *own, "--partial"],
+        [f"--samples={data['good']}", "--task=own", f"--data={data['sums']}"],
+        [f"--samples={data['two']}", "--task=humaneval", f"--data={data['code']}",
+         f"--overlap={tmp_path / 'overlap.json'}"],
+        ["--task=choice", f"--model={folder / 'model'}", f"--data={data['choices']}", "--shots=1",
+         f"--out={tmp_path / 'choice'}"],
+    )  # fmt: skip
+    assert [code for code, _ in ends] == [0, 2, 0, 0, 2, 0, 2, 2, 0], ends
+    assert "k = 3 needs as many samples; 'T/0' has 2" in ends[1][1]
+    assert "no sample for 3 of 4 tasks: 1, 2, 3" in ends[4][1]
+    assert "go together" in ends[6][1] and "no overlap of task humaneval" in ends[7][1]
+
+    def result(name: str) -> dict:
+        return json.loads((tmp_path / name / "result.json").read_text())
+
+    assert result("two.humaneval")["pass_at_k"] == {"1": 0.5, "2": 1.0}
+    programs = (tmp_path / "two.humaneval" / "evalplus.jsonl").read_text().splitlines()
+    assert json.loads(programs[0]) == {
+        "task_id": "T/0",
+        "solution": code["prompt"] + right["completion"],
+    }
+    good = result("good.own")
+    assert good["versus"]["difference"] == 0.75 and good["pass_at_1"] == 1
+    assert good["decontamination"]["num_clean"] == 3 and good["model_sha256"] is None
+    records = [
+        json.loads(x) for x in (tmp_path / "good.own/samples.jsonl").read_text().splitlines()
+    ]
+    assert [record["overlap"] for record in records] == [0.5, 0, 0, 0]
+    assert result("part.own")["num_missing"] == 3
+    choice = result("choice")
+    assert choice["acc"] == 0.5 and len(choice["model_sha256"]) == 64

@@ -146,7 +146,7 @@ def chat(item: Item) -> Prompt:
 def fence(item: Item) -> Prompt:
     """As `chat`, with the answer's code block opened and the problem in it (XFT's form)."""
     problem = item.row["exam"]["problem"].strip("\n")
-    return Prompt(_INSTRUCTION.format(problem=problem), f"```python\n{problem}\n", ("\n```",))
+    return Prompt(_INSTRUCTION.format(problem=problem), f"```python\n{problem}\n", ("```",))
 
 
 def three_shot(item: Item) -> Prompt:
