@@ -5,6 +5,7 @@
   python -m launch.bench --suite=kernels --out=rows.json
   python -m launch.bench --suite=layer --peer              the layer on a v5p:2x2x2, compiled
   python -m launch.bench --suite=train --peer              a training step on the CPU
+  python -m launch.bench --suite=serve --peer              tokens per second beside transformers
 
 A figure that cannot be measured here (a peer that is not installed, or needs more memory) stands in
 the table without a number and with the reason. Run kernels and train on an idle machine. The layer
@@ -21,12 +22,12 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 
-from launch import bench_cpu, bench_layer, bench_train, cli
+from launch import bench_cpu, bench_layer, bench_serve, bench_train, cli
 from launch.bench_table import Rows, matcher, measure, record, table
 from moejax.core.errors import InputError
 from moejax.io.atomic import write_json
 
-SUITE = flags.DEFINE_string("suite", None, "kernels, layer or train.")
+SUITE = flags.DEFINE_string("suite", None, "kernels, layer, train or serve.")
 PEER = flags.DEFINE_bool("peer", False, "Also measure the peers, with the same formula.")
 ONLY = flags.DEFINE_string("only", None, "Measure only figures that match this regular expression.")
 OUT = flags.DEFINE_string("out", None, "JSON file for the rows, the machine and the versions.")
@@ -35,6 +36,7 @@ SUITES: dict[str, dict[str, Rows]] = {
     "kernels": {"cpu": bench_cpu.rows},
     "layer": {"mesh": bench_layer.rows},
     "train": {"cpu": bench_train.rows},
+    "serve": {"cpu": bench_serve.rows},
 }
 
 

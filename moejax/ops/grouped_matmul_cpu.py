@@ -51,7 +51,12 @@ def _multiply(
     accum = jnp.promote_types(x_RK.dtype, jnp.float32)
 
     def group(out: jax.Array, operands: Any) -> tuple[jax.Array, None]:
-        w_KN, start, end = operands
+        _, start, end = operands
+        # A group without rows is left out whole: cutting its matrix out of the stack copies it.
+        return jax.lax.cond(end > start, rows_of, lambda out, *_: out, out, *operands), None
+
+    def rows_of(out: jax.Array, index: jax.Array, start: jax.Array, end: jax.Array) -> jax.Array:
+        w_KN = jax.lax.dynamic_index_in_dim(w_EKN, index, keepdims=False)
 
         def one_block(i: jax.Array, out: jax.Array) -> jax.Array:
             row, mine = _place(start + i * block, end, num_rows, block)
@@ -61,12 +66,12 @@ def _multiply(
             y = jnp.where(mine, y.astype(out.dtype), kept)
             return jax.lax.dynamic_update_slice_in_dim(out, y, row, 0)
 
-        return jax.lax.fori_loop(0, -(-(end - start) // block), one_block, out), None
+        return jax.lax.fori_loop(0, -(-(end - start) // block), one_block, out)
 
     ends = jnp.minimum(jnp.cumsum(group_sizes), num_rows)
     starts = jnp.minimum(ends - group_sizes, ends)
     out = jnp.zeros((num_rows, w_EKN.shape[3 - rhs_dim]), x_RK.dtype)
-    return jax.lax.scan(group, out, (w_EKN, starts, ends))[0]
+    return jax.lax.scan(group, out, (jnp.arange(w_EKN.shape[0]), starts, ends))[0]
 
 
 def _outer(

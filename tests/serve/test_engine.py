@@ -45,7 +45,7 @@ def spell(ids) -> str:
     return "".join(chr(97 + i % 26) for i in ids)
 
 
-@pytest.mark.parametrize("name", ["plain", "moe"])
+@pytest.mark.parametrize("name", ["plain", "moe", "many experts"])
 def test_a_row_is_the_same_bits_whoever_shares_its_batch(name):
     """Alone, in company, and in another order: ids and log-probabilities equal to the last bit."""
     alone = [engine_of(name).run([request])[0] for request in REQUESTS]

@@ -14,6 +14,7 @@ from moejax.core.errors import InputError
 from moejax.models import transformer
 from moejax.models.cache import init_cache
 from moejax.models.config import ModelConfig
+from moejax.moe import CONVENTIONS
 from moejax.moe.config import MoEConfig
 from moejax.ops.rope import RopeConfig
 from moejax.serve import engine_programs
@@ -47,6 +48,10 @@ CONFIGS = {
         rope=RopeConfig(kind="llama3", factor=8.0, original_max_position=32),
     ),
     "moe": dataclasses.replace(TINY, moe=MoEConfig(num_experts=4, top_k=3)),
+    # A few tokens choose few of these, and only those are computed.
+    "many experts": dataclasses.replace(
+        TINY, moe=MoEConfig(num_experts=16, top_k=2, **CONVENTIONS["mixtral"])
+    ),
 }
 DYNAMIC = dataclasses.replace(
     TINY, rope=RopeConfig(kind="dynamic", factor=2.0, original_max_position=16)
