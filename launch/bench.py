@@ -1,6 +1,8 @@
 """Measures moejax's kernels against goals and peers, on this machine.
 
-  python -m launch.bench --suite=kernels --peer            the experts' matrix products on the CPU
+  python -m launch.bench --suite=kernels --peer            the experts' matrix products: timed on
+                                                           the CPU, counted for a TPU v5p
+  python -m launch.bench --suite=kernels --only=v5p        the latter alone
   python -m launch.bench --suite=kernels --only=E64        figures whose name matches
   python -m launch.bench --suite=kernels --out=rows.json
   python -m launch.bench --suite=layer --peer              the layer on a v5p:2x2x2, compiled
@@ -8,9 +10,9 @@
   python -m launch.bench --suite=serve --peer              tokens per second beside transformers
 
 A figure that cannot be measured here (a peer that is not installed, or needs more memory) stands in
-the table without a number and with the reason. Run kernels and train on an idle machine. The layer
-is compiled for TPUs that are not here, which needs the extra [aot]: `tests/run --aot` makes an
-environment that has it, .venv-aot.
+the table without a number and with the reason. Run kernels and train on an idle machine. What is
+for TPUs is compiled for some that are not here, which needs the extra [aot]: `tests/run --aot`
+makes an environment that has it, .venv-aot.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 
-from launch import bench_cpu, bench_layer, bench_serve, bench_train, cli
+from launch import bench_cpu, bench_layer, bench_serve, bench_tpu, bench_train, cli
 from launch.bench_table import Rows, matcher, measure, record, table
 from moejax.core.errors import InputError
 from moejax.io.atomic import write_json
@@ -33,7 +35,7 @@ ONLY = flags.DEFINE_string("only", None, "Measure only figures that match this r
 OUT = flags.DEFINE_string("out", None, "JSON file for the rows, the machine and the versions.")
 
 SUITES: dict[str, dict[str, Rows]] = {
-    "kernels": {"cpu": bench_cpu.rows},
+    "kernels": {"cpu": bench_cpu.rows, "tpu": bench_tpu.rows},
     "layer": {"mesh": bench_layer.rows},
     "train": {"cpu": bench_train.rows},
     "serve": {"cpu": bench_serve.rows},

@@ -30,9 +30,14 @@ def kernel_cycles(compiled: jax.stages.Compiled) -> int:
     return _sum(kernels, "a Pallas kernel")
 
 
-def program_cycles(compiled: jax.stages.Compiled) -> int:
-    """Estimated cycles of every instruction that has an estimate, each counted once."""
-    return _sum((compiled.as_text() or "").splitlines(), "an instruction")
+def program_cycles(compiled: jax.stages.Compiled, without: tuple[str, ...] = ()) -> int:
+    """Estimated cycles of every instruction that has an estimate, each counted once.
+
+    without: kinds of instructions ("copy") that are left out. Raises as `kernel_cycles`.
+    """
+    lines = (compiled.as_text() or "").splitlines()
+    kept = [line for line in lines if not any(f" {opcode}(" in line for opcode in without)]
+    return _sum(kept, "an instruction")
 
 
 def _sum(lines: list[str], what: str) -> int:

@@ -95,7 +95,7 @@ def outer_tiles(k: int, n: int, dtype: jnp.dtype) -> OuterTiles:
     that waits because the number of tiles is odd.
     """
     dtype = checked(dtype)
-    most, heights = vmem_bytes(), (256, 128)
+    most, heights = vmem_bytes(), (384, 256, 128)
     best = None
     for num_k, num_n in itertools.product(range(1, 65), repeat=2):
         unit_k, unit_n = -(-_units(k) // num_k), -(-_units(n) // num_n)
@@ -103,7 +103,7 @@ def outer_tiles(k: int, n: int, dtype: jnp.dtype) -> OuterTiles:
         fetched = 2 * dtype.itemsize * heights[0] * (unit_k + unit_n) * LANES
         if area > MAX_OUTER_TILE or fetched + area * (2 * dtype.itemsize + 8) > most:
             continue
-        visit = unit_k * unit_n * UNIT_CYCLES * heights[0] // 256 + VISIT_CYCLES
+        visit = unit_k * unit_n * UNIT_CYCLES + VISIT_CYCLES  # of 256 rows
         for split in ("k", "n"):
             shared, other = (num_k, num_n) if split == "k" else (num_n, num_k)
             cost = (-(-shared // 2) * other * visit, num_k * num_n, split)

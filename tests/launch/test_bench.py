@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch import bench_row, bench_table
+from launch import bench_row, bench_table, bench_tpu
 from launch.bench_row import Row
 from moejax.core.errors import InputError
 
@@ -110,3 +110,15 @@ def test_a_process_hands_back_its_last_line_or_its_last_words(tmp_path):
     assert bench_row.measure_in_process("well", environment=path) == {"cycles": 12}
     with pytest.raises(InputError, match="ill v5p ended with 1: no such kernel"):
         bench_row.measure_in_process("ill", "v5p", environment=path)
+
+
+def test_a_tpu_row_counts_each_visit_at_the_cost_of_its_kind():
+    sizes = bench_tpu.draws()[0]
+    assert sizes.sum() == 4096 and len(sizes) == 8
+    for product in ("forward", "dW"):
+        heights = bench_tpu.tiles(product).heights
+        kinds = len(heights) + (2 if product == "dW" else 0)
+        rows = [*heights, *([heights[0]] * (kinds - len(heights))), 0]
+        totals = bench_tpu.ours(product, {"visits": rows}, [sizes])
+        rows_of_a_core = 4096 if product == "dW" else 2048
+        assert rows_of_a_core <= totals[0] < 1.25 * rows_of_a_core

@@ -1,0 +1,107 @@
+"""Rows of the grouped products on a TPU v5p, from cycles that the compiler counts in its schedule.
+
+ideal cycles / (static cycles of one visit x the visits of the busier core), for 4,096 rows in 8
+uneven groups, K 2,048, N 1,408, bfloat16: ideal is 2 M K N over 262,144 operations per cycle of a
+chip. Visits of every height count at their own cycles, so rows that only fill a visit, rows that
+two groups share and the imbalance of the cores are in it. The groups are drawn 25 times (Dirichlet
+of concentration 4, then multinomial) and the row is the median. Nothing runs: waits for HBM are not
+in it; with the first fetches, which every call pays once, the row says what it would be.
+
+The peer is jax.lax.ragged_dot, which the compiler counts as a whole, for any sizes. jax's megablox
+cannot be counted: libtpu's profile ends the process, with its dynamic grid and with a static one.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from launch.bench_row import Row, Wanted, measure_in_process
+from moejax.aot import cycles, topology
+from moejax.core.platform import compiling_for
+from moejax.ops import tpu_tiles, tpu_visits
+
+TOPOLOGY, KIND = "v5p:2x2x1", "TPU v5"
+NUM_ROWS, DEPTH, COLUMNS, NUM_GROUPS = 4096, 2048, 1408, 8
+FLOPS_PER_CYCLE = 262_144  # of a chip, two cores
+IDEAL = 2 * NUM_ROWS * DEPTH * COLUMNS / FLOPS_PER_CYCLE
+NUM_DRAWS, CONCENTRATION = 25, 4.0
+# product -> goal and ideal cycles
+PRODUCTS = {
+    "forward": (">= 0.90", IDEAL),
+    "dx": (">= 0.88", IDEAL),
+    "dW": (">= 0.85", IDEAL),
+    "gate + up + activation": ("", 2 * IDEAL),
+}
+
+
+def rows(peer: bool, wanted: Wanted) -> Iterator[Row]:
+    """A row per product, and with `peer` one per product and peer."""
+    for product, (goal, ideal) in PRODUCTS.items():
+        figure = f"v5p {product} M4096 K2048 N1408 E8 bf16, ideal / static cycles"
+        if not wanted(figure):
+            continue
+        count = _count("ours", product)
+        totals = ours(product, count, draws())
+        shares = [ideal / total for total in totals]
+        started = [ideal / (total + count["start"]) for total in totals]
+        best = ideal / _count("ragged_dot", product)["total"] if peer else None
+        how = (
+            f"{NUM_DRAWS} draws of groups: {min(shares):.3f} to {max(shares):.3f}; with the first "
+            f"fetches {statistics.median(started):.3f}"
+        )
+        if peer:
+            how += "; the peer without its copies of the weights"
+        yield Row(figure, statistics.median(shares), "", goal, best, "ragged_dot" * peer, how)
+
+
+def draws() -> list[np.ndarray]:
+    """The group sizes that the figure is a median over."""
+    rng = np.random.default_rng(0)
+    shares = (rng.dirichlet(np.full(NUM_GROUPS, CONCENTRATION)) for _ in range(NUM_DRAWS))
+    return [rng.multinomial(NUM_ROWS, share) for share in shares]
+
+
+def _count(who: str, product: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        environment = topology.environment(TOPOLOGY) | cycles.environment(folder)
+        module = "launch.bench_tpu_count"
+        return measure_in_process(module, who, product, environment=environment, timeout_s=3600)
+
+
+def ours(product: str, count: dict[str, Any], drawn: Sequence[np.ndarray]) -> list[float]:
+    """Cycles of the busier core, per draw: each of its visits at the cost of its kind."""
+    costs = np.asarray(count["visits"])
+    return [max(costs[kinds].sum() for kinds in kinds_of(product, sizes)) for sizes in drawn]
+
+
+def kinds_of(product: str, sizes: np.ndarray) -> list[np.ndarray]:
+    """The kinds of the visits of each core, as the kernels' own tables have them."""
+    if product == "dW":
+        heights = tiles(product).heights
+        visits = tpu_visits.outer_visits(jnp.asarray(sizes), None, NUM_ROWS, heights)
+        kinds = np.array(visits.kind[0, : visits.num[0]])
+        groups = np.asarray(visits.group[0, : visits.num[0]])
+        later = (kinds == len(heights)) & (np.diff(groups, prepend=-1) == 0)
+        kinds[later] += 1  # a group's second visit, and so on
+        return [kinds]
+    visits = tpu_visits.row_visits(jnp.asarray(sizes), NUM_ROWS, tiles(product).heights)
+    return [np.asarray(visits.kind[core, : visits.num[core]]) for core in range(2)]
+
+
+def tiles(product: str) -> Any:
+    """What the kernels take on a v5p."""
+    with compiling_for("tpu", KIND):
+        if product == "dW":
+            tpu_tiles.outer_tiles.cache_clear()
+            return tpu_tiles.outer_tiles(DEPTH, COLUMNS, jnp.dtype("bfloat16"))
+        shape = (COLUMNS, DEPTH) if product == "dx" else (DEPTH, COLUMNS)
+        count = tpu_tiles.Operands(1, 2, 2, 1) if product.startswith("gate") else ()
+        count = count or tpu_tiles.Operands()
+        rows_per_group = NUM_ROWS // NUM_GROUPS
+        return tpu_tiles.rows_tiles(rows_per_group, *shape, jnp.dtype("bfloat16"), count)

@@ -1,0 +1,119 @@
+"""Compiles one product for a TPU and prints the cycles that the compiler counts in it, as JSON.
+
+`python -m launch.bench_tpu_count ours forward`, in the environment that `launch.bench_tpu` makes.
+A kernel is compiled with a few and with more visits of one kind: the difference is what a visit
+costs, the rest what a call costs before its first one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from launch import bench_tpu as shape
+from moejax.aot import compile as aot
+from moejax.aot import cycles, topology
+from moejax.ops import tpu_outer, tpu_rows
+from moejax.ops.grouped_matmul_tpu import PRODUCT, PRODUCT_T
+from moejax.ops.tpu_rows import Form
+from moejax.ops.tpu_visits import BLOCK, Visits
+
+FEW, MANY = 4, 8
+GATED = Form("gated", ((0, 0), (0, 1)), lambda a, b: (jax.nn.silu(a) * b,), 1)
+
+
+def main() -> None:
+    who, product = sys.argv[1:]
+    mesh = Mesh(topology.devices(shape.TOPOLOGY)[:1], ("one",))
+
+    def array(*dims: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return aot.abstract(dims, dtype, mesh, PartitionSpec())
+
+    if who == "ours":
+        print(json.dumps(_ours(product, array)))
+    else:
+        print(json.dumps({"total": _ragged_dot(product, array)}))
+
+
+def _ours(product: str, array: Callable[..., Any]) -> dict[str, Any]:
+    tiles = shape.tiles(product)
+    count = _sums if product == "dW" else _rows
+    kinds = len(tiles.heights) + (2 if product == "dW" else 0)
+    found: list[float] = []
+    start = 0.0
+    for kind in range(kinds):
+        few, many = (count(product, tiles, kind, num, array) for num in (FEW, MANY))
+        visit = (many - few) / (MANY - FEW)
+        found.append(visit)
+        start = max(start, few - FEW * visit)
+    return {"visits": [*found, 0.0], "start": start}
+
+
+def _tables(num: int, cores: int, groups: int, array: Callable[..., Any]) -> Visits:
+    per_visit = [array(cores, num, dtype=jnp.int32)] * (len(Visits._fields) - 3)
+    ends = [array(groups, dtype=jnp.int32)] * 2
+    return Visits._make([*per_visit, array(cores, dtype=jnp.int32), *ends])
+
+
+def _rows(product: str, tiles: Any, kind: int, num: int, array: Callable[..., Any]) -> int:
+    form = {"forward": PRODUCT, "dx": PRODUCT_T}.get(product, GATED)
+    depth = shape.COLUMNS if form.transposed else shape.DEPTH
+    matrix = array(shape.NUM_GROUPS, shape.DEPTH, shape.COLUMNS)
+    # The tallest height sets what is fetched; only the kind's own work is compiled.
+    x = array(shape.NUM_ROWS // BLOCK, BLOCK, depth)
+    visits = _tables(num, 2, shape.NUM_GROUPS + 1, array)
+    ws = [matrix] * (1 + max(k for _, k in form.pairs))
+
+    def program(x, ws, visits):
+        return tpu_rows.call(form, [x], ws, visits, num, tiles, known=kind)
+
+    return cycles.kernel_cycles(aot.compile_for(program, x, ws, visits))
+
+
+def _sums(product: str, tiles: Any, kind: int, num: int, array: Callable[..., Any]) -> int:
+    x = array(shape.NUM_ROWS // BLOCK, BLOCK, shape.DEPTH)
+    y = array(shape.NUM_ROWS // BLOCK, BLOCK, shape.COLUMNS)
+    visits = _tables(num, 1, shape.NUM_GROUPS, array)
+
+    def program(x, y, visits):
+        return tpu_outer.call(x, y, visits, num, tiles, known=kind)
+
+    return cycles.kernel_cycles(aot.compile_for(program, x, y, visits))
+
+
+def _ragged_dot(product: str, array: Callable[..., Any]) -> int:
+    x = array(shape.NUM_ROWS, shape.DEPTH)
+    y = array(shape.NUM_ROWS, shape.COLUMNS)
+    w = array(shape.NUM_GROUPS, shape.DEPTH, shape.COLUMNS)
+    sizes = array(shape.NUM_GROUPS, dtype=jnp.int32)
+
+    def forward(x, w, sizes):
+        return jax.lax.ragged_dot(x, w, sizes)
+
+    def gated(x, w, w_up, sizes):
+        return jax.nn.silu(forward(x, w, sizes)) * forward(x, w_up, sizes)
+
+    def backward(x, w, y, sizes):
+        pulled = jax.vjp(lambda x, w: forward(x, w, sizes), x, w)[1](y)
+        return pulled[product == "dW"]
+
+    if product in ("dx", "dW"):
+        return _all_but_copies(aot.compile_for(backward, x, w, y, sizes))
+    if product == "forward":
+        return _all_but_copies(aot.compile_for(forward, x, w, sizes))
+    return _all_but_copies(aot.compile_for(gated, x, w, w, sizes))
+
+
+def _all_but_copies(compiled: jax.stages.Compiled) -> int:
+    """A copy of the weights to another layout is left out: they might have had it before."""
+    return cycles.program_cycles(compiled, without=("copy",))
+
+
+if __name__ == "__main__":
+    main()
