@@ -8,7 +8,7 @@ from tests.aot.test_topology import run_for
 TEXT = """
 ENTRY %main (a: f32[8,128]) -> f32[8,128] {
   %c = f32[8,128]{1,0} copy(%a), backend_config={"estimated_cycles":"700"}
-  %k = f32[8,128]{1,0} custom-call(%c), custom_call_target="tpu_custom_call", x={"estimated_cycles":"52"}
+  %k = f32[8] custom-call(%c), custom_call_target="tpu_custom_call", {"estimated_cycles":"52"}
   ROOT %n = f32[8,128]{1,0} negate(%k), backend_config={"estimated_cycles":"3"}
 }
 """
