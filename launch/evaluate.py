@@ -45,7 +45,9 @@ DATA = flags.DEFINE_string(
 NUM = flags.DEFINE_integer(
     "num", None, "Most problems or held-out examples; default all (nll: 64).", lower_bound=1
 )
-FORM = flags.DEFINE_string("form", None, "Prompt form; default the task's first.")
+FORM = flags.DEFINE_string(
+    "form", None, "Prompt form; default what the model's prompt_forms.json says, or the first."
+)
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Answers per problem.", lower_bound=1)
 K = flags.DEFINE_list(
     "k", None, "Pass@k is reported for these; default those of 1, 10, 100 that samples allow."

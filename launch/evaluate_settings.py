@@ -21,6 +21,7 @@ from moejax.core.errors import InputError
 from moejax.evals import scores
 from moejax.evals.samples import read_partial, write_samples
 from moejax.evals.sandbox import Limits
+from moejax.evals.tasks import Task
 from moejax.io import lineage
 from moejax.io.atomic import read_json, write_json
 from moejax.io.load import Loaded, find_source, load_any
@@ -76,6 +77,7 @@ def write_run(settings: Settings, outcome: Outcome, began: float) -> None:
 
 
 PARTIAL = "samples.partial.jsonl"
+FORMS = "prompt_forms.json"  # in a model's folder: how it wants to be asked
 
 
 def environment() -> dict[str, Any]:
@@ -159,6 +161,26 @@ def compared(settings: Settings, records: Sequence[Mapping[str, Any]]) -> dict[s
         markup=False,
     )
     return {"versus": {"folder": str(settings.versus), **found}}
+
+
+def form_of(settings: Settings, task: Task) -> str:
+    """The prompt form: --form, else what the model's folder says of this task, else its first.
+
+    A model folder may hold prompt_forms.json, as {"humaneval": "fence"}: how it is to be asked.
+
+    Raises:
+      InputError: a form that the task has not.
+    """
+    path = Path(settings.model or "") / FORMS
+    if settings.form is not None or settings.model is None or not path.is_file():
+        return task.form(settings.form)
+    kept = read_json(path)
+    if not isinstance(kept, dict):
+        raise InputError(f"{path}: an object of task and form is needed")
+    try:
+        return task.form(kept.get(settings.task))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def describe(loaded: Loaded) -> None:

@@ -17,6 +17,7 @@ from launch.evaluate_settings import (
     compared,
     console,
     describe,
+    form_of,
     load_model,
     overlap_of,
 )
@@ -38,7 +39,7 @@ def evaluate(settings: Settings) -> Outcome | None:
     task = GRADERS[settings.grader] if settings.grader else TASKS[settings.task]
     items = load_items(task, settings.data, settings.num)
     items = with_shots(task, items, settings.shots, settings.shots_data, settings.seed)
-    form = task.form(settings.form)
+    form = form_of(settings, task)
     config = RunConfig(
         form=form,
         num_samples=settings.num_samples,

@@ -91,6 +91,21 @@ def test_functions_are_asked_graded_and_not_asked_again(folder):
     assert "max_new_tokens (4 there, 5 here)" in other.stderr
 
 
+def test_a_models_folder_says_how_it_wants_to_be_asked(folder, tmp_path):
+    path = folder / "model" / "prompt_forms.json"
+    flags = ["--task=functions", f"--model={folder / 'model'}", "--num=1", "--dry_run"]
+    flags += [f"--out={tmp_path / 'out'}"]
+    try:
+        path.write_text('{"functions": "haiku"}')
+        ((code, error),) = one_after_another(flags)
+        assert code == 2 and "prompt_forms.json: task functions has no prompt form 'haiku'" in error
+        path.write_text('{"functions": "fence"}')
+        done = run(*flags)
+        assert done.returncode == 0 and "prompt form 'fence'" in done.stdout
+    finally:
+        path.unlink()
+
+
 def test_held_out_loss_is_near_that_of_chance_for_a_random_model(folder):
     flags = ["--task=nll", f"--model={folder / 'model'}", f"--data={folder / 'data.jsonl'}"]
     flags += [f"--out={folder / 'nll'}", "--num=4", "--seq_len=64"]
