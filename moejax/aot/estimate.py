@@ -16,6 +16,7 @@ from moejax.aot.roofline import Moved, Roofline, roofline
 from moejax.core import tree
 from moejax.core.chips import Chip
 from moejax.core.mesh import AXES, TOKEN_AXES
+from moejax.core.narrow import slots
 from moejax.core.platform import compiling_for
 from moejax.models import flops
 from moejax.models.config import ModelConfig
@@ -30,7 +31,7 @@ from moejax.train.state import TrainState, init_state
 
 # Products computed twice, over those of a step that keeps everything: a forward pass of three.
 RECOMPUTED = {"nothing": 0.0, "none": 0.0, "dots": 0.02, "full": 1 / 3, "offload": 1 / 3}
-_GRADIENT_BYTES = 4
+_SUM_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +111,18 @@ def shard_bytes(leaves: tree.Tree) -> int:
 
 def at_rest(setup: Setup) -> TrainState:
     """The abstract state in its places; InputError where a size does not divide by the mesh."""
-    mesh = AbstractMesh(tuple(setup.mesh[axis] for axis in AXES), AXES)
-    optimizer = make_optimizer(setup.optim, max(1, setup.optim.warmup_steps))
-    params = tree.abstract(abstract_params(setup.model, setup.param_dtype))
-    return place_state(jax.eval_shape(lambda p: init_state(p, optimizer), params), mesh)
+    sizes = tuple(setup.mesh[axis] for axis in AXES)
+    return _state(setup.model, setup.optim, setup.param_dtype, sizes)
+
+
+@functools.lru_cache(maxsize=256)
+def _state(
+    model: ModelConfig, optim: OptimConfig, dtype: str, sizes: tuple[int, ...]
+) -> TrainState:
+    optimizer = make_optimizer(optim, max(1, optim.warmup_steps))
+    params = tree.abstract(abstract_params(model, dtype))
+    state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    return place_state(state, AbstractMesh(sizes, AXES))
 
 
 def estimate(setup: Setup) -> Hbm:
@@ -126,7 +135,7 @@ def estimate(setup: Setup) -> Hbm:
     numbers = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params)
     )
-    sums = _GRADIENT_BYTES * numbers if setup.accumulation > 1 else 0
+    sums = _SUM_BYTES * numbers if setup.accumulation > 1 else 0
     tensor = setup.mesh["tensor"]
     block = _kept(setup, "nothing") // (setup.model.num_layers * tensor)
     kept = _kept(setup, setup.remat) // tensor
@@ -137,11 +146,24 @@ def estimate(setup: Setup) -> Hbm:
         params=shard_bytes(state.params),
         optimizer=shard_bytes(state.opt_state),
         batch=4 * 4 * tokens,
-        gradients=shard_bytes(state.params) + sums,
+        gradients=_gradient_bytes(setup, state) + sums,
         activations=kept,
         buffers=block + gathered + 3 * min(logits, MAX_LOGIT_BYTES),
         capacity=setup.chip.hbm_bytes,
         estimated=True,
+    )
+
+
+def _gradient_bytes(setup: Setup, state: TrainState) -> int:
+    """Gradients before the optimizer takes them: of blocks in the dtype of the arithmetic."""
+    if jnp.dtype(setup.compute_dtype).itemsize >= jnp.dtype(setup.param_dtype).itemsize:
+        return shard_bytes(state.params)
+    narrow = jax.eval_shape(lambda params: slots(params, setup.compute_dtype), state.params)
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * slot.dtype.itemsize
+        for leaf, slot in zip(
+            jax.tree.leaves(state.params), jax.tree.leaves(narrow), strict=True
+        )
     )
 
 

@@ -3,7 +3,8 @@
 XLA's own `cost_analysis` counts the body of a loop once, and a step is a scan over layers. Here a
 computation counts as often as it runs: a loop's trips are read from its condition (a counter less
 than a constant), a branch of a conditional counts its share. A loop whose end depends on data is
-counted once and reported. Only matrix products count as FLOPs.
+counted once and reported, but further rounds of the expert exchange, which a balanced load does not
+need, not at all. Only matrix products count as FLOPs.
 """
 
 import dataclasses
@@ -15,9 +16,8 @@ import numpy as np
 
 from moejax.aot.hlo import Instruction, Program, shape_bytes
 from moejax.aot.kernels import Array, kernel_flops
+from moejax.moe.chunked import UNBALANCED
 
-# Rounds of the expert exchange that a balanced load does not need (`moejax.moe.chunked`).
-UNBALANCED = "unbalanced_rounds"
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"}
 _FREE |= {"call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier"}
 _PASS = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done")

@@ -16,16 +16,16 @@ _SPLASH = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
 
 
 def kernel_flops(name: str, operands: list[Array], results: list[Array]) -> float | None:
-    """Of one call of the kernel that instruction `name` runs; None for an unknown kernel.
+    """Of one call of the kernel in the `name` of its instruction; None for an unknown kernel.
 
     splash_mha_*: 2 T S (a C + b V) per head, of which a causal mask's blocks are visited; windows
     and segments that leave out more are not seen, so this is an upper bound. grouped_*: 2 R K N for
     every stack of matrices [E, K, N] read or written, with all R rows of the buffer, whether they
     hold a token or not.
     """
-    if name.startswith("splash_m"):
+    if "splash_m" in name:
         return _splash(name, [dims for dtype, dims in operands if dtype in _FLOATS])
-    if name.startswith("grouped_"):
+    if "grouped_" in name:
         arrays = [dims for dtype, dims in [*operands, *results] if dtype in _FLOATS]
         rows = max((dims[0] for dims in arrays if len(dims) == 2), default=0)
         return 2.0 * rows * sum(dims[1] * dims[2] for dims in arrays if len(dims) == 3)

@@ -20,9 +20,10 @@ class Plan:
     """What one update takes on one device, read from the compiled program.
 
     model_flops, compiled_flops: of one device and update. open_loops: loops whose trips depend on
-    data, counted once. roofline, and with it tokens_per_s and mfu (model FLOPs over the chips'
-    peak), are bounds that no run beats. They are None where the program did not compile for want
-    of memory; hbm is then estimated, and required_bytes what the compiler asked for.
+    data, counted once. unknown_kernels: names of kernels whose FLOPs are left out. roofline, and
+    with it tokens_per_s and mfu (model FLOPs over the chips' peak), are bounds that no run beats.
+    They are None where the program did not compile for want of memory; hbm is then estimated, and
+    required_bytes what the compiler asked for.
     """
 
     hbm: Hbm
@@ -37,6 +38,7 @@ class Plan:
     mfu: float | None
     compile_s: float
     required_bytes: int | None = None
+    unknown_kernels: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -75,6 +77,7 @@ def read_plan(
         tokens_per_s=tokens / step_s,
         mfu=model_flops / step_s / setup.chip.flops_per_s,
         compile_s=compile_s,
+        unknown_kernels=cost.unknown_kernels,
     )
 
 
@@ -175,6 +178,9 @@ def _describe_work(plan: Plan) -> list[str]:
         )
     if plan.open_loops:
         lines.append(f"  {plan.open_loops} loop(s) whose end depends on data are counted once")
+    if plan.unknown_kernels:
+        names = ", ".join(sorted(set(plan.unknown_kernels))[:4])
+        lines.append(f"  FLOPs of {len(plan.unknown_kernels)} kernel(s) are unknown: {names}")
     milliseconds = {
         "compute": line.compute_s,
         "HBM": line.memory_s,

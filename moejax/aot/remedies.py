@@ -51,7 +51,7 @@ def remedies(setup: Setup, required: int | None = None, limit: int = 8) -> list[
     found: list[Remedy] = []
     used = first.used + missed
     while used > setup.chip.hbm_bytes and len(found) < limit:
-        best = _cheapest(setup, used - missed)
+        best = _cheapest(setup, used - missed, used - setup.chip.hbm_bytes)
         if best is None:
             return found
         setup = best.setup
@@ -76,8 +76,11 @@ def describe(found: list[Remedy], capacity: int) -> list[str]:
     return lines
 
 
-def _cheapest(setup: Setup, used: int) -> _Change | None:
-    """The change with the least time per byte saved, of those that keep the run if any does."""
+def _cheapest(setup: Setup, used: int, excess: int) -> _Change | None:
+    """Of the changes that keep the run, if any does: the fastest that is enough by itself.
+
+    If none is enough, the one that costs the least time per byte saved.
+    """
     rated: list[tuple[bool, bool, float, int, _Change]] = []
     now_s = estimate_time(setup).step_s
     for change in _changes(setup):
@@ -87,8 +90,9 @@ def _cheapest(setup: Setup, used: int) -> _Change | None:
         except InputError:  # a size does not divide by that mesh
             continue
         if saved > 0.01 * used:
-            enough = saved >= used - setup.chip.hbm_bytes
-            rated.append((not change.same_run, not enough, extra_s / saved, len(rated), change))
+            enough = saved >= excess
+            price = extra_s if enough else extra_s / saved
+            rated.append((not change.same_run, not enough, price, len(rated), change))
     return min(rated)[-1] if rated else None
 
 
@@ -99,14 +103,17 @@ def _changes(setup: Setup) -> Iterator[_Change]:
         sizes = {**mesh, "data": 1, "fsdp": mesh["data"] * mesh["fsdp"]}
         cost = "weights are gathered over more devices"
         yield _with_mesh(setup, sizes, cost)
-    half = rows // 2
-    if rows % 2 == 0 and half % setup.token_parts == 0:
-        parts = 2 * setup.accumulation
+    for factor in (2, 4, 8, 16, 32, 64):
+        if rows % factor or (rows // factor) % setup.token_parts:
+            break
+        parts = factor * setup.accumulation
         cost = f"{parts} passes over the weights, and a float32 sum of gradients"
         changed = dataclasses.replace(setup, accumulation=parts)
         yield _Change(changed, {"train.accumulation": parts}, cost, True)
     remat = "nothing" if setup.remat == "none" else setup.remat
-    for stronger in _REMAT[_REMAT.index(remat) + 1 :]:
+    # Block inputs leave the device only when nothing else is kept on it.
+    last = len(_REMAT) if remat == "full" else _REMAT.index("full") + 1
+    for stronger in _REMAT[_REMAT.index(remat) + 1 : last]:
         what = {
             "dots": "all but matrix products is computed twice",
             "full": "the forward pass is computed twice, about a third more FLOPs",

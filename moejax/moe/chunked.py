@@ -19,6 +19,8 @@ from moejax.ops.gated_ffn import Activation
 # The two rounds that always run together hold `factor` times the balanced load. They do not depend
 # on each other, so one's exchange may overlap the other's matmuls.
 FIRST_ROUNDS = 2
+# Names the loops over further rounds in a compiled program: of a balanced load they run none.
+UNBALANCED = "unbalanced_rounds"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +139,8 @@ def all_rounds(
 
     y_ND = first_rounds(exchange, x_ND, weights_NK, experts, moves)
     start = (jnp.asarray(FIRST_ROUNDS, jnp.int32), y_ND)
-    return jax.lax.while_loop(lambda carry: carry[0] < moves.num_rounds, step, start)[1]
+    with jax.named_scope(UNBALANCED):
+        return jax.lax.while_loop(lambda carry: carry[0] < moves.num_rounds, step, start)[1]
 
 
 def _all_rounds_forward(exchange, x_ND, weights_NK, experts, moves):
@@ -160,7 +163,8 @@ def _all_rounds_backward(exchange, saved, d_y_ND):
 
     first = replay(lambda x, w, e: first_rounds(exchange, x, w, e, moves))
     start = (jnp.asarray(FIRST_ROUNDS, jnp.int32), first)
-    _, total = jax.lax.while_loop(lambda carry: carry[0] < moves.num_rounds, step, start)
+    with jax.named_scope(UNBALANCED):
+        _, total = jax.lax.while_loop(lambda carry: carry[0] < moves.num_rounds, step, start)
     return total[0].astype(x_ND.dtype), total[1], total[2], None
 
 

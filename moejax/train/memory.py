@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import jax
@@ -58,14 +59,19 @@ def step_memory(
 
     _, kept = jax.eval_shape(residuals, trainable, frozen, micro)
     arrays = [leaf for leaf in kept if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
-    held = tree.num_bytes(trainable) + tree.num_bytes(frozen)
+    # Parameters are residuals too, and counted already.
+    held = Counter((p.shape, p.dtype) for p in jax.tree.leaves((trainable, frozen)))
+    activations = 0
+    for leaf in arrays:
+        held[leaf.shape, leaf.dtype] -= 1
+        if held[leaf.shape, leaf.dtype] < 0:
+            activations += tree.num_bytes(leaf)
     updates = 4 * tree.num_params(trainable)
     return StepMemory(
         params=tree.num_bytes(trainable),
         frozen=tree.num_bytes(frozen),
         grads=tree.num_bytes(trainable) + (updates if accumulation > 1 else 0),
         opt_state=tree.num_bytes(jax.eval_shape(optimizer.init, trainable)),
-        # Parameters are residuals too, and counted already.
-        activations=max(0, tree.num_bytes(arrays) - held),
+        activations=activations,
         updates=updates,
     )

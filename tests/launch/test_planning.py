@@ -1,0 +1,54 @@
+"""Candidates of a sweep: every one divides evenly, none twice, the order that is promised."""
+
+import dataclasses
+
+from configs import base
+from launch.planning import candidates, changed, model_of
+from launch.sweep_table import row_of, table
+from moejax.aot.estimate import estimate
+from moejax.models.config import ModelConfig
+from moejax.moe.config import CONVENTIONS, MoEConfig
+
+DENSE = ModelConfig("llama", 512, 2, 64, 128, 4, 2, 16)
+MOE = dataclasses.replace(DENSE, moe=MoEConfig(8, 2, **CONVENTIONS["mixtral"]))
+
+
+def settings(**train):
+    config = base.get_config()
+    config.train.steps, config.train.batch_size, config.compute.dtype = 1, 8, "bfloat16"
+    config.train.update(train)
+    return config
+
+
+def test_candidates_of_a_mixture():
+    found = candidates(settings(), MOE, "v5p:2x2x1", 4)
+    keys = [tuple(sorted(keys.items())) for keys, _ in found]
+    assert len(set(keys)) == len(keys) > 50
+    for _, setup in found:
+        assert setup.num_devices == 4
+        assert setup.batch_size % (setup.accumulation * setup.token_parts) == 0
+    assert {setup.remat for _, setup in found} == {"nothing", "dots", "full"}
+    assert {keys["compute.moe_strategy"] for keys, _ in found} == {"auto", "chunked", "all_gather"}
+    fits = [estimate(setup).left >= 0 for _, setup in found]
+    assert fits == sorted(fits, reverse=True)
+    rows = [row_of(keys, setup, None) for keys, setup in found[:3]]
+    text = table(rows)
+    assert text.count("~") > 3 and "best: --config.mesh.data=" in text
+
+
+def test_a_dense_model_has_no_expert_axis():
+    found = candidates(settings(), DENSE, "v5p:2x2x1", 4)
+    assert {keys["mesh.expert"] for keys, _ in found} == {1}
+
+
+def test_a_changed_config_leaves_the_first_alone():
+    config = settings()
+    other = changed(config, {"train.batch_size": 64, "compute.remat": "full"})
+    assert (other.train.batch_size, other.compute.remat) == (64, "full")
+    assert (config.train.batch_size, config.compute.remat) != (64, "full")
+
+
+def test_sizes_come_from_the_preset_where_the_source_is_not_here():
+    config = settings()
+    config.model.source, config.model.preset = "somebody/something", "mixtral-8x7b"
+    assert model_of(config).moe.num_experts == 8
