@@ -75,13 +75,19 @@ def write_parts(
         for name, leaf in leaves.items()
     }
     pending: deque[tuple[Any, int]] = deque()
-    for part in parts:
-        where = tuple(slice(s, s + n) for s, n in zip(part.start, part.value.shape, strict=True))
-        pending.append((stores[part.path][where].write(part.value), part.value.nbytes))
-        while sum(size for _, size in pending) > _PENDING_BYTES:
-            pending.popleft()[0].result()
-    for write, _ in pending:
-        write.result()
+    try:
+        for part in parts:
+            ends = zip(part.start, part.value.shape, strict=True)
+            where = tuple(slice(first, first + size) for first, size in ends)
+            pending.append((stores[part.path][where].write(part.value), part.value.nbytes))
+            while sum(size for _, size in pending) > _PENDING_BYTES:
+                pending.popleft()[0].result()
+    finally:
+        # Whatever ended it: nothing may be written on into a folder that is being removed.
+        errors = [write.exception() for write, _ in pending]
+    for error in errors:
+        if error is not None:
+            raise error
     _say_shapes(inside, leaves, chunks)
 
 
