@@ -24,6 +24,8 @@ from moejax.serve.text import Decode, TextStream
 
 # Tokens of prompts read between two draws while others are being answered.
 _PREFILL_TOKENS = 512
+# Shorter chunks than this are not faster.
+_LEAST_CHUNK = 16
 
 
 class Engine:
@@ -301,7 +303,10 @@ class Engine:
         assert group.pages is not None
         first, prompt = group.num_read, group.request.prompt
         num_tokens = min(self._chunk, group.num_kept - first)
-        tokens_BT = np.zeros((1, self._chunk), np.int32)
+        # The end of a prompt is padded to a quarter of a chunk: four programs at most, and which
+        # of them reads it depends on the prompt alone.
+        step = max(_LEAST_CHUNK, self._chunk // 4)
+        tokens_BT = np.zeros((1, min(self._chunk, -(-num_tokens // step) * step)), np.int32)
         tokens_BT[0, :num_tokens] = prompt[first : first + num_tokens]
         pages_BP = np.zeros((1, self._pages_per_row), np.int32)
         pages_BP[0, : len(group.pages)] = group.pages

@@ -209,11 +209,12 @@ def test_few_programs_are_compiled():
     for length in (1, 2, 3, 31, 32, 33):
         settings = GenerateConfig(1 + length % 7, seed=length, stop_ids=(length,))
         serve.generate(params, config, [[1] * length], settings)
-    # Room for 32 tokens and for 64.
-    assert all(p._cache_size() - n <= 2 for p, n in zip(programs, before, strict=True))
+    # Room for 32 tokens and for 64, and prompts of up to 16 or 32 tokens.
+    assert all(p._cache_size() - n <= 3 for p, n in zip(programs, before, strict=True))
     for length in (3, 70, 130):
         next(serve.stream(params, config, [1] * length, GenerateConfig(100 - length // 2)))
-    assert all(p._cache_size() - n <= 3 for p, n in zip(programs, before, strict=True))
+    prefills, decodes = (p._cache_size() - n for p, n in zip(programs, before, strict=True))
+    assert prefills <= 6 and decodes <= 3
 
 
 def test_long_prompts_are_read_in_chunks():
