@@ -198,11 +198,33 @@ def _parse_line(line: str, where: str) -> Prompt:
     return value
 
 
+class _Told:
+    """Says on stderr, every ten seconds, how far the answers are."""
+
+    def __init__(self, started: float, every_s: float = 10.0):
+        self._started, self._every_s, self._next = started, every_s, started + every_s
+
+    def __call__(self, done: int, total: int, num_tokens: int) -> None:
+        now = time.perf_counter()
+        if now < self._next or done == total:
+            return
+        self._next = now + self._every_s
+        elapsed_s = now - self._started
+        left = f"about {elapsed_s * (total - done) / done:.0f} s left" if done else "none yet"
+        print(
+            f"{done} of {total} answers, {num_tokens / elapsed_s:.1f} tokens/s, {left}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def answer_all(model: _Model, prompts: list[Prompt]) -> None:
     """Answers all prompts in batches, to --out or to the standard output."""
     ids = [model.encode(prompt) for prompt in prompts]
     started = time.perf_counter()
-    completions = serve.generate(model.params, model.loaded.config, ids, model.settings)
+    completions = serve.generate(
+        model.params, model.loaded.config, ids, model.settings, progress=_Told(started)
+    )
     elapsed_s = time.perf_counter() - started
     records = [
         {

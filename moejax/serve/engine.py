@@ -171,10 +171,12 @@ class Engine:
         requests: Sequence[Request],
         progress: Callable[[int, int, int], None] | None = None,
     ) -> list[list[Answer]]:
-        """Answers all requests: one `Answer` per sample of each.
+        """Answers all requests: one `Answer` per sample of each; InputError while it is busy.
 
         progress: called after each step with (samples done, samples in all, tokens drawn).
         """
+        if self.is_busy:
+            raise InputError("the engine is busy with other requests: submit these and step")
         for request in requests:
             self.check(request)
         ids = [self.submit(request) for request in requests]

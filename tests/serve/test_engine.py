@@ -126,6 +126,8 @@ def test_a_cancelled_request_frees_its_slots_and_pages():
     second = engine.submit(Request((4,), 5))
     engine.step()
     assert (engine.num_running, engine.num_waiting) == (3, 3)
+    with pytest.raises(InputError, match="busy with other requests"):
+        engine.run([Request((4,), 5)])
     engine.cancel(first)
     engine.cancel(first)
     assert (engine.num_running, engine.num_waiting) == (0, 1)
