@@ -200,7 +200,7 @@ class Bar:
     def __init__(self, name: str, total: int | None, progress: Progress | None) -> None:
         self.name, self.total, self.progress = name, total, progress
         self.began = self.said = time.monotonic()
-        self.first: int | None = None
+        self.skipped = 0  # done by an earlier run, which says nothing about this one's rate
         self.id = progress.add_task(name, total=total, score="") if progress else None
 
     def update(self, done: int, score: str = "", total: int | None = None) -> None:
@@ -209,12 +209,10 @@ class Bar:
         if self.progress is not None and self.id is not None:
             self.progress.update(self.id, completed=done, total=self.total, score=score)
             return
-        if self.first is None:
-            self.first = done
         now = time.monotonic()
         if now - self.said < 10 or not self.total or done >= self.total:
             return
-        self.said, rate = now, (done - self.first) / (now - self.began)
+        self.said, rate = now, (done - self.skipped) / (now - self.began)
         left = f", about {(self.total - done) / rate:.0f} s left" if rate > 0 else ""
         console.print(
             f"{self.name}: {done} of {self.total}, {rate:.2g}/s{left}; {score}", markup=False

@@ -146,6 +146,7 @@ class _keeping:  # noqa: N801
         fresh = [record for record in new if (record["id"], record["sample"]) not in self.known]
         append_samples(self.settings.out / PARTIAL, fresh)
         self.num_done += len(new)
+        self.shown.skipped += len(new) - len(fresh)
         self.num_passed += sum(bool(record["passed"]) for record in new)
         self.shown.update(self.num_done, f"passed {self.num_passed} of {self.num_done}")
 
