@@ -19,7 +19,7 @@ import pytest
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.train.log import read_metrics
-from moejax.train.loop import RunInfo, TrainConfig, fit, load_best
+from moejax.train.loop import RunInfo, TrainConfig, fit, load_best, load_params
 from moejax.train.optim import OptimConfig
 
 REPO = Path(__file__).parents[2]
@@ -250,3 +250,23 @@ def test_ctrl_c_saves_says_so_and_exits_130(tmp_path, never_killed):
     assert child.returncode == 130
     assert "interrupted: step 3 of 6 is saved" in out
     assert tree.diff(run(tmp_path).params, never_killed.params) == []
+
+
+def test_steps_that_are_not_finite_are_skipped_counted_and_not_without_end(tmp_path):
+    def poisoned(step):
+        batch = batches(step)
+        return batch | {"y": batch["y"] * np.nan} if step in (2, 4, 5) else batch
+
+    config = dataclasses.replace(CONFIG, steps=8, max_skipped=2)
+    result = run(tmp_path / "some", config, batches=poisoned)
+    assert result.step == 8 and result.skipped_steps == 3
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params))
+    with pytest.raises(InputError, match="at step 6 and 1 before it"):
+        run(tmp_path / "many", dataclasses.replace(config, max_skipped=1), batches=poisoned)
+
+
+def test_weights_alone_of_any_kept_step(tmp_path):
+    config = dataclasses.replace(CONFIG, save_every=1, keep_every=3)
+    result = run(tmp_path, config)
+    assert tree.diff(load_params(tmp_path, result.params), result.params) == []
+    assert tree.diff(load_params(tmp_path, result.params, 3), result.params) != []
