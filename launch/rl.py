@@ -44,7 +44,7 @@ from moejax.serve.sampling import SamplingConfig
 from moejax.train.grpo import GrpoConfig, make_grpo_loss
 from moejax.train.loop import RunInfo, TrainConfig, fit
 from moejax.train.optim import OptimConfig
-from moejax.train.rl import OnPolicy, RlConfig
+from moejax.train.rl import Judged, OnPolicy, RlConfig
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/rl_gsm8k.py, or one like it.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; resumed if it is there.")
@@ -106,17 +106,18 @@ def train(
     loaded = load_any(config.model.source, config.model.dtype)
     start = jax.device_put(loaded.params)
     options = ForwardOptions(config.compute.dtype, config.compute.remat)
+
+    def describe(number: int, ids: Sequence[int]) -> dict[str, str]:
+        return {"id": asked[number].id, "completion": sampler.tokenizer.decode(ids)}
+
     batches = OnPolicy(
         sampler.model,
         rl,
         grpo,
         [problem.prompt for problem in asked],
-        (make_rollout(sampler), make_reward(sampler, asked)),
+        Judged(make_rollout(sampler), make_reward(sampler, asked), describe),
         workdir / "rollouts",
         reference=start if grpo.kl_weight else None,
-        describe=lambda number, ids: {
-            "id": asked[number].id, "completion": sampler.tokenizer.decode(ids)
-        },
         options=options,
     )
     identity = {"config": {name: config[name].to_dict() for name in ("model", "data", "rl")}}

@@ -26,7 +26,7 @@ from moejax.train.grpo import GrpoConfig, make_grpo_loss
 from moejax.train.loop import RunInfo, TrainConfig, fit
 from moejax.train.loss import lm_loss
 from moejax.train.optim import OptimConfig
-from moejax.train.rl import OnPolicy, RlConfig
+from moejax.train.rl import Judged, OnPolicy, RlConfig
 
 CHARACTERS = "\0\n 0123456789=+-*:"  # 0 pads, 1 ends an answer
 EOS = 1
@@ -224,7 +224,7 @@ def reinforced(
         settings,
         grpo,
         [encode(problem.prompt) for problem, _ in lab.tune],
-        (lab.rollout, reward),
+        Judged(lab.rollout, reward),
         folder / "rollouts",
         reference=start if rl.kl_weight else None,
     )

@@ -36,6 +36,20 @@ Reward = Callable[[Sequence[int], Sequence[Sequence[int]]], Sequence[float]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Judged:
+    """How answers come to be and what they earn.
+
+    Attributes:
+      rollout, reward: see above.
+      describe: (number of the problem, ids of an answer) -> what the samples' file says of it.
+    """
+
+    rollout: Rollout
+    reward: Reward
+    describe: Callable[[int, Sequence[int]], Mapping[str, Any]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class RlConfig:
     """How much is drawn, and how often it is read.
 
@@ -78,10 +92,10 @@ class OnPolicy:
       model: the policy's config.
       settings, grpo: how much is drawn; what its advantages are.
       prompts: token ids of every problem.
-      rollout, reward: see above.
+      judged: how answers are drawn and rewarded.
       folder: where iterations are kept.
       reference: parameters that the KL is measured from; None with a kl_weight of 0.
-      describe: (number of the problem, ids of an answer) -> what samples.jsonl says of it.
+      options: how to compute.
 
     Errors: InputError where there are fewer problems than an iteration takes, or a prompt that
     leaves no room for an answer.
@@ -93,11 +107,10 @@ class OnPolicy:
         settings: RlConfig,
         grpo: GrpoConfig,
         prompts: Sequence[Sequence[int]],
-        functions: tuple[Rollout, Reward],
+        judged: Judged,
         folder: str | os.PathLike[str],
         *,
         reference: tree.Tree | None = None,
-        describe: Callable[[int, Sequence[int]], Mapping[str, Any]] | None = None,
         options: ForwardOptions = DEFAULT_OPTIONS,
     ):
         if len(prompts) < settings.prompts:
@@ -115,8 +128,7 @@ class OnPolicy:
         if grpo.kl_weight and reference is None:
             raise InputError(f"kl_weight={grpo.kl_weight} needs the reference's parameters")
         self._settings, self._grpo, self._prompts = settings, grpo, prompts
-        self._rollout, self._reward = functions
-        self._folder, self._reference, self._describe = Path(folder), reference, describe
+        self._judged, self._folder, self._reference = judged, Path(folder), reference
         self._drawn: tuple[int, dict[str, np.ndarray]] | None = None
         self._logp = jax.jit(lambda params, batch: answer_logp(params, model, batch, options)[0])
 
@@ -143,9 +155,9 @@ class OnPolicy:
         numbers = [n for n in self.problems(iteration) for _ in range(settings.answers)]
         seed = int(_rng(settings.seed, 2, iteration).integers(2**31 - 1))
         prompts = [self._prompts[n] for n in numbers]
-        answers = self._rollout(params, prompts, seed)
+        answers = self._judged.rollout(params, prompts, seed)
         answers = [list(answer)[: settings.max_answer] for answer in answers]
-        rewards = np.asarray(self._reward(numbers, answers), np.float32)
+        rewards = np.asarray(self._judged.reward(numbers, answers), np.float32)
         groups = rewards.reshape(settings.prompts, settings.answers)
         rows = self._rows(prompts, answers)
         rows["advantages"] = group_advantages(groups, self._grpo.scale).reshape(-1)
@@ -193,8 +205,8 @@ class OnPolicy:
         for number, answer, reward in zip(numbers, answers, rows["reward"], strict=True):
             said = {"iteration": iteration, "problem": number, "reward": float(reward)}
             said["ids"] = [int(i) for i in answer]
-            if self._describe is not None:
-                said |= self._describe(number, answer)
+            if self._judged.describe is not None:
+                said |= self._judged.describe(number, answer)
             lines.append(json.dumps(said) + "\n")
         atomic.write_text(self._folder / f"samples_{iteration:06d}.jsonl", "".join(lines))
         part = self._folder / "drawn.npz.part"

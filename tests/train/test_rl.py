@@ -16,7 +16,7 @@ from moejax.serve.sampling import SamplingConfig
 from moejax.train.grpo import GrpoConfig, make_grpo_loss
 from moejax.train.loop import RunInfo, TrainConfig, fit
 from moejax.train.optim import OptimConfig
-from moejax.train.rl import OnPolicy, RlConfig
+from moejax.train.rl import Judged, OnPolicy, RlConfig
 
 MODEL = ModelConfig("llama", 12, 1, 16, 24, 2, 1, 8, max_position=64)
 PROMPTS = [[2, 3], [4, 3, 2], [5, 2], [6, 3]]
@@ -40,7 +40,7 @@ def start():
 def train(start, folder, steps, reward=likes_sevens):
     settings = RlConfig(2, 8, 1, 2, max_answer=4)
     batches = OnPolicy(
-        MODEL, settings, GRPO, PROMPTS, (rollout, reward), folder / "rl", reference=start
+        MODEL, settings, GRPO, PROMPTS, Judged(rollout, reward), folder / "rl", reference=start
     )
     config = TrainConfig(steps, OptimConfig("adamw", 0.02, "constant"))
     loss, info = make_grpo_loss(MODEL, GRPO), RunInfo(quiet=True, on_policy=True)
@@ -74,7 +74,7 @@ def test_killed_between_two_updates_of_an_iteration(start, tmp_path):
         RlConfig(2, 8, 1, 2, max_answer=4),
         GRPO,
         PROMPTS,
-        (rollout, likes_sevens),
+        Judged(rollout, likes_sevens),
         tmp_path / "whole" / "rl",
         reference=start,
     )
@@ -85,14 +85,14 @@ def test_killed_between_two_updates_of_an_iteration(start, tmp_path):
 
 
 def test_every_problem_is_seen_before_one_is_seen_again(tmp_path):
-    functions, settings = (rollout, likes_sevens), RlConfig(3, 2, max_answer=4)
+    functions, settings = Judged(rollout, likes_sevens), RlConfig(3, 2, max_answer=4)
     batches = OnPolicy(MODEL, settings, GrpoConfig(kl_weight=0), PROMPTS, functions, tmp_path)
     seen = [n for i in range(4) for n in batches.problems(i)]
     assert all(sorted(seen[at : at + 4]) == [0, 1, 2, 3] for at in (0, 4, 8))
 
 
 def test_what_cannot_work_is_refused(tmp_path):
-    functions = (rollout, likes_sevens)
+    functions = Judged(rollout, likes_sevens)
     with pytest.raises(InputError, match="4 problems for 9"):
         OnPolicy(MODEL, RlConfig(9, max_answer=4), GRPO, PROMPTS, functions, tmp_path, reference={})
     with pytest.raises(InputError, match="more than the model's 64"):
