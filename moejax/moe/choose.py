@@ -2,17 +2,40 @@
 
 import dataclasses
 
-from moejax.core.chips import CHIPS
 from moejax.core.errors import InputError
 
-STRATEGIES = ("local", "all_gather", "capacity", "chunked")
+STRATEGIES = ("local", "all_gather", "capacity", "ragged", "chunked")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """link_bytes_s: one direction over all links; hbm_bytes and hbm_bytes_s: memory, its speed."""
+
+    link_bytes_s: float
+    hbm_bytes: float
+    hbm_bytes_s: float
+
+
+# Vendors' published figures. Google Cloud's pages for v5p (1,200 GB/s of links in both directions),
+# v5e and v6e (1,600 and 3,200 Gbit/s); NVIDIA's H100 SXM data sheet (NVLink 900 GB/s in both).
+CHIPS = {
+    "v5e": Chip(2.0e11, 16e9, 8.2e11),
+    "v5p": Chip(6.0e11, 95e9, 2.77e12),
+    "v6e": Chip(4.0e11, 32e9, 1.6e12),
+    "h100": Chip(4.5e11, 80e9, 3.35e12),
+}
 # Time before the first byte of a collective arrives; the model's one guess, not measured.
 LATENCY_S = 1e-5
+# Of a device's memory, what one layer's rows may take.
+MEMORY_SHARE = 1 / 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """One device's share of a layer: tokens, choices per token, expert shards, widths."""
+    """One device's share of a layer: tokens, choices per token, expert shards, widths.
+
+    experts_per_shard bounds how many rows of one token a shard may get.
+    """
 
     tokens: int
     top_k: int
@@ -20,42 +43,71 @@ class Load:
     d_model: int
     d_ff: int
     bytes_per_number: int = 2
+    experts_per_shard: int = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """strategy and why; per candidate the bytes a device receives and the seconds of exchange."""
+    """strategy and why; per candidate what a device receives, the seconds, the rows' memory."""
 
     strategy: str
     reason: str
     received_bytes: dict[str, int]
-    exchange_s: dict[str, float]
+    seconds: dict[str, float]
+    memory_bytes: dict[str, int]
 
 
 def choose(load: Load, chip: str = "v5p") -> Choice:
-    """The exact strategy with the least estimated time of a forward pass.
+    """The exact strategy with the least estimated time of a forward pass among those that fit.
 
-    all_gather receives (P - 1) N rows and as many partial sums, in 2 collectives; chunked, at
-    balanced load, 1.25 N K (P - 1) / P rows each way, in 4 (two halves). "capacity" drops tokens
-    and is only used when asked for. "local" where there is one shard.
+    Time is latency + bytes received / link + bytes of rows written and read / memory speed. Of
+    N tokens, K choices, P shards, with r = P N min(K, experts per shard) rows at worst:
+      all_gather  receives (P - 1) N rows and as many partial sums, handles P N K rows
+      ragged      receives N K (P - 1) / P rows each way, handles r
+      chunked     receives 1.25 times that, handles 1.25 N K, and has 2 of 6 parts at a time
+    Memory counts 2 D + 3 F numbers a row, for the backward pass; a strategy may take 1/32 of the
+    device's, else the one that takes least is chosen. The products are the same for all. "capacity"
+    drops tokens and is only used when asked for; "local" where there is one shard.
     """
     if chip not in CHIPS:
         raise InputError(f"chip {chip!r} is none of the {len(CHIPS)} known: {', '.join(CHIPS)}.")
     if load.shards == 1:
-        return Choice("local", "1 expert shard: nothing to exchange", {"local": 0}, {"local": 0.0})
-    row = load.d_model * load.bytes_per_number
-    others = load.shards - 1
+        why = "1 expert shard: nothing to exchange"
+        return Choice("local", why, {"local": 0}, {"local": 0.0}, {"local": 0})
+    speed = CHIPS[chip]
+    row, others = load.d_model * load.bytes_per_number, load.shards - 1
     pairs = load.tokens * load.top_k
+    worst = load.shards * load.tokens * min(load.top_k, load.experts_per_shard)
+    both_ways = 2 * pairs * row * others / load.shards
     received = {
         "all_gather": 2 * others * load.tokens * row,
-        "chunked": round(2 * 1.25 * pairs * row * others / load.shards),
+        "ragged": round(both_ways),
+        "chunked": round(1.25 * both_ways),
     }
-    calls = {"all_gather": 2, "chunked": 4}
-    rate = CHIPS[chip].link_bytes_per_s
-    seconds = {name: calls[name] * LATENCY_S + received[name] / rate for name in received}
-    best = min(seconds, key=seconds.__getitem__)
-    reason = (
-        f"{load.tokens} tokens x top-{load.top_k} over {load.shards} expert shards on {chip}: "
-        + ", ".join(f"{n} {received[n]:,} B in {1e6 * seconds[n]:.1f} us" for n in sorted(seconds))
+    rows = {"all_gather": load.shards * pairs, "ragged": worst, "chunked": 1.25 * pairs}
+    calls = {"all_gather": 4, "ragged": 5, "chunked": 6}
+    per_row = (2 * load.d_model + 3 * load.d_ff) * load.bytes_per_number
+    held = {"all_gather": 1.0, "ragged": 1.0, "chunked": 2 / 6}
+    memory = {name: round(rows[name] * per_row * held[name]) for name in rows}
+    seconds = {
+        name: calls[name] * LATENCY_S
+        + received[name] / speed.link_bytes_s
+        + 2 * rows[name] * per_row / speed.hbm_bytes_s
+        for name in rows
+    }
+    room = speed.hbm_bytes * MEMORY_SHARE
+    fitting = [name for name in rows if memory[name] <= room]
+    if fitting:
+        best = min(fitting, key=seconds.__getitem__)
+    else:
+        best = min(memory, key=memory.__getitem__)
+    told = (
+        f"{name} {1e6 * seconds[name]:.0f} us, receives {received[name] / 1e6:,.1f} MB, rows take "
+        f"{memory[name] / 1e6:,.0f} MB" + ("" if name in fitting else " (too much)")
+        for name in sorted(seconds, key=seconds.__getitem__)
     )
-    return Choice(best, reason, received, seconds)
+    reason = (
+        f"{best}: {load.tokens} tokens x top-{load.top_k} over {load.shards} expert shards on "
+        f"{chip}, where a layer's rows may take {room / 1e6:,.0f} MB: " + "; ".join(told)
+    )
+    return Choice(best, reason, received, seconds, memory)

@@ -1,35 +1,47 @@
-"""Tokens to the devices of their experts and back in rounds over a fixed buffer.
+"""Tokens to the devices of their experts and back in exchanges over a fixed buffer.
 
-A device sends to each of P expert shards up to `slots` rows per round (a padded all_to_all);
-round t carries the rows t * slots .. (t + 1) * slots - 1 that it has for that shard. The rounds add
-up, so the backward pass replays them one by one and keeps only x, the weights and the routing.
+The tokens of a device are cut into parts; each part has one exchange of its own, which holds
+`factor` times the balanced load, and what does not fit goes in further rounds over the same buffer
+until every device has sent everything. Exchanges add up, so the backward pass replays them one by
+one and keeps only x, the weights and the routing. It sends x and dL/dy, and gets dL/dx back: the
+experts' outputs are not needed again, because dL/dweight_r = <hidden_r, dL/dy_r W_down^T>.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from moejax.moe.experts import ExpertParams, grouped_ffn
+from moejax.moe.experts_backward import Block, params_backward, rows_backward
+from moejax.moe.turns import Part, Turn, count, left_over, part, turn
 from moejax.ops.gated_ffn import Activation
 
-# The two rounds that always run together hold `factor` times the balanced load. They do not depend
-# on each other, so one's exchange may overlap the other's matmuls.
-FIRST_ROUNDS = 2
+# Exchanges that run whatever the load. They do not depend on each other, so one's may run beside
+# another's matrix products; and each holds a share of the rows only. Compiled for a v5p (4,096
+# tokens, top 6, 2048 x 1408, 8 experts a device), forward + backward: 769 MB in 4 parts, 643 in 6.
+MAX_PARTS = 6
+# But two at least, and no more than leave so many pairs in each: less would fill no matrix unit.
+MIN_PAIRS = 4096
 # Names the loops over further rounds in a compiled program: of a balanced load they run none.
 UNBALANCED = "unbalanced_rounds"
 
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """How rows travel: the experts' mesh axis, rows per round and receiver, what computes."""
+    """How rows travel: the experts' mesh axis, rows per exchange and receiver, what computes.
+
+    exact: whether rounds go on until nothing is left; else what is left is dropped.
+    """
 
     axis: str
     shards: int
     slots: int
+    exact: bool
     activation: Activation
     implementation: str | None
 
@@ -37,175 +49,219 @@ class Exchange:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The (token, choice) pairs by receiver; R = N * K of them, P receivers.
+    """The parts, in order of their tokens; the pairs left over; rounds that those take.
 
-    order_R: pair of sorted row r.  expert_R: its expert, within the receiver.  starts_P, sizes_P:
-    a receiver's first row and number of rows.  receiver_R, rank_R: of a pair (unsorted), and its
-    position among that receiver's.  num_rounds: enough for everyone; equal on all devices.
+    num_rounds is equal on all devices; num_left is this device's pairs in `rest`.
     """
 
-    order_R: jax.Array
-    expert_R: jax.Array
-    starts_P: jax.Array
-    sizes_P: jax.Array
-    receiver_R: jax.Array
-    rank_R: jax.Array
+    parts: tuple[Part, ...]
+    rest: Part
     num_rounds: jax.Array
+    num_left: jax.Array
 
 
-def slots_per_round(num_pairs: int, shards: int, factor: float) -> int:
-    """Rows to one receiver in one round, so that FIRST_ROUNDS hold factor x the balanced load."""
-    return max(1, math.ceil(factor * num_pairs / (shards * FIRST_ROUNDS)))
+def bounds(num_tokens: int, top_k: int) -> list[tuple[int, int]]:
+    """First token and end of each part; as many parts as there are tokens at most."""
+    parts = min(num_tokens, max(2, min(MAX_PARTS, num_tokens * top_k // MIN_PAIRS)))
+    ends = [num_tokens * i // parts for i in range(parts + 1)]
+    return list(zip(ends[:-1], ends[1:], strict=True))
+
+
+def slots_per_exchange(num_tokens: int, top_k: int, shards: int, factor: float) -> int:
+    """Rows to one receiver in one exchange: factor times the balanced load of the largest part."""
+    most = max(end - first for first, end in bounds(num_tokens, top_k))
+    return max(1, math.ceil(factor * most * top_k / shards))
 
 
 def schedule(
     experts_NK: jax.Array, num_experts: int, exchange: Exchange, axis_names: tuple[str, ...]
 ) -> Schedule:
-    """Sorts the pairs by expert, hence by receiver, and counts the rounds all devices need."""
-    experts_R = experts_NK.reshape(-1)
-    per_shard = num_experts // exchange.shards
-    order_R = jnp.argsort(experts_R, stable=True)
-    receiver_R = experts_R // per_shard
-    sizes_P = jnp.bincount(receiver_R, length=exchange.shards).astype(jnp.int32)
-    starts_P = jnp.cumsum(sizes_P) - sizes_P
-    most = jax.lax.pmax(jnp.max(sizes_P), axis_names)
-    return Schedule(
-        order_R=order_R,
-        expert_R=(experts_R % per_shard)[order_R],
-        starts_P=starts_P,
-        sizes_P=sizes_P,
-        receiver_R=receiver_R,
-        rank_R=jnp.argsort(order_R) - starts_P[receiver_R],
-        num_rounds=-(-most // exchange.slots),
+    """Sorts each part's pairs by expert, and tells every receiver what is coming."""
+    shards, slots, num_local = exchange.shards, exchange.slots, num_experts // exchange.shards
+    cut = bounds(*experts_NK.shape)
+    pieces = [experts_NK[first:end].reshape(-1) for first, end in cut]
+    counts_PIE = jnp.stack(
+        [count(experts, num_experts).reshape(shards, num_local) for experts in pieces], axis=1
     )
+    received_PIE = jax.lax.all_to_all(counts_PIE, exchange.axis, 0, 0, tiled=True)
+    parts = tuple(
+        part(experts, None, received_PIE[:, i], num_experts) for i, experts in enumerate(pieces)
+    )
+    left_R = jnp.concatenate([p.rank_R >= slots for p in parts])
+    left_PE = jnp.stack([left_over(received_PIE[:, i], slots) for i in range(len(cut))]).sum(axis=0)
+    rest = part(experts_NK.reshape(-1), left_R, left_PE, num_experts)
+    most = jax.lax.pmax(jnp.max(rest.rank_R) + 1, axis_names)
+    return Schedule(parts, rest, -(-most // slots), left_R.sum())
 
 
-def one_round(
-    exchange: Exchange,
-    x_ND: jax.Array,
-    weights_NK: jax.Array,
-    experts: ExpertParams,
-    moves: Schedule,
-    turn: jax.Array | int,
-) -> jax.Array:
-    """What round `turn` adds to y: float32 [N, D]."""
-    shards, slots = exchange.shards, exchange.slots
-    rank_S = turn * slots + jnp.arange(slots)
-    sorted_PS = moves.starts_P[:, None] + rank_S
-    used_S = (rank_S < moves.sizes_P[:, None]).reshape(-1)
-    sorted_S = jnp.where(used_S, sorted_PS.reshape(-1), 0)
-    pair_S = jnp.where(used_S, moves.order_R[sorted_S], -1)
-    here_R = moves.rank_R // slots == turn
-    slot_R = jnp.where(here_R, moves.receiver_R * slots + moves.rank_R % slots, -1)
-
-    num_local = experts["w_up"].shape[0]
-    send_SD = _to_slots(x_ND, pair_S, slot_R)
-    expert_S = jnp.where(used_S, moves.expert_R[sorted_S], num_local)
-    got_SD = _swap(send_SD, exchange)
-    expert_S = _swap(expert_S, exchange)
-
-    order_S = jnp.argsort(expert_S, stable=True)
-    place_S = jnp.argsort(order_S)
-    sizes_E = jnp.bincount(expert_S, length=num_local + 1)[:num_local].astype(jnp.int32)
-    rows_SD = _move(got_SD, order_S, place_S)
-    rows_SD = grouped_ffn(experts, rows_SD, sizes_E, exchange.activation, exchange.implementation)
-    back_SD = _swap(_move(rows_SD, place_S, order_S), exchange)
-    assert back_SD.shape[0] == shards * slots
-    pairs_RD = _move(back_SD, slot_R, pair_S)
-    pairs_NKD = pairs_RD.reshape(*weights_NK.shape, -1)
-    return jnp.einsum("nkd,nk->nd", pairs_NKD, weights_NK, preferred_element_type=jnp.float32)
+# What travels, by name: "x" and "d_y" [N, D] as the row of a pair's token, "weights" [N, K] as the
+# pair's own number, and back again "y" or "d_x" as rows, "d_weights" as numbers.
+Arrays = dict[str, jax.Array]
 
 
-def first_rounds(
-    exchange: Exchange, x_ND: jax.Array, weights_NK: jax.Array, experts: Any, moves: Schedule
-) -> jax.Array:
-    """The rounds that run whatever the load: all of "capacity", the beginning of "chunked"."""
-    parts = (one_round(exchange, x_ND, weights_NK, experts, moves, t) for t in range(FIRST_ROUNDS))
-    return functools.reduce(jnp.add, parts)
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """What happens to rows: `rows` makes what goes back and keeps something for `experts`.
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def all_rounds(
-    exchange: Exchange, x_ND: jax.Array, weights_NK: jax.Array, experts: Any, moves: Schedule
-) -> jax.Array:
-    """y of every pair, whatever the imbalance, in the memory of one round: float32 [N, D].
-
-    Gradients are summed over rounds in the dtype of what they belong to (x: float32).
+    experts: gradients of the experts of what was kept, None in a forward pass.
     """
 
-    def step(carry):
-        turn, y_ND = carry
-        return turn + 1, y_ND + one_round(exchange, x_ND, weights_NK, experts, moves, turn)
+    rows: Callable[[Arrays, jax.Array], tuple[Arrays, Arrays]]
+    experts: Callable[[Arrays, jax.Array], ExpertParams | None]
 
-    y_ND = first_rounds(exchange, x_ND, weights_NK, experts, moves)
-    start = (jnp.asarray(FIRST_ROUNDS, jnp.int32), y_ND)
+
+def _send(
+    exchange: Exchange, operands: Arrays, pair_S: jax.Array, top_k: int, first: int = 0
+) -> Arrays:
+    """The slots of one exchange as they are received: sender by sender, any row where none is.
+
+    pair_S counts from token `first` on: slices of the operands would be copies.
+    """
+    pair_S = first * top_k + pair_S
+    found = {}
+    for name, array in operands.items():
+        sent = array.reshape(-1)[pair_S] if name == "weights" else array[pair_S // top_k]
+        found[name] = _swap(sent, exchange)
+    return found
+
+
+def _compute(products: Products, got: Arrays, one: Turn) -> tuple[Arrays, Arrays]:
+    """Sorts what was received by expert, and its results back into their slots."""
+    rows = {name: a[one.slot_of_row_S] for name, a in got.items()}
+    out, kept = products.rows(rows, one.sizes_E)
+    return {name: a[one.row_of_slot_S] for name, a in out.items()}, kept
+
+
+def _send_back(exchange: Exchange, out: Arrays) -> Arrays:
+    return {name: _swap(a, exchange) for name, a in out.items()}
+
+
+def _collect(back: Arrays, weights_NK: jax.Array, one: Turn) -> Arrays:
+    """Per token: its rows' sum by their weights, choice by choice, in float32; its numbers."""
+    slot_NK = one.slot_R.reshape(weights_NK.shape)
+    found = {}
+    for name, array in back.items():
+        if name == "d_weights":
+            found[name] = jnp.where(slot_NK >= 0, array[jnp.maximum(slot_NK, 0)], 0.0)
+            continue
+        total_ND = jnp.zeros((slot_NK.shape[0], array.shape[1]), jnp.float32)
+        for k in range(slot_NK.shape[1]):
+            slot_N1 = slot_NK[:, k, None]
+            row_ND = jnp.where(slot_N1 >= 0, array[jnp.maximum(slot_N1[:, 0], 0)], 0)
+            row_ND = row_ND.astype(jnp.float32)
+            total_ND += weights_NK[:, k, None] * row_ND if name == "y" else row_ND
+        found[name] = total_ND
+    return found
+
+
+def _first_exchanges(
+    exchange: Exchange, products: Products, operands: Arrays, weights_NK: jax.Array, moves: Schedule
+) -> tuple[Arrays, Any]:
+    """The exchange of each part, as a pipeline: what all tokens get, gradients of the experts.
+
+    While part i computes, the rows of part i + 1 are on their way, and so are the results of part
+    i - 1; while the experts' gradients of part i are computed, its own results. Barriers keep it
+    so, and keep more than that from being in memory.
+    """
+    fence = jax.lax.optimization_barrier
+    num_tokens, top_k = weights_NK.shape
+    cut = bounds(num_tokens, top_k)
+    turns = [turn(pairs, 0, exchange.slots) for pairs in moves.parts]
+    weights = [weights_NK[first:end] for first, end in cut]
+    found, total, back, coming = [], None, None, None
+    got = _send(exchange, operands, turns[0].pair_S, top_k)
+    for i, one in enumerate(turns):
+        if i + 1 < len(turns):
+            got, after_S = fence((got, turns[i + 1].pair_S))
+            coming = _send(exchange, operands, after_S, top_k, cut[i + 1][0])
+        out, kept = _compute(products, got, one)
+        out, kept, back, coming = fence((out, kept, back, coming))
+        if back is not None:
+            found.append(_collect(back, weights[i - 1], turns[i - 1]))
+        back = _send_back(exchange, out)
+        total = _add(total, products.experts(kept, one.sizes_E))
+        total, got, found[-1:] = fence((total, coming, found[-1:]))
+    assert back is not None
+    found.append(_collect(back, weights[-1], turns[-1]))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found), total
+
+
+def _every_exchange(
+    exchange: Exchange, products: Products, operands: Arrays, weights_NK: jax.Array, moves: Schedule
+) -> tuple[Arrays, Any]:
+    """Those of the parts and, if the exchange is exact, rounds until nothing is left."""
+    first = _first_exchanges(exchange, products, operands, weights_NK, moves)
+    if not exchange.exact:
+        return first
+
+    def step(carry):
+        number, (found, total) = carry
+        one = turn(moves.rest, number, exchange.slots)
+        got = _send(exchange, operands, one.pair_S, weights_NK.shape[1])
+        out, kept = _compute(products, got, one)
+        more = _collect(_send_back(exchange, out), weights_NK, one)
+        total = _add(total, products.experts(kept, one.sizes_E))
+        return number + 1, (jax.tree.map(jnp.add, found, more), total)
+
+    start = (jnp.zeros((), jnp.int32), first)
     with jax.named_scope(UNBALANCED):
         return jax.lax.while_loop(lambda carry: carry[0] < moves.num_rounds, step, start)[1]
 
 
-def _all_rounds_forward(exchange, x_ND, weights_NK, experts, moves):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def all_exchanges(
+    exchange: Exchange, x_ND: jax.Array, weights_NK: jax.Array, experts: Any, moves: Schedule
+) -> jax.Array:
+    """y of every pair that travels, in the memory of two exchanges: float32 [N, D].
+
+    Gradients of the experts are summed over exchanges in float32.
+    """
+    kinds = (exchange.activation, exchange.implementation)
+
+    def rows(got, sizes_E):
+        return {"y": grouped_ffn(experts, got["x"], sizes_E, *kinds)}, {}
+
+    products = Products(rows, lambda kept, sizes_E: None)
+    return _every_exchange(exchange, products, {"x": x_ND}, weights_NK, moves)[0]["y"]
+
+
+def _all_forward(exchange, x_ND, weights_NK, experts, moves):
     saved = (x_ND, weights_NK, experts, moves)
-    return all_rounds(exchange, *saved), saved
+    return all_exchanges(exchange, *saved), saved
 
 
-def _all_rounds_backward(exchange, saved, d_y_ND):
+def _all_backward(exchange, saved, d_y_ND):
     x_ND, weights_NK, experts, moves = saved
+    kinds = (exchange.activation, exchange.implementation)
 
-    def replay(function):
-        _, pull = jax.vjp(function, x_ND, weights_NK, experts)
-        d_x, d_weights, d_experts = pull(d_y_ND)
-        return d_x.astype(jnp.float32), d_weights, d_experts
+    def rows(got, sizes_E):
+        block = Block(sizes_E, *kinds)
+        d_x, d_weights, kept = rows_backward(block, experts, got["x"], got["weights"], got["d_y"])
+        return {"d_x": d_x, "d_weights": d_weights}, kept
 
-    def step(carry):
-        turn, total = carry
-        more = replay(lambda x, w, e: one_round(exchange, x, w, e, moves, turn))
-        return turn + 1, jax.tree.map(jnp.add, total, more)
+    def of_experts(kept, sizes_E):
+        return params_backward(Block(sizes_E, *kinds), experts, kept)
 
-    first = replay(lambda x, w, e: first_rounds(exchange, x, w, e, moves))
-    start = (jnp.asarray(FIRST_ROUNDS, jnp.int32), first)
-    with jax.named_scope(UNBALANCED):
-        _, total = jax.lax.while_loop(lambda carry: carry[0] < moves.num_rounds, step, start)
-    return total[0].astype(x_ND.dtype), total[1], total[2], None
+    # The barrier keeps the float32 original from living on in its place.
+    d_y_ND = jax.lax.optimization_barrier(d_y_ND.astype(x_ND.dtype))
+    operands = {"x": x_ND, "d_y": d_y_ND, "weights": weights_NK}
+    products = Products(rows, of_experts)
+    found, d_experts = _every_exchange(exchange, products, operands, weights_NK, moves)
+    d_experts = jax.tree.map(lambda d, w: d.astype(w.dtype), d_experts, experts)
+    return found["d_x"].astype(x_ND.dtype), found["d_weights"], d_experts, None
 
 
-all_rounds.defvjp(_all_rounds_forward, _all_rounds_backward)
+all_exchanges.defvjp(_all_forward, _all_backward)
+
+
+def _add(total, more):
+    """Sums in float32; None where there is nothing to add."""
+    if more is None:
+        return total
+    more = jax.tree.map(lambda d: d.astype(jnp.float32), more)
+    return more if total is None else jax.tree.map(jnp.add, total, more)
 
 
 def _swap(rows_S: jax.Array, exchange: Exchange) -> jax.Array:
     """Block p of each device to device p; its own inverse."""
     return jax.lax.all_to_all(rows_S, exchange.axis, 0, 0, tiled=True)
-
-
-def _masked(rows_D: jax.Array, index: jax.Array) -> jax.Array:
-    return jnp.where(index[:, None] >= 0, rows_D[jnp.maximum(index, 0)], 0)
-
-
-@jax.custom_vjp
-def _move(rows_AD: jax.Array, from_B: jax.Array, to_A: jax.Array) -> jax.Array:
-    """Row b is rows[from_B[b]], zero where that is -1; to_A is the inverse, for the gradient."""
-    return _masked(rows_AD, from_B)
-
-
-_move.defvjp(
-    lambda rows_AD, from_B, to_A: (_move(rows_AD, from_B, to_A), to_A),
-    lambda to_A, d_BD: (_masked(d_BD, to_A), None, None),
-)
-
-
-@jax.custom_vjp
-def _to_slots(x_ND: jax.Array, pair_S: jax.Array, slot_R: jax.Array) -> jax.Array:
-    """The token of each slot's pair, zero where the slot is empty."""
-    num_choices = slot_R.shape[0] // x_ND.shape[0]
-    return _masked(x_ND, jnp.where(pair_S >= 0, pair_S // num_choices, -1))
-
-
-def _to_slots_backward(saved, d_SD):
-    num_tokens, slot_R = saved
-    d_NKD = _masked(d_SD, slot_R).reshape(num_tokens, -1, d_SD.shape[1])
-    return d_NKD.sum(axis=1, dtype=jnp.float32).astype(d_SD.dtype), None, None
-
-
-_to_slots.defvjp(
-    lambda x_ND, pair_S, slot_R: (_to_slots(x_ND, pair_S, slot_R), (x_ND.shape[0], slot_R)),
-    _to_slots_backward,
-)

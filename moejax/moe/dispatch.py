@@ -45,14 +45,15 @@ def dispatch(x_ND: jax.Array, moves: Plan) -> jax.Array:
 
 def combine(rows_RD: jax.Array, weights_NK: jax.Array, moves: Plan) -> jax.Array:
     """Sums each token's rows by their weights: [R, D], [N, K] -> [N, D]. Inverse: `dispatch`."""
-    rows_NKD = _unsort(rows_RD, moves).reshape(*weights_NK.shape, rows_RD.shape[1])
+    rows_NKD = unsort(rows_RD, moves).reshape(*weights_NK.shape, rows_RD.shape[1])
     return jnp.einsum(
         "nkd,nk->nd", rows_NKD, weights_NK, preferred_element_type=jnp.float32
     ).astype(rows_RD.dtype)
 
 
 @jax.custom_vjp
-def _unsort(rows_RD: jax.Array, moves: Plan) -> jax.Array:
+def unsort(rows_RD: jax.Array, moves: Plan) -> jax.Array:
+    """Rows in the order of their pairs again."""
     return rows_RD[moves.place_R]
 
 
@@ -68,7 +69,7 @@ def _dispatch_backward(saved, d_rows_RD):
 
 
 def _unsort_forward(rows_RD, moves):
-    return _unsort(rows_RD, moves), moves
+    return unsort(rows_RD, moves), moves
 
 
 def _unsort_backward(moves, d_pairs_RD):
@@ -76,4 +77,4 @@ def _unsort_backward(moves, d_pairs_RD):
 
 
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)
-_unsort.defvjp(_unsort_forward, _unsort_backward)
+unsort.defvjp(_unsort_forward, _unsort_backward)

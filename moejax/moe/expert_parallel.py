@@ -72,6 +72,7 @@ def explain(parallel: Parallel, config: MoEConfig, x_shape: tuple, d_ff: int) ->
         shards=parallel.mesh.shape[AXIS],
         d_model=d_model,
         d_ff=d_ff,
+        experts_per_shard=max(1, config.num_experts // parallel.mesh.shape[AXIS]),
     )
     return choose(load, parallel.chip)
 

@@ -1,12 +1,15 @@
 """Run as a program with eight CPU devices: sharded layers against the dense oracle, JSON out.
 
-With two arguments (process id, port) it is one of two processes with four devices each.
+With two arguments (process id, port) it is one of two processes with four devices each; with the
+argument "all" it goes through every strategy, mesh and convention.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +27,42 @@ from moejax.moe.layer import moe_layer, moe_shapes
 
 D, F, BATCH, T = 8, 12, 16, 4
 PLAIN = {**CONVENTIONS["mixtral"], "balance": "switch", "balance_scope": "global", "z_weight": 0.1}
-CONFIG = MoEConfig(8, 2, **PLAIN, shared_ffn=16, shared_gate=True)
-XFT = MoEConfig(8, 3, noise=False, balance_scope="global")
+GROUPS = {"num_groups": 4, "top_groups": 2}
+MORE = {"qwen2_moe": {"shared_ffn": 16}, "deepseek_v2": GROUPS, "deepseek_v3": GROUPS}
+CONFIGS = {
+    "plain": MoEConfig(8, 2, **PLAIN, shared_ffn=16, shared_gate=True),
+    "xft": MoEConfig(8, 3, noise=False, balance_scope="global"),
+    **{
+        name: MoEConfig(8, 3, **{**fields, **MORE.get(name, {}), "balance_scope": "global"})
+        for name, fields in CONVENTIONS.items()
+    },
+}
 MESHES = {"ep8": (1, 1, 8, 1), "mixed": (1, 2, 2, 2), "dp_ep": (2, 1, 4, 1), "fsdp": (1, 4, 1, 2)}
+LOADS = ("balanced", "skewed", "all_to_one")
+# mesh, strategy, config, buffer factor, loads
+CASES = (
+    ("ep8", "chunked", "plain", 1.25, LOADS),
+    ("ep8", "ragged", "plain", 1.25, LOADS),
+    ("ep8", "all_gather", "plain", 1.25, LOADS),
+    ("ep8", "capacity", "plain", 1.25, LOADS[-1:]),
+    ("ep8", "capacity", "plain", 8.0, LOADS),
+    ("mixed", "chunked", "xft", 1.25, LOADS[:1]),
+    ("mixed", "ragged", "plain", 1.25, LOADS),
+    ("dp_ep", "auto", "deepseek_v3", 1.25, LOADS),
+    ("dp_ep", "chunked", "expert_choice", 1.25, LOADS[:1]),
+    ("fsdp", "local", "plain", 1.25, LOADS),
+)
+
+
+def every_case() -> Iterator[tuple]:
+    """All that claims to work; capacity with a buffer that holds everything."""
+    factors = {"chunked": 1.25, "ragged": 1, "all_gather": 1, "capacity": 8}
+    for mesh, sizes in MESHES.items():
+        for strategy, factor in factors.items():
+            yield mesh, strategy, "plain", factor, LOADS
+            if strategy in ("chunked", "ragged") and sizes[2] > 1:
+                yield from ((mesh, strategy, name, factor, LOADS) for name in CONFIGS)
+    yield from (("fsdp", "local", name, 1.25, LOADS) for name in CONFIGS)
 
 
 def parameters(config: MoEConfig, load: str):
@@ -49,6 +85,10 @@ def inputs():
     return jnp.asarray(x, jnp.float32)
 
 
+def mask():
+    return jnp.arange(BATCH * T).reshape(BATCH, T) % 5 > 0
+
+
 def place(mesh, params, x):
     specs = tree.map_with_path(lambda path, w: param_spec(path, w.shape, mesh), params)
     put = lambda a, s: jax.make_array_from_callback(  # noqa: E731
@@ -66,65 +106,66 @@ def relative(ours, theirs) -> float:
     return max(errors)
 
 
-def case(mesh, strategy: str, load: str, config: MoEConfig, factor: float = 1.25) -> dict:
-    params, x = parameters(config, load), inputs()
-    mixer = jnp.asarray(np.random.default_rng(2).normal(size=x.shape), jnp.float32)
-    mask = jnp.arange(BATCH * T).reshape(BATCH, T) % 5 > 0
-    parallel = Parallel(mesh, strategy, factor)
+def gradient(layer):
+    """(loss, (y, stats)), gradients of parameters and x, for layer(params, x) -> y, stats."""
+    mixer = jnp.asarray(np.random.default_rng(2).normal(size=(BATCH, T, D)), jnp.float32)
 
-    def run(params, x, layer):
+    def run(params, x):
         y, stats = layer(params, x)
-        extra = 0.0 if stats is None else stats.balance_loss + stats.z_loss
-        return jnp.sum(y * mixer) + extra, (y, stats)
+        return jnp.sum(y * mixer) + stats.balance_loss + stats.z_loss, (y, stats)
 
-    def ours(params, x):
-        return moe_layer(params, x, config, mask_BT=mask, parallel=parallel)
+    return jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))
+
+
+@functools.cache
+def oracle(name: str):
+    config = CONFIGS[name]
 
     def single(params, x):
-        return dense_moe(params, x, config), moe_layer(params, x, config, mask_BT=mask)[1]
+        stats = moe_layer(params, x, config, mask_BT=mask())[1]
+        return dense_moe(params, x, config, mask_BT=mask()), stats
 
-    grad = jax.value_and_grad(run, (0, 1), has_aux=True)
-    want = jax.jit(lambda p, x: grad(p, x, single))(params, x)
-    got = jax.jit(lambda p, x: grad(p, x, ours))(*place(mesh, params, x))
-    got = multihost_utils.process_allgather(got, tiled=True) if jax.process_count() > 1 else got
-    (_, (y, stats)), grads = got
-    (_, (y0, stats0)), grads0 = want
-    return {
-        "forward": relative(y, y0),
-        "gradient": relative(grads, grads0),
-        "counts": relative(stats.counts_E, stats0.counts_E),
-        "losses": relative(
-            (stats.balance_loss, stats.z_loss), (stats0.balance_loss, stats0.z_loss)
-        ),
-        "dropped": float(np.asarray(stats.dropped)),
-    }
+    return gradient(single)
 
 
-def cases():
-    for load in ("balanced", "skewed", "all_to_one"):
-        yield "ep8", "chunked", load, CONFIG, 1.25
-    yield "ep8", "all_gather", "skewed", CONFIG, 1.25
-    yield "ep8", "capacity", "all_to_one", CONFIG, 1.25
-    yield "ep8", "capacity", "all_to_one", CONFIG, 8.0
-    yield "mixed", "chunked", "all_to_one", CONFIG, 1.25
-    yield "dp_ep", "auto", "balanced", CONFIG, 1.25
-    yield "fsdp", "local", "skewed", CONFIG, 1.25
+@functools.cache
+def wanted(name: str, load: str):
+    return oracle(name)(parameters(CONFIGS[name], load), inputs())
 
 
-def main() -> None:
-    if len(sys.argv) > 2:
+def compare(mesh, strategy: str, name: str, factor: float, loads) -> Iterator[tuple[str, dict]]:
+    config, parallel = CONFIGS[name], Parallel(mesh, strategy, factor)
+    ours = gradient(lambda p, x: moe_layer(p, x, config, mask_BT=mask(), parallel=parallel))
+    for load in loads:
+        got = ours(*place(mesh, parameters(config, load), inputs()))
+        if jax.process_count() > 1:
+            got = multihost_utils.process_allgather(got, tiled=True)
+        (_, (y, stats)), grads = got
+        (_, (y0, stats0)), grads0 = wanted(name, load)
+        losses, losses0 = ((s.balance_loss, s.z_loss) for s in (stats, stats0))
+        yield (
+            load,
+            {
+                "forward": relative(y, y0),
+                "gradient": relative(grads, grads0),
+                "counts": relative(stats.counts_E, stats0.counts_E),
+                "losses": relative(losses, losses0),
+                "dropped": float(np.asarray(stats.dropped)) - float(stats0.dropped),
+            },
+        )
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) == 2:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[1]))
-    meshes = {name: make_mesh(*sizes) for name, sizes in MESHES.items()}
-    if len(sys.argv) > 2:
-        wanted = [("ep8", "chunked", "all_to_one", CONFIG, 1.25)]
-    else:
-        wanted = [*cases(), ("mixed", "chunked", "xft", XFT, 1.25)]
-    for mesh, strategy, load, config, factor in wanted:
-        found = case(meshes[mesh], strategy, load, config, factor)
-        name = f"{mesh}-{strategy}-{load}-{factor}"
-        print(json.dumps({"name": name, **found}), flush=True)
+        jax.distributed.initialize(f"127.0.0.1:{arguments[1]}", 2, int(arguments[0]))
+    several = arguments == ["all"]
+    for mesh, *case in every_case() if several else CASES[: 2 if arguments else None]:
+        strategy, name, factor, _ = case
+        for load, found in compare(make_mesh(*MESHES[mesh]), *case):
+            line = {"name": f"{mesh}-{strategy}-{name}-{load}-{factor:g}", **found}
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

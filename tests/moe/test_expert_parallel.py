@@ -12,9 +12,11 @@ from moejax import moe
 from moejax.core.errors import InputError
 from moejax.core.mesh import make_mesh
 from moejax.core.precision import TOLERANCE
-from moejax.moe.choose import Load, choose
+from moejax.moe.choose import CHIPS, Load, choose
 from moejax.moe.expert_parallel import Parallel, _check
+from moejax.moe.ragged import emulated_ragged_all_to_all
 from tests.fake_devices import on_two_processes, results, start
+from tests.moe.expert_parallel_cases import CASES, every_case
 
 PROGRAM = "moe/expert_parallel_cases.py"
 
@@ -25,19 +27,81 @@ def assert_equal(name: str, found: dict[str, float]) -> None:
     assert found["dropped"] == 0, (name, found)
 
 
+def check(found: list[dict]) -> None:
+    for one in found:
+        name = one.pop("name")
+        if name.startswith("ep8-capacity-plain-all_to_one-1.25"):
+            # All go to two experts on two shards: 8 pairs of a device for each, of which 4 fit.
+            assert one["dropped"] == 0.5 and one["forward"] > 0.1
+        else:
+            assert_equal(name, one)
+
+
 def test_sharded_equals_dense_on_eight_devices():
-    found = {one.pop("name"): one for one in results(start(PROGRAM, 8))}
-    assert len(found) == 10
-    # All go to two experts on two shards: 8 pairs of a device for each, of which 4 fit.
-    short = found.pop("ep8-capacity-all_to_one-1.25")
-    assert short["dropped"] == 0.5 and short["forward"] > 0.1
-    for name, one in found.items():
-        assert_equal(name, one)
+    found = results(start(PROGRAM, 8))
+    assert len(found) == sum(len(loads) for *_, loads in CASES)
+    check(found)
 
 
 def test_sharded_equals_dense_on_two_processes():
-    for (one,) in on_two_processes(PROGRAM):
-        assert_equal(one.pop("name"), one)
+    for found in on_two_processes(PROGRAM):
+        assert len(found) == 6
+        check(found)
+
+
+@pytest.mark.slow
+def test_every_strategy_mesh_and_convention():
+    found = results(start(PROGRAM, 8, "all"), timeout_s=3000)
+    assert len(found) == sum(len(loads) for *_, loads in every_case())
+    check(found)
+
+
+def exchanged(exchange):
+    """One device's worth of `ragged_all_to_all`s for all P devices, by vmap with an axis name."""
+    return jax.vmap(
+        lambda *arrays: exchange(*arrays, axis_name="shards"), axis_name="shards", in_axes=0
+    )
+
+
+def by_the_book(operand, output, starts, sizes, places, received):
+    """What the documentation of `jax.lax.ragged_all_to_all` says, slice by slice."""
+    result = np.array(output)
+    for sender, receiver in np.ndindex(sizes.shape):
+        start, size, place = (a[sender, receiver] for a in (starts, sizes, places))
+        assert received[receiver, sender] == size
+        result[receiver, place : place + size] = operand[sender, start : start + size]
+    return result
+
+
+def test_the_emulated_exchange_has_the_documented_semantics():
+    # The example of its documentation: two devices.
+    arrays = (
+        np.array([[1, 2, 2], [3, 4, 0]]),
+        np.zeros((2, 4), int),
+        np.array([[0, 1], [0, 1]]),
+        np.array([[1, 2], [1, 1]]),
+        np.array([[0, 0], [1, 2]]),
+        np.array([[1, 1], [2, 1]]),
+    )
+    got = exchanged(emulated_ragged_all_to_all)(*map(jnp.asarray, arrays))
+    assert got.tolist() == [[1, 3, 0, 0], [2, 2, 4, 0]] == by_the_book(*arrays).tolist()
+    # Four devices, empty slices, gaps, and an output that shows where nothing was written.
+    draw = np.random.default_rng(0)
+    sizes = draw.integers(0, 4, (4, 4))
+    sizes[1] = 0
+    sizes[:, 2] = 0
+    starts = np.cumsum(sizes, axis=1) - sizes + np.arange(4)  # a gap before each slice
+    places = np.cumsum(sizes, axis=0) - sizes + np.arange(4)[:, None]
+    operand, output = draw.normal(size=(4, 20, 3)), draw.normal(size=(4, 20, 3))
+    rest = (starts, sizes, places, sizes.T)
+    floats = [jnp.asarray(a, jnp.float32) for a in (operand, output)]
+    run = lambda a, b: exchanged(emulated_ragged_all_to_all)(a, b, *map(jnp.asarray, rest))  # noqa: E731
+    np.testing.assert_array_equal(run(*floats), by_the_book(*map(np.asarray, floats), *rest))
+    # Linear in both: the gradient is its transpose, <J t, c> = <t, J^T c> for any t and c.
+    cotangent = jnp.asarray(draw.normal(size=(4, 20, 3)), jnp.float32)
+    back = jax.vjp(run, *floats)[1](cotangent)
+    forth = sum(jnp.vdot(a, b) for a, b in zip(back, floats, strict=True))
+    np.testing.assert_allclose(forth, jnp.vdot(run(*floats), cotangent), rtol=1e-5)
 
 
 def test_the_layer_alone_on_a_mesh():
@@ -61,11 +125,17 @@ def test_the_layer_alone_on_a_mesh():
     assert jax.tree.structure(grads) == jax.tree.structure(params)
 
 
-def test_auto_picks_what_sends_least():
+def test_auto_picks_what_is_fastest_of_what_fits():
     decode = choose(Load(tokens=4, top_k=8, shards=8, d_model=2048, d_ff=1408))
     assert decode.strategy == "all_gather"
-    train = choose(Load(tokens=4096, top_k=6, shards=32, d_model=2048, d_ff=1408))
-    assert train.strategy == "chunked" and "4096 tokens" in train.reason
+    for chip in CHIPS:
+        for shards in (8, 32):
+            train = choose(Load(4096, 6, shards, 2048, 1408), chip)
+            assert train.strategy == "chunked" and "4096 tokens" in train.reason
+            assert train.memory_bytes["all_gather"] > 4 * train.memory_bytes["chunked"]
+    # all_gather sends less there, and was once chosen for it.
+    large = choose(Load(16384, 8, 8, 2048, 1408), "v5e")
+    assert large.strategy == "chunked" and "(too much)" in large.reason
     assert choose(Load(4096, 6, 1, 2048, 1408)).strategy == "local"
     with pytest.raises(InputError, match="none of the 4 known"):
         choose(Load(4, 8, 8, 2048, 1408), chip="v9")
@@ -85,7 +155,7 @@ def test_bad_input_names_both_numbers():
     with pytest.raises(InputError, match="batch of 6 rows does not divide by the 4 devices"):
         _check(config, (6, 4, 16), FakeMesh(data=1, fsdp=2, expert=2, tensor=1))  # type: ignore[arg-type]
     mesh = make_mesh(data=len(jax.devices()))
-    with pytest.raises(InputError, match="strategy 'ring' is none of the 5"):
+    with pytest.raises(InputError, match="strategy 'ring' is none of the 6"):
         Parallel(mesh, "ring")
     with pytest.raises(InputError, match="factor=0"):
         Parallel(mesh, factor=0)

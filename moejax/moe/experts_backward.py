@@ -1,0 +1,94 @@
+"""The backward pass of weighted experts, written out: the rows' gradients first, then the weights'.
+
+y_r = w_r (act(x_r W_gate + b_gate) * (x_r W_up + b_up)) W_down + w_r b_down, with the matrices of
+row r's expert. The hidden layer is computed again; y is not, as dL/dw_r = <h_r, dy_r W_down^T>.
+The two halves are functions of their own, so that rows may travel while the weights' gradients are
+still computed.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.moe.experts import ExpertParams, bias_rows
+from moejax.ops.gated_ffn import Activation
+from moejax.ops.grouped_matmul import grouped_matmul
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What computes: rows of each expert [E], the activation, a grouped matmul's name."""
+
+    group_sizes_E: jax.Array
+    activation: Activation
+    implementation: str | None
+
+    def times(self, x_R: jax.Array, w: jax.Array) -> jax.Array:
+        return grouped_matmul(x_R, w, self.group_sizes_E, implementation=self.implementation)
+
+
+def rows_backward(
+    block: Block,
+    params: ExpertParams,
+    rows_RD: jax.Array,
+    weights_R: jax.Array,
+    d_y_RD: jax.Array,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Gradients of the rows and of their weights, and what `params_backward` needs."""
+    cast = {name: w.astype(rows_RD.dtype) for name, w in params.items()}
+
+    def affine(name: str) -> jax.Array:
+        y_RF = block.times(rows_RD, cast[f"w_{name}"])
+        return y_RF + bias_rows(cast, f"b_{name}", y_RF, block.group_sizes_E)
+
+    gate_RF, up_RF = affine("gate"), affine("up")
+    hidden_RF, pull = jax.vjp(lambda gate, up: block.activation(gate) * up, gate_RF, up_RF)
+    d_hidden_RF = _rows_gradient(block, hidden_RF, cast["w_down"], d_y_RD)
+    products_RF = hidden_RF.astype(jnp.float32) * d_hidden_RF.astype(jnp.float32)
+    d_weights_R = products_RF.sum(axis=1)
+    if "b_down" in cast:
+        bias_RD = bias_rows(cast, "b_down", d_y_RD, block.group_sizes_E)
+        d_weights_R += jnp.sum(bias_RD.astype(jnp.float32) * d_y_RD.astype(jnp.float32), axis=1)
+
+    def weighted(a_RF: jax.Array) -> jax.Array:
+        return (weights_R[:, None] * a_RF).astype(rows_RD.dtype)
+
+    d_gate_RF, d_up_RF = pull(weighted(d_hidden_RF))
+    d_rows_RD = _rows_gradient(block, rows_RD, cast["w_gate"], d_gate_RF)
+    d_rows_RD += _rows_gradient(block, rows_RD, cast["w_up"], d_up_RF)
+    rest = {"x": rows_RD, "d_y": d_y_RD, "hidden": weighted(hidden_RF), "weights": weights_R}
+    return d_rows_RD, d_weights_R, {**rest, "d_gate": d_gate_RF, "d_up": d_up_RF}
+
+
+def params_backward(block: Block, params: ExpertParams, rest: dict[str, jax.Array]) -> ExpertParams:
+    """Gradients of the experts' matrices and biases, in the dtype of the rows."""
+    sides = {"gate": ("x", "d_gate"), "up": ("x", "d_up"), "down": ("hidden", "d_y")}
+    found = {}
+    for name, (left, right) in sides.items():
+        w = params[f"w_{name}"].astype(rest["x"].dtype)
+        found[f"w_{name}"] = _matrices_gradient(block, rest[left], w, rest[right])
+    for name, (_, right) in sides.items():
+        if f"b_{name}" in params:
+            d_R = rest[right].astype(jnp.float32)
+            d_R = rest["weights"][:, None] * d_R if name == "down" else d_R
+            found[f"b_{name}"] = _sums_by_group(d_R, block.group_sizes_E)
+    return found
+
+
+def _rows_gradient(block: Block, x_R: jax.Array, w: Any, d_R: jax.Array) -> jax.Array:
+    return jax.vjp(lambda x_R: block.times(x_R, w), x_R)[1](d_R)[0]
+
+
+def _matrices_gradient(block: Block, x_R: jax.Array, w: Any, d_R: jax.Array) -> jax.Array:
+    return jax.vjp(lambda w: block.times(x_R, w), w)[1](d_R)[0]
+
+
+def _sums_by_group(d_R: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """Each group's sum of rows, [E, F]; the rows past the groups are in none."""
+    ends_E = jnp.cumsum(group_sizes_E)
+    rows_R1 = jnp.arange(d_R.shape[0])[:, None]
+    inside_RE = (rows_R1 >= ends_E - group_sizes_E) & (rows_R1 < ends_E)
+    d_R = jnp.where(rows_R1 < ends_E[-1], d_R, 0)  # zero times what is nobody's could be NaN
+    return jnp.einsum("re,rf->ef", inside_RE.astype(jnp.float32), d_R)
