@@ -22,7 +22,7 @@ from moejax.models import flops
 from moejax.models.config import ModelConfig
 from moejax.models.params import abstract_params
 from moejax.models.transformer import ForwardOptions
-from moejax.moe.chunked import FIRST_ROUNDS, slots_per_round
+from moejax.moe.chunked import buffer_rows
 from moejax.train.loss import MAX_LOGIT_BYTES, lm_loss
 from moejax.train.memory import step_memory
 from moejax.train.optim import OptimConfig, make_optimizer
@@ -232,9 +232,9 @@ def _exchanged_bytes(setup: Setup) -> float:
     tokens = setup.rows_per_device * setup.seq_len
     slots = shards * tokens  # gathered, and as many partial sums scattered
     if setup.strategy != "all_gather":
-        pairs = tokens * moe.routed_per_token
-        slots = FIRST_ROUNDS * shards * slots_per_round(pairs, shards, setup.factor)
-    passes = 4 + (2 if RECOMPUTED[setup.remat] > 0.1 else 0)
+        slots = buffer_rows(tokens, moe.routed_per_token, shards, setup.factor)
+    # Forward there and back; backward x again and dL/dy there, dL/dx back.
+    passes = 5 + (2 if RECOMPUTED[setup.remat] > 0.1 else 0)
     row = setup.model.d_model * jnp.dtype(setup.compute_dtype).itemsize
     layers = sum(run.num_layers for run in setup.model.runs if run.kind != "dense")
     return passes * setup.accumulation * layers * slots * row * (shards - 1) / shards

@@ -18,14 +18,15 @@ class Chip:
     link_bytes_per_s: float
 
 
-# Rates: Google Cloud's TPU pages and NVIDIA's H100 data sheet (SXM). Sizes of the TPUs: what libtpu
-# 0.0.42 lets a program use; of the H100: what CUDA reports of 80 GB.
+# Rates: Google Cloud's TPU pages (links: v5e 1,600 and v6e 3,200 Gbit/s, v5p 1,200 GB/s both ways)
+# and NVIDIA's H100 data sheet (SXM). Sizes of the TPUs: what libtpu 0.0.42 lets a program use; of
+# the H100: what CUDA reports of 80 GB.
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v5e", int(15.75 * GIB), 1.97e14, 8.19e11, 2.0e11),
         Chip("v5p", int(95.74 * GIB), 4.59e14, 2.765e12, 6.0e11),
-        Chip("v6e", int(31.25 * GIB), 9.18e14, 1.64e12, 4.5e11),
+        Chip("v6e", int(31.25 * GIB), 9.18e14, 1.64e12, 4.0e11),
         Chip("h100", 84_942_979_072, 9.89e14, 3.352e12, 4.5e11),
     )
 }

@@ -2,28 +2,12 @@
 
 import dataclasses
 
+from moejax.core.chips import CHIPS
 from moejax.core.errors import InputError
 
 STRATEGIES = ("local", "all_gather", "capacity", "ragged", "chunked")
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """link_bytes_s: one direction over all links; hbm_bytes and hbm_bytes_s: memory, its speed."""
-
-    link_bytes_s: float
-    hbm_bytes: float
-    hbm_bytes_s: float
-
-
-# Vendors' published figures. Google Cloud's pages for v5p (1,200 GB/s of links in both directions),
-# v5e and v6e (1,600 and 3,200 Gbit/s); NVIDIA's H100 SXM data sheet (NVLink 900 GB/s in both).
-CHIPS = {
-    "v5e": Chip(2.0e11, 16e9, 8.2e11),
-    "v5p": Chip(6.0e11, 95e9, 2.77e12),
-    "v6e": Chip(4.0e11, 32e9, 1.6e12),
-    "h100": Chip(4.5e11, 80e9, 3.35e12),
-}
 # Time before the first byte of a collective arrives; the model's one guess, not measured.
 LATENCY_S = 1e-5
 # Of a device's memory, what one layer's rows may take.
@@ -91,8 +75,8 @@ def choose(load: Load, chip: str = "v5p") -> Choice:
     memory = {name: round(rows[name] * per_row * held[name]) for name in rows}
     seconds = {
         name: calls[name] * LATENCY_S
-        + received[name] / speed.link_bytes_s
-        + 2 * rows[name] * per_row / speed.hbm_bytes_s
+        + received[name] / speed.link_bytes_per_s
+        + 2 * rows[name] * per_row / speed.hbm_bytes_per_s
         for name in rows
     }
     room = speed.hbm_bytes * MEMORY_SHARE

@@ -73,6 +73,12 @@ def slots_per_exchange(num_tokens: int, top_k: int, shards: int, factor: float) 
     return max(1, math.ceil(factor * most * top_k / shards))
 
 
+def buffer_rows(num_tokens: int, top_k: int, shards: int, factor: float) -> int:
+    """Rows that a device sends one way in the exchanges that run whatever the load."""
+    slots = slots_per_exchange(num_tokens, top_k, shards, factor)
+    return len(bounds(num_tokens, top_k)) * shards * slots
+
+
 def schedule(
     experts_NK: jax.Array, num_experts: int, exchange: Exchange, axis_names: tuple[str, ...]
 ) -> Schedule:

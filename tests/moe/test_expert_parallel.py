@@ -9,10 +9,11 @@ import pytest
 from jax.sharding import Mesh
 
 from moejax import moe
+from moejax.core.chips import CHIPS
 from moejax.core.errors import InputError
 from moejax.core.mesh import make_mesh
 from moejax.core.precision import TOLERANCE
-from moejax.moe.choose import CHIPS, Load, choose
+from moejax.moe.choose import Load, choose
 from moejax.moe.expert_parallel import Parallel, _check
 from moejax.moe.ragged import emulated_ragged_all_to_all
 from tests.fake_devices import on_two_processes, results, start
