@@ -157,7 +157,9 @@ def working_mode() -> str:
 def missing(mode: str) -> str | None:
     """What this machine lacks for `mode`, or None if a program runs in it."""
     try:
-        verdict = _run_in(mode, Job("import re, hashlib, ctypes\nprint('alive')"), Limits())
+        # Twice: an overloaded machine may not start even this in time.
+        job = Job("import re, hashlib, ctypes\nprint('alive')")
+        verdict = _run_patiently(mode, job, Limits(wall_s=20.0), num_tries=2)
     except SandboxError as error:
         return str(error)
     return None if verdict.stdout == "alive\n" else f"a trial program ended with {verdict.reason}"
