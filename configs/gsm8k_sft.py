@@ -10,7 +10,9 @@ Command:  python -m launch.train --config=configs/gsm8k_sft.py --workdir=runs/gs
           2 processes: --multihost=127.0.0.1:9876,2,0 in one shell, ...,2,1 in another.
           A file for the data: --config.data.source=gsm8k_train.jsonl
 Hardware: anything from 2 CPU cores (8 GiB; the MoE 16 GiB) to a pod: rows divide by 8.
-Expected: BUILD.md, "Training", has the first losses of each; a whole epoch was not run yet.
+Expected: with seq_len=128, steps=3 and limit=600 the dense losses 1.8462, 1.7230, 1.5062 on one
+          device; on 8 only the first step was run (1.8462). The claim holds on a tiny model, dense
+          and MoE (tests/launch/test_multihost.py --slow). A whole epoch was not run yet.
 """
 
 from ml_collections import ConfigDict
