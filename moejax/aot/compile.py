@@ -35,15 +35,21 @@ def abstract(
 
 
 def compile_for(
-    function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
+    function: Callable[..., Any],
+    *arguments: Any,
+    donate: tuple[int, ...] = (),
+    options: dict[str, str] | None = None,
 ) -> jax.stages.Compiled:
     """Compiles for the devices of the arguments' shardings (trees of `abstract`). Nothing runs.
+
+    options: the compiler's own, as {"xla_tpu_enable_async_all_to_all": "true"}.
 
     What chooses by the platform (`moejax.core.platform`) chooses for those devices.
     """
     device = min(jax.tree.leaves(arguments)[0].sharding.device_set, key=lambda d: d.id)
     with compiling_for(device.platform, device.device_kind):
-        return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+        lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
+        return lowered.compile(compiler_options=options)
 
 
 def memory(compiled: jax.stages.Compiled) -> Memory:
