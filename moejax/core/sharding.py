@@ -11,6 +11,7 @@ from moejax.core.errors import InputError
 
 P = PartitionSpec
 _WIDE = ("fsdp", "expert")  # what is no expert's is split over the expert axis too
+_ALL = ("data", "fsdp", "expert")  # masters of chosen experts: even, whichever were chosen
 
 # Of one layer, by the end of the path; the first rule that fits counts.
 MOE_RULES: tuple[tuple[str, PartitionSpec], ...] = (
@@ -27,6 +28,10 @@ MOE_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 # Heads, widths and the vocabulary over "tensor"; D, and the ranks of latent attention, are wide.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     *MOE_RULES,
+    (r"(^experts/[^/]+|experts/tuned)/w_(gate|up)$", P(None, _ALL, "tensor")),
+    (r"(^experts/[^/]+|experts/tuned)/w_down$", P(None, "tensor", _ALL)),
+    (r"(^experts/[^/]+|experts/tuned)/b_(gate|up)$", P(None, "tensor")),
+    (r"(^experts/[^/]+|experts/tuned)/b_down$|/ids_M$|^pairs/|(^|/)lora/", P()),
     (r"attn/w_(q|k|v|q_up|kv_up)$", P(_WIDE, "tensor")),
     (r"attn/w_o$", P("tensor", None, _WIDE)),
     (r"attn/w_(q|kv)_down$", P(_WIDE)),

@@ -7,10 +7,15 @@ pass no product for another expert's weights is computed (`moejax.moe.tuned`). `
 masters back; every other array is the one that came in.
 
     trainable   experts/<run>/w_gate [P, D, F] ...     P pairs of that run of layers, ascending
-                rest/<path>                            shared experts or other modules, if asked for
-    frozen      base/<path>                            the model, but for what is in rest/
+                <path>                                 shared experts or other modules, if asked for
+    frozen      <path>                                 the rest of the model
                 pairs/<run>/{slot_LM, ids_LM, place_P} where a pair's master is used; M is the
                                                        largest number of chosen experts in a layer
+
+On a mesh every pair's matrices are split over all devices (`moejax.core.sharding`), whichever
+layer or device the expert belongs to: the optimizer's work and state are even by construction. A
+layer gathers its chosen experts in the stored dtype when it is run, and their gradients come back
+summed and split (reduce-scatter).
 """
 
 from __future__ import annotations
@@ -126,10 +131,12 @@ def split_params(
         raise InputError("the expert config names no expert and no other part: nothing to train")
     base = {path: leaf for path, leaf in flat.items() if path not in rest}
     trainable: dict[str, Any] = {"experts": experts} if experts else {}
-    if rest:
-        trainable["rest"] = tree.unflatten(rest)
-    frozen = {"base": tree.unflatten(base), "pairs": pairs}
-    return trainable, frozen
+    return {**trainable, **tree.unflatten(rest)}, {**tree.unflatten(base), "pairs": pairs}
+
+
+def rest_of(trainable: tree.Tree) -> dict[str, Any]:
+    """Path -> whole trained leaf, without the experts' masters."""
+    return tree.flatten({name: part for name, part in trainable.items() if name != "experts"})
 
 
 def assemble(trainable: tree.Tree, frozen: tree.Tree) -> tree.Tree:
@@ -137,9 +144,9 @@ def assemble(trainable: tree.Tree, frozen: tree.Tree) -> tree.Tree:
 
     Masters are cast to the base's dtype, so that what is trained is what will be stored.
     """
-    flat = tree.flatten(frozen["base"])
+    flat = tree.flatten({name: part for name, part in frozen.items() if name != "pairs"})
     dtype = jnp.result_type(*{leaf.dtype for path, leaf in flat.items() if "/experts/" in path})
-    for path, leaf in tree.flatten(trainable.get("rest", {})).items():
+    for path, leaf in rest_of(trainable).items():
         flat[path] = leaf.astype(dtype)
     for name, masters in trainable.get("experts", {}).items():
         where, parent = frozen["pairs"][name], EXPERTS.format(run=name)
@@ -158,7 +165,7 @@ def finish(
     params: what `split_params` was given. Leaves that nothing of was trained are the same objects.
     """
     flat = dict(tree.flatten(params))
-    for path, leaf in tree.flatten(trainable.get("rest", {})).items():
+    for path, leaf in rest_of(trainable).items():
         flat[path] = np.asarray(leaf).astype(flat[path].dtype)
     for run in runs_of(config, chosen):
         for name, master in trainable.get("experts", {}).get(run.name, {}).items():

@@ -18,7 +18,7 @@ import numpy as np
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.io import lineage
-from moejax.methods.esft import EXPERTS, RunPairs, rest_paths, runs_of
+from moejax.methods.esft import EXPERTS, RunPairs, rest_of, rest_paths, runs_of
 from moejax.methods.expert_config import ExpertConfig
 from moejax.models.config import ModelConfig
 
@@ -87,7 +87,7 @@ def of_trained(
         stacks[path] = np.asarray(master).astype(flat[path].dtype)
     leaves = {
         path: np.asarray(leaf).astype(flat[path].dtype)
-        for path, leaf in tree.flatten(trainable.get("rest", {})).items()
+        for path, leaf in rest_of(trainable).items()
     }
     return Delta(chosen, stacks, leaves, lineage.hash_params(params))
 

@@ -23,6 +23,7 @@ from moejax.moe.layer import MoEStats, Trace, add_shared_network, layer_stats
 from moejax.moe.routing import Routing, route
 from moejax.moe.scores import expert_inputs
 from moejax.moe.strategies import AXIS, BY_NAME, Context
+from moejax.moe.tuned import first_expert
 from moejax.ops.gated_ffn import Activation, gated_ffn
 
 P = PartitionSpec
@@ -99,6 +100,13 @@ def sharded_moe_layer(
     name = parallel.strategy
     if name == "auto":
         name = explain(parallel, config, x_BTD.shape, params["experts"]["w_up"].shape[2]).strategy
+    if "tuned" in params["experts"] and name == "chunked":
+        if parallel.strategy != "auto":
+            raise InputError(
+                "strategy 'chunked' has no gradient of a few experts of the stack yet: choose "
+                "'all_gather' or 'capacity' for ESFT."
+            )
+        name = "all_gather"
     context = Context(
         config.num_experts, mesh.shape[AXIS], parallel.factor, activation, implementation
     )
@@ -181,18 +189,26 @@ def _mix(experts, x_ND, routing: Routing, config: MoEConfig, context: Context, n
     if routing.shared_weight_N is not None:  # expert 0 of the stack is on the first shard
         first = jax.lax.axis_index(AXIS) == 0
         shared = {
-            k: jax.lax.psum(jnp.where(first, w[0], jnp.zeros_like(w[0])), AXIS)
-            for k, w in experts.items()
+            k: jax.lax.psum(jnp.where(first, w, jnp.zeros_like(w)), AXIS)
+            for k, w in first_expert(experts).items()
         }
         shared_ND = gated_ffn(shared, x_ND, context.activation)
         y_ND = y_ND + routing.shared_weight_N[:, None] * shared_ND
     return y_ND, dropped
 
 
-def _at_use(params: dict[str, jax.Array], specs: dict[str, Any]) -> dict[str, jax.Array]:
-    """Weights whole but for the expert stack and tensor; a bias of D enters the sum once."""
-    whole = {}
+def _at_use(params: dict[str, Any], specs: dict[str, Any]) -> dict[str, Any]:
+    """Weights whole but for the expert stack and tensor; a bias of D enters the sum once.
+
+    Trained experts (`moejax.moe.tuned`) are gathered whole too, and count from this shard's first.
+    """
+    whole: dict[str, Any] = {}
     for name, w in params.items():
+        if name == "tuned":
+            shard = params["w_up"].shape[0] * jax.lax.axis_index(AXIS)
+            whole[name] = _at_use(w, specs[name])
+            whole[name]["ids_M"] = whole[name]["ids_M"] - shard
+            continue
         for dim, axes in enumerate(specs[name]):
             if axes == AXIS or axes == "tensor" or axes is None:
                 continue

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +56,7 @@ def test_gradients_are_those_of_the_whole_model(name):
         for leaf, grad in grads["experts"][run.name].items():
             stack = flat[f"layers/{run.name}/moe/experts/{leaf}"]
             np.testing.assert_allclose(grad, stack[run.rows, run.ids], rtol=1e-4, atol=1e-6)
-    for path, grad in tree.flatten(grads.get("rest", {})).items():
+    for path, grad in esft.rest_of(grads).items():
         np.testing.assert_allclose(grad, flat[path], rtol=1e-4, atol=1e-6)
     assert tree.diff(esft.finish(trainable, params, config, chosen), params) == []
 
@@ -87,9 +92,9 @@ def test_what_is_no_expert_can_be_trained_too():
     params, config, _, _ = model_of("xft")
     chosen = ExpertConfig({0: (1,)}, non_expert_modules=True)
     trainable, frozen = esft.split_params(params, config, chosen)
-    rest = set(tree.flatten(trainable["rest"]))
+    rest = set(esft.rest_of(trainable))
     assert rest == {p for p in tree.flatten(params) if "/experts/" not in p}
-    assert all("/experts/" in path for path in tree.flatten(frozen["base"]))
+    assert all("/experts/" in path or "pairs/" in path for path in tree.flatten(frozen))
 
 
 @pytest.mark.parametrize(
@@ -100,3 +105,24 @@ def test_experts_of_another_model_are_refused(experts, words):
     params, config, _, _ = model_of("xft")
     with pytest.raises(InputError, match=words):
         esft.split_params(params, config, ExpertConfig(experts))
+
+
+@pytest.mark.slow
+def test_eight_devices_do_what_one_does_and_hold_equally_much():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.methods.esft_mesh_case"],
+        cwd=Path(__file__).parents[2],
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
+            "--xla_backend_optimization_level=0",
+        },
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, found in json.loads(done.stdout).items():
+        assert found["loss"] < 1e-5 and found["grads"] < 1e-4, (name, found)
+        assert found["uneven"] == 0, (name, found)
