@@ -20,6 +20,7 @@ from moejax.methods import expert_scores, score_files
 from moejax.methods import expert_selection as selection
 from moejax.methods.adaptation import adapt
 from moejax.methods.expert_config import ExpertConfig
+from moejax.methods.expert_gradients import gradient_scores
 from moejax.methods.expert_selection import ExpertScores
 from moejax.methods.lora import LoraConfig, abstract_adapters
 from moejax.models import transformer
@@ -91,6 +92,14 @@ def specialisation(
     for name in domains.rows:
         parts = domains.parts(name, "validation", BATCH)
         found[name] = expert_scores.count(base, model, parts, num_segments=1).scores()
+    pull = gradient_scores(
+        lambda params, batch: lm_loss(params, model, batch)[1]["nll"],
+        base,
+        model,
+        domains.parts(config.target, "validation", BATCH),
+    )
+    target = found[config.target]
+    found[config.target] = dataclasses.replace(target, values={**target.values, "gradient": pull})
     best = {name: selection.select_by_count(s, "token", model.moe.top_k).experts
             for name, s in found.items()}
     overlap = [
@@ -121,7 +130,8 @@ def arms_of(config: ConfigDict, target: ExpertScores) -> dict[str, ExpertConfig 
         arms[f"esft_{score}"] = chosen
     token = arms["esft_token"]
     assert token is not None
-    counts = selection.counts_of(token)
+    counts = selection.counts_of(token)  # the same budget for what follows
+    arms["esft_gradient"] = selection.select_by_count(target, "gradient", counts)
     for draw in range(config.draws):
         arms[f"random_{draw}"] = selection.select_random(target, counts, draw)
     return arms

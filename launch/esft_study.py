@@ -4,9 +4,10 @@
 
 A small mixture of experts is pre-trained on five domains; if its experts have specialised, it is
 adapted to one of them by full fine-tuning, LoRA of equally many parameters, ESFT by token and gate
-scores, and random experts of the same counts, each at the best of the same learning rates and over
-seeds. WORKDIR gets every run's raw losses (arms/ARM/RATE/SEED/result.json), specialisation.json,
-table.csv and frontier.png, which are made from them. Started again it goes on where it was.
+scores, and, of the same counts, experts by gradients and at random, each at the best of the same
+learning rates and over seeds. WORKDIR gets every run's raw losses (arms/ARM/RATE/SEED/result.json),
+specialisation.json, and, made from them, table.csv and frontier.png. Started again it goes on
+where it was.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ def test_the_tiny_study_goes_through_and_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     with (tmp_path / "table.csv").open() as file:
         rows = {row["arm"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["frozen", "full", "lora", "esft_token", "esft_gate", "random"]
+    esft = ["esft_token", "esft_gate", "esft_gradient"]
+    assert list(rows) == ["frozen", "full", "lora", *esft, "random"]
     assert int(rows["random"]["trained_params"]) == int(rows["esft_token"]["trained_params"])
     result = tmp_path / "arms/esft_token/0.003/1/result.json"
     before = result.read_bytes()

@@ -83,7 +83,7 @@ def flop_bound(choices: float) -> float:
 
 
 def measure_time(pairs: int) -> None:
-    """Medians of the ratio over pairs run in turns."""
+    """Medians of the ratio over pairs run in turns, of time and of the processors' seconds."""
     batch, key = make_batch(), jax.random.key(0)
     params = transformer.init_params(CONFIG, key)
     runs: dict[str, dict[str, Callable[[], object]]] = {}
@@ -115,19 +115,24 @@ def measure_time(pairs: int) -> None:
             "step": whole,
         }
     print(f"bound    {bound:.3f} of the FLOPs of full fine-tuning's forward and backward pass")
-    for part in ("forward", "forward+backward", "optimizer", "step"):
+    for part in ("step", "forward+backward", "optimizer", "forward"):
         times: dict[str, list[float]] = {"full": [], "esft": []}
+        used: dict[str, list[float]] = {"full": [], "esft": []}
         for number in range(pairs + 1):
             for method in ("full", "esft") if number % 2 else ("esft", "full"):
-                started = time.perf_counter()
+                started, before = time.perf_counter(), time.process_time()
                 jax.block_until_ready(runs[method][part]())
                 if number:  # the first compiles
                     times[method].append(time.perf_counter() - started)
+                    used[method].append(time.process_time() - before)
         ratios = [a / b for a, b in zip(times["esft"], times["full"], strict=True)]
         seconds = {method: statistics.median(found) for method, found in times.items()}
+        cpu = {method: statistics.median(found) for method, found in used.items()}
         print(
             f"{part:17} full {seconds['full']:.2f} s, esft {seconds['esft']:.2f} s, ratio "
-            f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})", flush=True
+            f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); of the "
+            f"processors {cpu['full']:.2f} s, {cpu['esft']:.2f} s, {cpu['esft'] / cpu['full']:.3f}",
+            flush=True,
         )
 
 
