@@ -20,7 +20,7 @@ FIGURE = f"{LAYER}, HBM temp per device"
 OVERLAP = f"{LAYER}, all-to-alls of rows beside a matmul, outside loops"
 WORK = f"{LAYER}, products done / model FLOPs, any load"
 # Without it libtpu 0.0.42 runs no all-to-all beside anything; LIBTPU_INIT_ARGS takes it too.
-OPTIONS = {"xla_tpu_enable_async_all_to_all": "true"}
+OPTIONS: dict[str, str | bool] = {"xla_tpu_enable_async_all_to_all": "true"}
 ROW_BYTES = 1 << 20  # smaller exchanges carry weights and counts
 NUM_EXPERTS, TOP_K, WIDTH, FFN, NUM_TOKENS = 64, 6, 2048, 1408, 4096
 
@@ -90,7 +90,7 @@ def measure(implementation: str) -> dict[str, float]:
     compiled = aot.compile_for(gradient, params, x_BTD, options=OPTIONS)
     exchanges = [
         one
-        for one in hlo.collectives(compiled.as_text())
+        for one in hlo.collectives(compiled.as_text() or "")
         if one.kind == "all-to-all" and not one.in_loop and one.bytes > ROW_BYTES
     ]
     return {

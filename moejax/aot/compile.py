@@ -38,7 +38,7 @@ def compile_for(
     function: Callable[..., Any],
     *arguments: Any,
     donate: tuple[int, ...] = (),
-    options: dict[str, str] | None = None,
+    options: dict[str, str | bool] | None = None,
 ) -> jax.stages.Compiled:
     """Compiles for the devices of the arguments' shardings (trees of `abstract`). Nothing runs.
 
