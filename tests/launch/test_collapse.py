@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch import collapse
+from launch import collapse_problems as collapse
 
 
 @pytest.fixture(scope="module")

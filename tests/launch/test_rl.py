@@ -7,7 +7,7 @@ import json
 import pytest
 
 from configs import rl_gsm8k
-from launch import rl
+from launch import rl_run as rl
 from moejax.core.errors import InputError
 from moejax.evals.tasks import TASKS, Grading
 from moejax.evals.tasks.base import Grade, Item

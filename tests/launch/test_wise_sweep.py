@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from launch import wise_sweep
+from launch import wise_choice
 from moejax.evals.sampled import Sampled
 from moejax.evals.sweep import Arm, Criterion, Problem
 from moejax.serve.sampling import SamplingConfig
@@ -32,14 +32,14 @@ class Known:
         return Sampled(tuple(p.id for p in problems), answers, correct)
 
 
-def plan(**changes) -> wise_sweep.Plan:
+def plan(**changes) -> wise_choice.Plan:
     fields = {
         "early": ("A", "B"), "late": "C",
         "samplings": (SamplingConfig(1.0), SamplingConfig(0.5)),
         "grid": (0.0, 0.5, 1.0), "points": 0, "criterion": Criterion("pass", 1),
         "ks": (1, 4), "num_samples": 8, "seed": 0,
     }
-    return wise_sweep.Plan(**fields | changes)
+    return wise_choice.Plan(**fields | changes)
 
 
 SPLITS = {
@@ -51,7 +51,7 @@ SPLITS = {
 @pytest.mark.parametrize("points", [0, 5])
 def test_the_best_on_validation_is_chosen_and_reported_on_test(points):
     run = Known("B", 0.5)
-    result, rows, sampled = wise_sweep.measure(run, plan(points=points), SPLITS)
+    result, rows, sampled = wise_choice.measure(run, plan(points=points), SPLITS)
     assert result["chosen"]["early"] == "B" and abs(result["chosen"]["delta"] - 0.5) <= 0.25
     assert {split for _, delta, split in run.asked if delta in (0.25, 0.75)} <= {"validation"}
     assert all(ids.startswith("t") for s in sampled.values() for ids in s.ids)
