@@ -6,9 +6,12 @@ pytest (-ra) names each with its reason.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports jax: the suite's numbers are those of a CPU, whatever the machine has.
@@ -33,6 +36,9 @@ PARITY_REASON = f"parity: {' and '.join(MISSING)} not installed (BUILD.md, 'Live
 LACKS_LIBTPU = importlib.util.find_spec("libtpu") is None
 AOT_REASON = "aot: libtpu not installed (tests/run --aot makes an environment that has it)"
 SLOW_REASON = "slow: run with --slow"
+# Linux lets a process map 65,530 regions; each compiled program takes a few, and a worker that has
+# compiled some ten thousand dies of the next one without a word.
+MOST_REGIONS = 20_000
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -64,3 +70,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=AOT_REASON))
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason=SLOW_REASON))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_regions() -> Iterator[None]:
+    """Forgets compiled programs after a file of tests, once there are very many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > MOST_REGIONS:
+        sys.modules["jax"].clear_caches()
+        gc.collect()

@@ -44,7 +44,13 @@ def pair(how: str, prefix: bool = False, graft: GraftConfig = GRAFT) -> Grafted:
 
 
 @pytest.mark.parametrize(
-    ("how", "prefix"), [("same", False), ("settled", False), ("cut", False), ("settled", True)]
+    ("how", "prefix"),
+    [
+        ("same", False),
+        ("settled", False),
+        pytest.param("cut", False, marks=pytest.mark.slow),
+        pytest.param("settled", True, marks=pytest.mark.slow),
+    ],
 )
 def test_cached_generation_equals_teacher_forcing(how, prefix):
     model = pair(how, prefix)
