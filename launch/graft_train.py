@@ -157,11 +157,11 @@ def make_loss(setup: Setup):
     return loss_fn
 
 
-def run_target(setup: Setup, trainable, frozen, batch, states, open_B=None) -> jax.Array:
+def run_target(setup: Setup, trainable, frozen, batch, states) -> jax.Array:
     """The target's last hidden states with the bridge in it."""
     dtype = setup.options.compute_dtype
     reading = make_reading(
-        trainable["bridge"], setup.graft, states, batch["limits"], open_B, dtype
+        trainable["bridge"], setup.graft, states, batch["limits"], compute_dtype=dtype
     )
     return grafted(
         target_of(setup, trainable, frozen),
