@@ -1,0 +1,179 @@
+"""One suite for every implementation of products with chosen blocks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+from jax.experimental.pallas import tpu as pltpu
+
+from moejax.core.precision import TOLERANCE
+from moejax.ops import sparse_matmul as module
+from moejax.ops import sparse_matmul_native as native
+from moejax.ops.gated_ffn import gated_ffn
+from moejax.ops.sparse_ffn import sparse_ffn
+from moejax.ops.sparse_matmul import IMPLEMENTATIONS, sparse_matmul
+from moejax.ops.sparse_matmul_gpu import sparse_matmul_gpu
+from moejax.ops.sparse_matmul_tpu import sparse_ffn_tpu, sparse_matmul_tpu
+from tests.aot.test_topology import run_for
+
+M, P, D = 6, 16, 96
+CHOSEN = {"some": [4, 0, 5, 1], "one": [3], "twice": [2, 2, 0]}
+
+
+def interpreted():
+    return pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+
+
+def run(name, x, w, chosen):
+    if name == "tpu":
+        return sparse_matmul_tpu(x, w, chosen, interpreted())
+    if name == "gpu":
+        return sparse_matmul_gpu(x, w, chosen, True)
+    return sparse_matmul(x, w, chosen, implementation=name)
+
+
+def draw(*shape, seed=0, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def close(got, wanted, dtype="float32"):
+    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE[dtype] * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(("case", "batch"), [("some", 3), ("one", 1), ("twice", 1)])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_both_directions_equal_the_definition(name, case, batch):
+    chosen = np.asarray(CHOSEN[case])
+    w, x, h = draw(M, P, D), draw(batch, D, seed=1), draw(batch, len(chosen), P, seed=2)
+    rows = np.asarray(w, np.float64)[chosen]
+    into = run(name, x, w, jnp.asarray(chosen))
+    assert into.shape == (batch, len(chosen), P)
+    close(into, np.einsum("bd,kpd->bkp", np.asarray(x, np.float64), rows))
+    close(run(name, h, w, jnp.asarray(chosen)), np.einsum("bkp,kpd->bd", h, rows))
+    if name == "tpu":
+        assert not interpreter.races.races_found
+
+
+@pytest.mark.parametrize("name", ["cpu", "tpu", "gpu"])
+def test_bfloat16_keeps_its_type_and_sums_in_float32(name):
+    chosen = jnp.asarray(CHOSEN["some"])
+    w, x = draw(M, P, D, dtype="bfloat16"), draw(1, D, seed=1, dtype="bfloat16")
+    got = run(name, x, w, chosen)
+    assert got.dtype == jnp.bfloat16
+    close(got, run("ref", x.astype("float32"), w.astype("float32"), chosen), "bfloat16")
+
+
+def ffn_params(gated, biased, seed=0):
+    names = ("gate", "up", "down") if gated else ("up", "down")
+    params = {f"rows_{name}": draw(M, P, D, seed=seed + i) for i, name in enumerate(names)}
+    if biased:
+        params |= {f"b_{name}": draw(M, P, seed=9) for name in names[:-1]}
+        params["b_down"] = draw(D, seed=8)
+    return params
+
+
+@pytest.mark.parametrize(("gated", "biased"), [(True, False), (False, True)])
+@pytest.mark.parametrize("name", ["ref", "native", "tpu"])
+def test_a_layer_is_its_masked_self(name, gated, biased):
+    """Against all neurons with the unchosen ones times zero, as the masked path has it."""
+    params, x = ffn_params(gated, biased), draw(2, D, seed=3)
+    chosen = jnp.asarray([4, 0, 5])
+    weight = jnp.asarray([[1.0, 0.0, 1.0], [0.5, 1.0, 0.0]])
+    activation = jax.nn.silu if gated else jax.nn.relu
+    flat = {k: v.reshape(-1, D) for k, v in params.items() if k.startswith("rows")}
+
+    def into(which):
+        bias = params[f"b_{which}"].reshape(-1) if biased else 0
+        return x @ flat[f"rows_{which}"].T + bias
+
+    h = activation(into("gate")) * into("up") if gated else activation(into("up"))
+    kept = np.zeros((2, M))
+    kept[:, np.asarray(chosen)] = weight
+    wanted = (h * np.repeat(kept, P, 1)) @ flat["rows_down"] + params.get("b_down", 0)
+    if name == "tpu":
+        inside = params | {b: params[b][chosen] for b in ("b_gate", "b_up") if b in params}
+        got = sparse_ffn_tpu(inside, x, chosen, activation, weight, interpreted())
+        got = got + params.get("b_down", 0)
+        assert not interpreter.races.races_found
+    else:
+        got = sparse_ffn(params, x, chosen, activation, weight_BK=weight, implementation=name)
+    close(got, wanted)
+
+
+def test_all_blocks_are_the_dense_layer():
+    params, x = ffn_params(True, False), draw(3, D, seed=3)
+    dense = {f"w_{n}": params[f"rows_{n}"].reshape(-1, D).T for n in ("gate", "up")}
+    dense["w_down"] = params["rows_down"].reshape(-1, D)
+    got = sparse_ffn(params, x, jnp.arange(M), jax.nn.silu)
+    close(got, gated_ffn(dense, x, jax.nn.silu))
+
+
+def test_none_takes_the_compiled_kernel_or_says_why_not(monkeypatch):
+    assert native.missing() is None, "this machine has a compiler"
+    assert module.chosen(None, jnp.float32) == "native"
+    assert module.chosen(None, jnp.bfloat16) == "cpu"
+    module._choose.cache_clear()
+    monkeypatch.setattr(native, "missing", lambda: "no C++ compiler is installed")
+    try:
+        assert module.chosen(None, jnp.float32) == "cpu"
+        with pytest.raises(ValueError, match="no C\\+\\+ compiler.*use implementation='cpu'"):
+            run("native", draw(1, D), draw(M, P, D), jnp.arange(2))
+    finally:
+        module._choose.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("x", "chosen", "said"),
+    [
+        ((1, D + 1), [0], f"D={D + 1} columns and w D={D}"),
+        ((1, 3, P), [0, 1], "for 2 chosen blocks of 16 rows"),
+        ((1, D), [0.5], "give integers"),
+        ((D,), [0], "not shapes"),
+    ],
+)
+def test_operands_that_do_not_fit_are_one_line(x, chosen, said):
+    with pytest.raises(ValueError, match=said):
+        sparse_matmul(jnp.zeros(x), jnp.zeros((M, P, D)), jnp.asarray(chosen))
+    with pytest.raises(NotImplementedError, match="compiled for tpu devices"):
+        run_on_tpu = jnp.zeros((1, D)), jnp.zeros((M, P, D)), jnp.arange(1)
+        sparse_matmul(*run_on_tpu, implementation="tpu")
+
+
+PROGRAM = """
+import sys
+import jax, jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from moejax.aot import compile as aot, topology
+from moejax.ops.sparse_ffn import sparse_ffn
+from moejax.ops.sparse_matmul import sparse_matmul
+
+name, implementation = sys.argv[1:]
+mesh = Mesh(topology.devices(name)[:1], ("one",))
+
+def array(*dims, dtype=jnp.bfloat16):
+    return aot.abstract(dims, dtype, mesh, PartitionSpec())
+
+rows = {f"rows_{n}": array(16, 128, 2048) for n in ("gate", "up", "down")}
+heads = array(32, 64, 2048)
+
+def program(rows, heads, x, h, chosen):
+    q = sparse_matmul(x, heads, chosen, implementation=implementation)
+    o = sparse_matmul(h, heads, chosen, implementation=implementation)
+    return q, o, sparse_ffn(rows, x, chosen, jax.nn.silu, implementation=implementation)
+
+compiled = aot.compile_for(program, rows, heads, array(1, 2048), array(1, 8, 64),
+                           array(8, dtype=jnp.int32))
+assert aot.memory(compiled).temp_bytes < 2 << 20, aot.memory(compiled)
+print("compiled")
+"""
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("name", "implementation"), [("v5e:2x2", "tpu"), ("v5p:2x2x1", "tpu"), ("h100x1", "gpu")]
+)
+def test_the_kernels_compile_without_a_copy_of_the_blocks(name, implementation):
+    done = run_for(name, PROGRAM, name, implementation)
+    assert done.stdout.strip() == "compiled", done.stderr[-3000:]
