@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,11 @@ import jax
 # (number of the block in the whole model, its output [B, T, D], what rides along) -> the last two.
 # The number is an int where layers are walked one by one, and traced where they are scanned.
 After = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
+# (the block's part of `Inserted.layers`, what one place of the block holds) -> (what is used
+# instead, what the caller wants to see of it: arrays, or None).
+Change = Callable[[Any, jax.Array], tuple[jax.Array, Any]]
+
+OnPlace = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +27,37 @@ class Inserted:
         instead of them.
       after: see `After`; called after every block.
       kept: arrays that ride along from block to block; `Output.kept` has them after the last one.
+      heads: changes what each head mixed, [B, T, H, C], before the output projection.
+      neurons: changes each neuron's activation before the down projection: act(gate) * up or
+        act(up), [B, T, F]; of experts [B, T, E, F], zero where a token did not choose one.
+      layers: per run of layers, arrays [L, ...] of which each block gets its own part.
+    `Output.seen` has, per run, what `heads` and `neurons` returned second, stacked over layers.
     """
 
     before: Callable[[jax.Array], jax.Array] | None = None
     after: After | None = None
     kept: Any = None
+    heads: Change | None = None
+    neurons: Change | None = None
+    layers: Mapping[str, Any] | None = None
+
+    def of_run(self, name: str) -> Any:
+        """A run's part of `layers`."""
+        return None if self.layers is None else self.layers[name]
+
+    def inside(self, part: Any) -> tuple[OnPlace | None, OnPlace | None, dict[str, Any]]:
+        """`heads` and `neurons` with a block's part, and a dict that fills as they are called."""
+        seen: dict[str, Any] = {}
+
+        def changing(place: str) -> OnPlace | None:
+            change: Change | None = getattr(self, place)
+            if change is None:
+                return None
+
+            def changed(x: jax.Array) -> jax.Array:
+                x, seen[place] = change(part, x)
+                return x
+
+            return changed
+
+        return changing("heads"), changing("neurons"), seen

@@ -48,13 +48,19 @@ def feed_forward_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in shapes.items() if not name.endswith("_gate")}
 
 
-def feed_forward(params: dict[str, Any], x: jax.Array, activation: Activation) -> jax.Array:
+def feed_forward(
+    params: dict[str, Any],
+    x: jax.Array,
+    activation: Activation,
+    on_neurons: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
     """`gated_ffn`, or ``act(x W_up + b_up) W_down + b_down`` where there is no gate."""
     if "w_gate" in params:
-        return gated_ffn(params, x, activation)
+        return gated_ffn(params, x, activation, on_neurons)
 
     def affine(x: jax.Array, name: str) -> jax.Array:
         y = jnp.matmul(x, params[f"w_{name}"], preferred_element_type=jnp.float32).astype(x.dtype)
         return y + params[f"b_{name}"] if f"b_{name}" in params else y
 
-    return affine(activation(affine(x, "up")), "down")
+    hidden = activation(affine(x, "up"))
+    return affine(hidden if on_neurons is None else on_neurons(hidden), "down")

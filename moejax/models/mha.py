@@ -18,6 +18,8 @@ from moejax.ops.rope import apply_rope
 
 # Takes this call's keys and values and gives back all that the queries may see, plus new state.
 Extend = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, Any]]
+# Takes what the heads mixed, [B, T, H, C], and gives what the output projection reads.
+OnHeads = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,7 @@ def mha(
     inputs: AttentionInputs,
     extend: Extend,
     window: Window = 0,
+    on_heads: OnHeads | None = None,
 ) -> tuple[jax.Array, Any]:
     """Projects, rotates, attends, projects back. Returns ([B, T, D], extend's new state)."""
 
@@ -87,6 +90,7 @@ def mha(
         q_BTHC, k_BTGC = (apply_rope(x, *inputs.turn) for x in (q_BTHC, k_BTGC))
     k_BGSC, v_BGSC, state = extend(jnp.swapaxes(k_BTGC, 1, 2), jnp.swapaxes(project("v"), 1, 2))
     mixed_BTHC = attend(q_BTHC, k_BGSC, v_BGSC, inputs, window, inputs.spec)
+    mixed_BTHC = mixed_BTHC if on_heads is None else on_heads(mixed_BTHC)
     # One product over H * C: for an einsum over two dims XLA transposes the weights first.
     w_o = params["w_o"].reshape(-1, x_BTD.shape[-1])
     out_BTD = mixed_BTHC.reshape(*x_BTD.shape[:2], -1) @ w_o

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from moejax.core.errors import InputError
 from moejax.models.attend import attend
-from moejax.models.mha import AttentionInputs, Extend
+from moejax.models.mha import AttentionInputs, Extend, OnHeads
 from moejax.ops.attention import AttentionSpec
 from moejax.ops.attention_spec import Window
 from moejax.ops.norm import rms_norm
@@ -113,6 +113,7 @@ def mla(
     inputs: AttentionInputs,
     extend: Extend,
     window: Window = 0,
+    on_heads: OnHeads | None = None,
 ) -> tuple[jax.Array, Any]:
     """DeepSeek-V2's attention (arXiv 2405.04434, section 2.1, eq. 37 to 47).
 
@@ -129,6 +130,7 @@ def mla(
       inputs: its `turn` is that of P channels; a scale of None is head_size^-1/2.
       extend: takes and gives [B, 1, S, R + P], and nothing ([..., 0]) in place of values.
       window: as in `moejax.ops.attention.attention`.
+      on_heads: changes what the heads mixed.
 
     Returns ([B, T, D], extend's new state).
     """
@@ -145,6 +147,7 @@ def mla(
     absorbs = paged or (cached and _is_absorbing_cheaper(config, *sizes))
     attend = _absorbed if absorbs else _expanded
     mixed_BTHC = attend(config, params["w_kv_up"], q_BTHC, latent_B1SK, (inputs, window, spec))
+    mixed_BTHC = mixed_BTHC if on_heads is None else on_heads(mixed_BTHC)
     w_o = params["w_o"].reshape(-1, x_BTD.shape[-1])
     out_BTD = mixed_BTHC.reshape(*x_BTD.shape[:2], -1) @ w_o
     return (out_BTD + params["b_o"] if "b_o" in params else out_BTD), state

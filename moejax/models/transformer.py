@@ -26,6 +26,7 @@ from moejax.models.mha import AttentionInputs, mha
 from moejax.models.mla import mla
 from moejax.models.options import BLOCK_INPUT, REMAT_POLICIES, ForwardOptions
 from moejax.models.params import abstract_params, init_leaf, init_params
+from moejax.moe.changed import changed_moe
 from moejax.moe.expert_parallel import split_rows, whole_columns
 from moejax.moe.layer import MoEStats, moe_layer
 from moejax.moe.losses import pooled_balance
@@ -41,12 +42,13 @@ __all__ += ["outer_at_use", "unembed"]
 @dataclasses.dataclass(frozen=True)
 class Output:
     """hidden_BTD after the final norm; the cache, if one was given; router statistics [L, ...];
-    what rode along (`moejax.models.inserted.Inserted.kept`)."""
+    what rode along, and what was seen of places inside (`moejax.models.inserted.Inserted`)."""
 
     hidden_BTD: jax.Array
     cache: KVCache | PagedCache | None
     stats: MoEStats | None
     kept: Any = None
+    seen: Any = None
 
 
 def forward(
@@ -73,7 +75,7 @@ def forward(
         layers.
       rng: key for the routers' exploration noise; None (evaluation) adds none.
       options: how to compute.
-      inserted: functions run before the first block and after every one.
+      inserted: functions run before the first block, inside every one, and after it.
 
     Returns:
       hidden states after the final norm, the extended cache, router statistics.
@@ -100,15 +102,16 @@ def forward(
     x_BTD = _embed(embed, config, tokens_BT, positions_BT, options.compute_dtype, inserted)
     if options.parallel is not None:
         x_BTD = split_rows(x_BTD, options.parallel.mesh)
-    new_k, new_v, stats, kept, first = {}, {}, [], inserted.kept, 0
+    new_k, new_v, stats, seen, kept, first = {}, {}, [], {}, inserted.kept, 0
     for index, run in enumerate(config.runs):
         context = _Context(config, options, inputs, mask_BT, slot, run.windows, inserted, first)
         first += run.num_layers
         state = None if cache is None else (cache.k[run.name], cache.v[run.name])
-        key = None if rng is None else jax.random.fold_in(rng, index)
-        layers = params["layers"][run.name]
+        key, layers = _folded(rng, index), params["layers"][run.name]
         walk = _run_split if isinstance(layers, tuple) else _run_scanned
-        (x_BTD, kept), state, run_stats = walk(layers, (x_BTD, kept), state, key, context)
+        both, flow = (layers, inserted.of_run(run.name)), (x_BTD, kept)
+        flow, state, (run_stats, seen[run.name]) = walk(both, flow, state, key, context)
+        x_BTD, kept = flow
         if state is not None:
             new_k[run.name], new_v[run.name] = state
         if run_stats is not None:
@@ -122,7 +125,7 @@ def forward(
     elif cache is not None:
         length = cache.length + tokens_BT.shape[1]
         cache = dataclasses.replace(cache, k=new_k, v=new_v, length=length)
-    return Output(hidden, cache, _joined(stats, config) if stats else None, kept)
+    return Output(hidden, cache, _joined(stats, config) if stats else None, kept, seen)
 
 
 def outer_at_use(params: tree.Tree, options: ForwardOptions) -> tree.Tree:
@@ -185,6 +188,10 @@ class _Context:
         if self.inserted.after is None:
             return x_BTD, kept
         return self.inserted.after(self.first + index, x_BTD, kept)
+
+
+def _folded(rng: jax.Array | None, index: Any) -> jax.Array | None:
+    return None if rng is None else jax.random.fold_in(rng, index)
 
 
 def _joined(stats: list[MoEStats], config: ModelConfig) -> MoEStats:
@@ -260,34 +267,36 @@ def _attention_inputs(config, options, positions_BT, segment_ids_BT, cache) -> A
 
 
 def _block(layer, x_BTD, rng, extend, context: _Context, window: Window):
-    """One block: attention, then the feed-forward layer or the experts, each with its norms."""
+    """One block: attention, then the feed-forward layer or the experts, each with its norms.
+
+    layer: its weights, and its part of `Inserted.layers`. Returns the output, `extend`'s new state,
+    and (router statistics, what was seen of the heads and the neurons).
+    """
     config, options = context.config, context.options
+    layer, part = layer
+    on_heads, on_neurons, seen = context.inserted.inside(part)
     cast = tree.map_with_path(lambda path, w: _cast(path, w, options), adapted(layer))
 
     def attend(x):
         if config.mla is not None:
-            return mla(config.mla, cast["attn"], x, context.inputs, extend, window)
-        return mha(cast["attn"], x, context.inputs, extend, window)
+            return mla(config.mla, cast["attn"], x, context.inputs, extend, window, on_heads)
+        return mha(cast["attn"], x, context.inputs, extend, window, on_heads)
 
     def feed(x):
         if "mlp" in cast:
-            return feed_forward(cast["mlp"], x, ACTIVATION[config.activation]), None
+            return feed_forward(cast["mlp"], x, ACTIVATION[config.activation], on_neurons), None
         assert config.moe is not None
-        return moe_layer(
-            cast["moe"],
-            x,
-            config.moe,
-            activation=ACTIVATION[config.activation],
-            mask_BT=context.mask_BT,
-            rng=rng,
-            implementation=options.moe_implementation,
-            trace=options.trace_routing,
-            parallel=options.parallel,
-        )
+        how: dict[str, Any] = {"activation": ACTIVATION[config.activation], "rng": rng}
+        how |= {"mask_BT": context.mask_BT, "trace": options.trace_routing}
+        how |= {"parallel": options.parallel}
+        if on_neurons is not None:
+            return changed_moe(cast["moe"], x, config.moe, on_neurons, **how)
+        how["implementation"] = options.moe_implementation
+        return moe_layer(cast["moe"], x, config.moe, **how)
 
     x_BTD, state = _residual(cast, "attn", x_BTD, attend, config)
     x_BTD, stats = _residual(cast, "mlp", x_BTD, feed, config)
-    return x_BTD, state, stats
+    return x_BTD, state, (stats, seen)
 
 
 def _cast(path: str, w: jax.Array, options: ForwardOptions) -> jax.Array:
@@ -321,7 +330,7 @@ def _residual(layer, name: str, x_BTD, branch, config: ModelConfig):
 def _run_scanned(layers, flow, state, rng, context: _Context):
     """Scans a run of stacked layers; the cache rides in the carry, so it is updated in place.
 
-    flow: x_BTD and what rides along.
+    layers: weights and parts of `Inserted.layers`. flow: x_BTD and what rides along.
     """
     num_layers = jax.tree.leaves(layers)[0].shape[0]
     # One window is a constant of the program; several ride along with the layers.
@@ -334,7 +343,7 @@ def _run_scanned(layers, flow, state, rng, context: _Context):
             x_BTD = split_rows(x_BTD, context.options.parallel.mesh)
         x_BTD = checkpoint_name(x_BTD, BLOCK_INPUT)
         layer, index, window = xs
-        key = None if rng is None else jax.random.fold_in(rng, index)
+        key = _folded(rng, index)
 
         def extend(k, v):
             if state is None:
@@ -349,30 +358,30 @@ def _run_scanned(layers, flow, state, rng, context: _Context):
             return *(c.astype(k.dtype) for c in seen), both
 
         window = context.windows[0] if same else window
-        x_BTD, new_state, stats = _block(layer, x_BTD, key, extend, context, window)
-        return (context.after(index, x_BTD, kept), new_state), stats
+        x_BTD, new_state, found = _block(layer, x_BTD, key, extend, context, window)
+        return (context.after(index, x_BTD, kept), new_state), found
 
     if context.options.remat in REMAT_POLICIES:
-        body = jax.checkpoint(
-            body, policy=REMAT_POLICIES[context.options.remat], prevent_cse=False
-        )
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[context.options.remat], prevent_cse=False)
     xs = (layers, jnp.arange(num_layers), windows)
-    (flow, state), stats = jax.lax.scan(body, (flow, state), xs)
-    return flow, state, stats
+    (flow, state), found = jax.lax.scan(body, (flow, state), xs)
+    return flow, state, found
 
 
 def _run_split(layers, flow, state, rng, context: _Context):
     """Walks a run of split layers one by one, each with cache arrays of its own."""
-    (x_BTD, kept), new_k, new_v, stats = flow, [], [], []
-    for index, layer in enumerate(layers):
-        key = None if rng is None else jax.random.fold_in(rng, index)
+    (x_BTD, kept), new_k, new_v, found = flow, [], [], []
+    layers, parts = layers
+    for index, weights in enumerate(layers):
+        layer = weights, jax.tree.map(lambda x, at=index: x[at], parts)
+        key = _folded(rng, index)
         extend = functools.partial(extend_split, state, index, context.slot)
         window = context.windows[index]
-        x_BTD, new, layer_stats = _block(layer, x_BTD, key, extend, context, window)
+        x_BTD, new, of_layer = _block(layer, x_BTD, key, extend, context, window)
         x_BTD, kept = context.after(index, x_BTD, kept)
         if new is not None:
             new_k.append(new[0])
             new_v.append(new[1])
-        stats.append(layer_stats)
-    joined = None if stats[0] is None else jax.tree.map(lambda *s: jnp.stack(s), *stats)
+        found.append(of_layer)
+    joined = jax.tree.map(lambda *s: jnp.stack(s), *found)
     return (x_BTD, kept), None if state is None else (tuple(new_k), tuple(new_v)), joined

@@ -9,11 +9,17 @@ import jax.numpy as jnp
 Activation = Callable[[jax.Array], jax.Array]
 
 
-def gated_ffn(params: dict[str, Any], x: jax.Array, activation: Activation) -> jax.Array:
+def gated_ffn(
+    params: dict[str, Any],
+    x: jax.Array,
+    activation: Activation,
+    on_neurons: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
     """``(act(x W_gate) * (x W_up)) W_down`` (Shazeer 2020, eq. 6), with biases if there are any.
 
     params: w_gate, w_up [D, F], w_down [F, D] and maybe b_gate, b_up [F], b_down [D]; they are
-    cast to x's dtype, sums are at least float32. x, result: [..., D].
+    cast to x's dtype, sums are at least float32. x, result: [..., D]. on_neurons changes the
+    activations [..., F].
     """
 
     def affine(x: jax.Array, name: str) -> jax.Array:
@@ -21,7 +27,8 @@ def gated_ffn(params: dict[str, Any], x: jax.Array, activation: Activation) -> j
         y = jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
         return y + params[f"b_{name}"].astype(x.dtype) if f"b_{name}" in params else y
 
-    return affine(activation(affine(x, "gate")) * affine(x, "up"), "down")
+    hidden = activation(affine(x, "gate")) * affine(x, "up")
+    return affine(hidden if on_neurons is None else on_neurons(hidden), "down")
 
 
 def ffn_shapes(d_model: int, d_ff: int, bias: bool) -> dict[str, tuple[int, ...]]:
