@@ -9,11 +9,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from moejax.core.errors import InputError
 
+_SYNCS_AT_ONCE = 8
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # A folder that holds one of these is a model of ours to replace; anything else is left alone.
 _MODEL_MARKS = ("config.json", "moejax.json", "lineage.json")
@@ -144,8 +146,10 @@ def _make_parents(folder: Path) -> list[Path]:
 
 def sync_files(folder: Path) -> None:
     """Flushes every file below to the disk, so that a rename never outlives its contents."""
-    for path in [*folder.rglob("*"), folder]:
-        sync_path(path)
+    with ThreadPoolExecutor(_SYNCS_AT_ONCE) as pool:  # each mostly waits for the disk
+        for _ in pool.map(sync_path, list(folder.rglob("*"))):
+            pass
+    sync_path(folder)
 
 
 def sync_path(path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from moejax.core.errors import InputError
-from moejax.io import atomic, gguf_rope, hf, stream
+from moejax.io import atomic, gguf_rope, hf, host, stream
 from moejax.io.gguf import config_of, stored_rows
 from moejax.io.gguf_layout import GgufLayout, Place, layout_of, places
 from moejax.io.gguf_tokenizer import gguf_from_backend
@@ -76,7 +76,7 @@ class _Group:
                     value = np.swapaxes(value, 1, 2) if cut.transposed else value
                 if self.place.plus_one:
                     value = value + np.float32(1)
-                encoded = gguf.quants.quantize(np.ascontiguousarray(value), self.type)
+                encoded = gguf.quants.quantize(host.row_major(value), self.type)
                 if self.type == Type.F16 and not np.isfinite(encoded).all():
                     raise InputError(f"tensor {name} does not fit float16: use --dtype=bfloat16")
                 yield encoded

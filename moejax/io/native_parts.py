@@ -15,7 +15,7 @@ import numpy as np
 
 from moejax.core import tree
 from moejax.core.errors import InputError
-from moejax.io import stream
+from moejax.io import host, stream
 from moejax.io.loaded import Loaded, Progress
 from moejax.io.orbax_parts import MAX_CHUNK_BYTES, Part, StoredLeaves, write_parts
 from moejax.io.safetensors import Info, Range
@@ -71,7 +71,8 @@ def _parts(loaded: Loaded, table: list[Weight], leaves, progress) -> Iterator[Pa
             with np.errstate(over="ignore"):
                 cast = value.astype(dtype, copy=False)
             stream.check_finite(value, cast, f"tensor {weight.hf_name}")
-            ours = (cast.T if weight.in_dims else cast).reshape(*inputs, last - first, *rest)
+            ours = host.transposed(cast) if weight.in_dims else cast
+            ours = ours.reshape(*inputs, last - first, *rest)
             start = (*weight.index, *[0] * len(inputs), first, *[0] * len(rest))
             yield Part(weight.path, start, ours[(None,) * len(weight.index)])
             done += ours.nbytes

@@ -248,18 +248,26 @@ def write_file(
     with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as flusher:
         _write(file, len(text).to_bytes(8, "little") + text)
         unflushed, flushing = 0, None
-        for entry in entries:
-            for part in entry.parts():
-                value = np.ascontiguousarray(part)
-                _write(file, value.reshape(-1).view(np.uint8).data)
-                wrote(value.nbytes)
-                unflushed += value.nbytes
-                # The disk works while the next parts are made, and not all at the end.
-                if unflushed > _FLUSH_BYTES and (flushing is None or flushing.done()):
-                    flushing = flusher.submit(os.fdatasync, file.fileno())
-                    unflushed = 0
+        made = (host.row_major(part) for entry in entries for part in entry.parts())
+        for value in _one_ahead(made):
+            _write(file, value.reshape(-1).view(np.uint8).data)
+            wrote(value.nbytes)
+            unflushed += value.nbytes
+            # The disk works while the next parts are made, and not all at the end.
+            if unflushed > _FLUSH_BYTES and (flushing is None or flushing.done()):
+                flushing = flusher.submit(os.fdatasync, file.fileno())
+                unflushed = 0
         if flushing is not None:
             flushing.result()
+
+
+def _one_ahead(values: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same arrays; a thread makes the next one while the caller works on one."""
+    with ThreadPoolExecutor(1) as maker:
+        coming = maker.submit(next, values, None)
+        while (value := coming.result()) is not None:
+            coming = maker.submit(next, values, None)
+            yield value
 
 
 def _write(file, content: bytes | memoryview) -> None:

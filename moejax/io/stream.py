@@ -73,7 +73,7 @@ def cast_parts(
     for rows in row_ranges(source.infos[name], rows_at_once):
         value = source.read(name, rows)
         with np.errstate(over="ignore"):
-            cast = np.ascontiguousarray(value.astype(dtype, copy=False))
+            cast = value.astype(dtype, copy=False)
         check_finite(value, cast, f"tensor {name}")
         yield cast
 
@@ -125,9 +125,9 @@ def is_finite(value: np.ndarray) -> bool:
     without among signed ones.
     """
     mask = _EXPONENTS[value.dtype.name]
-    if not value.flags.c_contiguous:
-        value = np.ascontiguousarray(value)
-    bits = value.reshape(-1).view(mask.dtype)
+    if value.T.flags.c_contiguous:
+        value = value.T
+    bits = np.ascontiguousarray(value).reshape(-1).view(mask.dtype)
     if not bits.size:
         return True
     sign = ~(~mask.dtype.type(0) >> 1)

@@ -30,7 +30,7 @@ from moejax.moe.changed import changed_moe
 from moejax.moe.expert_parallel import split_rows, whole_columns
 from moejax.moe.layer import MoEStats, moe_layer
 from moejax.moe.losses import pooled_balance
-from moejax.ops.attention import AttentionSpec, Visible, Window, shared_mask, soft_capped
+from moejax.ops.attention import AttentionSpec, Visible, Window, cudnn_can, shared_mask, soft_capped
 from moejax.ops.rope import frequencies, rotation
 
 __all__ = ["abstract_params", "init_leaf", "init_params"]  # of the tree, from params.py
@@ -255,7 +255,9 @@ def _attention_inputs(config, options, positions_BT, segment_ids_BT, cache) -> A
         freqs = frequencies(config.rope, config.rope_size, length)
         turn = rotation(positions_BT, freqs, config.rope.amplitude)
     kind = config.attention
-    spec = AttentionSpec(kind.scale, kind.soft_cap, kind.windows, options.attention)
+    value_size = config.head_size if config.mla is None else config.mla.v_size
+    fused = cudnn_can(config.head_size, value_size, options.compute_dtype, kind.soft_cap)
+    spec = AttentionSpec(kind.scale, kind.soft_cap, kind.windows, options.attention, fused)
     shape = (*positions_BT.shape, config.num_heads)
     mesh = None if options.parallel is None or cache is not None else options.parallel.mesh
     if mesh is None:

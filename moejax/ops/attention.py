@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from moejax.ops.attention_spec import Visible, Window, mask_of, soft_capped
 from moejax.ops.attention_splash import splash_attention, splash_can
 
 __all__ = ["AttentionSpec", "Visible", "Window", "attention", "choose", "shared_mask"]
-__all__ += ["soft_capped"]
+__all__ += ["cudnn_can", "soft_capped"]
 
 # Scores of so many bytes per layer (float32) are kept at once before keys are read block by block.
 MAX_SCORE_BYTES = 1 << 30
@@ -35,6 +37,7 @@ class AttentionSpec:
       scale: factor of the scores; None is C^-1/2.
       soft_cap: scores become soft_cap * tanh(scores / soft_cap); None: they do not.
       windows: the values that a window may take, where it is not known when compiling.
+      fused: cuDNN takes such heads (`cudnn_can`), so `choose` may choose it.
       implementation: a name of `IMPLEMENTATIONS`; None chooses by `choose`.
     """
 
@@ -42,6 +45,7 @@ class AttentionSpec:
     soft_cap: float | None = None
     windows: tuple[int, ...] = (0,)
     implementation: str | None = None
+    fused: bool = False
 
 
 def attention(
@@ -75,7 +79,7 @@ def attention(
     name = spec.implementation
     if name is None:
         shape = (q_BTHC.shape[0], q_BTHC.shape[1], q_BTHC.shape[2])
-        name = _choose_here(shape, k_BGSC.shape[2], visible)
+        name = _choose_here(shape, k_BGSC.shape[2], visible, fused=spec.fused)
     if (name == "paged") != (visible.pages_BP is not None):
         lies = "not in pages" if name == "paged" else "in pages"
         raise NotImplementedError(f"attention {name!r} and a cache that is {lies}: use None")
@@ -111,7 +115,9 @@ def shared_mask(
     For the caller of many layers: they then share one mask. num_devices: that XLA is to split one
     call over; None is all there are.
     """
-    name = spec.implementation or _choose_here(q_shape, num_keys, visible, num_devices)
+    name = spec.implementation or _choose_here(
+        q_shape, num_keys, visible, num_devices, spec.fused
+    )
     if name in ("dense", "jax"):
         mask_BTS = mask_of(visible, q_shape[1], num_keys)
         visible = dataclasses.replace(visible, mask_BTS=mask_BTS)
@@ -124,12 +130,14 @@ def choose(
     visible: Visible,
     backend: str,
     num_devices: int = 1,
+    fused: bool = False,
 ) -> str:
     """The implementation for queries [B, T, H]: "splash" on TPUs, "blockwise" for long texts.
 
-    "paged" for a cache in pages, and only that. Else "dense", as for all that reads from a cache,
-    unless that is too long. "jax" and "cudnn" are never chosen; they are there to be asked for by
-    name. Nor is "splash" where XLA is to split a call over several devices: it cannot split a
+    "paged" for a cache in pages, and only that; "cudnn" for whole texts on a GPU where it can
+    (`fused`), unless the mask of their segments is too large. Else "dense", as for all that reads
+    from a cache, unless that is too long. "jax" is there to be asked for by name. "splash" and
+    "cudnn" are not chosen where XLA is to split a call over several devices: it cannot split a
     kernel (`moejax.models.attend` does it itself).
     """
     if visible.pages_BP is not None:
@@ -140,6 +148,10 @@ def choose(
     if one_tpu and long_enough and splash_can(num_queries, num_keys, visible):
         return "splash"
     whole_text = visible.slot is None
+    mask_bytes = 0 if visible.segments_BT is None else 2 * num_batch * num_queries * num_keys
+    one_gpu = backend == "gpu" and num_devices == 1
+    if one_gpu and fused and whole_text and mask_bytes <= MAX_SCORE_BYTES:
+        return "cudnn"
     if backend == "cpu" and whole_text and num_queries >= MIN_BLOCKWISE_TOKENS_ON_CPU:
         return "blockwise"
     score_bytes = 4 * num_batch * num_heads * num_queries * num_keys
@@ -147,11 +159,37 @@ def choose(
 
 
 def _choose_here(
-    q_shape: tuple[int, int, int], num_keys: int, visible: Visible, num_devices: int | None = None
+    q_shape: tuple[int, int, int],
+    num_keys: int,
+    visible: Visible,
+    num_devices: int | None = None,
+    fused: bool = False,
 ) -> str:
     if num_devices is None:
         num_devices = jax.device_count()
-    return choose(q_shape, num_keys, visible, platform(), num_devices)
+    return choose(q_shape, num_keys, visible, platform(), num_devices, fused)
+
+
+def cudnn_can(key_size: int, value_size: int, dtype: Any, soft_cap: float | None) -> bool:
+    """Whether cuDNN's attention takes heads of these sizes here; asks it, which needs a GPU."""
+    if platform() != "gpu" or soft_cap is not None or key_size != value_size:
+        return False
+    return _cudnn_takes(key_size, jnp.dtype(dtype))
+
+
+@functools.cache
+def _cudnn_takes(key_size: int, dtype: Any) -> bool:
+    q = jax.ShapeDtypeStruct((1, 128, 1, key_size), dtype)
+    try:
+        jax.eval_shape(
+            functools.partial(
+                jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
+            ),
+            *(q, q, q),
+        )
+    except (ValueError, RuntimeError, NotImplementedError, TypeError):  # its ways to say no
+        return False
+    return True
 
 
 def dense_attention(

@@ -32,6 +32,7 @@ from moejax.io.stream import check_all
 from moejax.models.families import by_name
 
 MEGABYTE = 2**20
+PLAIN = "plain"
 
 
 def make_folder(folder: Path, num_bytes: float) -> int:
@@ -120,7 +121,10 @@ def main() -> None:
     place = Path(sys.argv[1])
     if sys.argv[2:3] == ["--one"]:
         source, format, dtype = sys.argv[3:]
-        work = functools.partial(convert, place / source, place / "target", format, dtype)
+        target = place / "target"
+        work = functools.partial(convert, place / source, target, format, dtype)
+        if format == PLAIN:
+            work = functools.partial(plain_pass, place / source, target)
         print(json.dumps(watched(work)))
         return
     largest = make_folder(place / "source", float((sys.argv[2:] or ["2"])[0]) * 1e9)
@@ -131,27 +135,29 @@ def main() -> None:
             if source == "ours":
                 convert(place / "source", place / "ours", "orbax")
             print(f"{'orbax' if source == 'ours' else 'hf'} to {format}")
-            paired(place, source, format, int((sys.argv[3:] or ["4"])[0]))
+            work = functools.partial(one, place, source, format)
+            plain = functools.partial(one, place, "source", PLAIN)
+            paired(work, plain, int((sys.argv[3:] or ["4"])[0]))
         print(f"to float32: {shown(one(place, 'source', 'hf', 'float32'))}")
     finally:
-        for name in ("source", "ours", "target", "copy"):
+        for name in ("source", "ours", "target"):
             shutil.rmtree(place / name, ignore_errors=True)
 
 
-def paired(place: Path, source: str, format: str, num_pairs: int) -> None:
-    """Conversions and plain passes in turn, each first in half of the pairs."""
+def paired(work: Callable[[], Cost], plain: Callable[[], Cost], num_pairs: int) -> None:
+    """Measures and prints some work and a plain pass in turn, each first in half of the pairs.
+
+    Pages just given back by whoever came before cost a third as much as others: an uncounted plain
+    pass before each lets both find the same ones.
+    """
     pairs: list[tuple[Cost, Cost]] = []
     for number in range(num_pairs):
-        found: dict[str, Cost] = {}
-        for what in ("plain", "convert") if number % 2 else ("convert", "plain"):
-            if what == "convert":
-                found[what] = one(place, source, format, "keep")
-            else:
-                work = functools.partial(plain_pass, place / "source", place / "copy")
-                found[what] = watched(work)
-                shutil.rmtree(place / "copy")
-        pairs.append((found["convert"], found["plain"]))
-        print(f"  convert {shown(pairs[-1][0])}; plain {shown(pairs[-1][1])}", flush=True)
+        found: list[Cost] = []
+        for what in (plain, work) if number % 2 else (work, plain):
+            plain()
+            found.append(what())
+        pairs.append((found[1], found[0]) if number % 2 else (found[0], found[1]))
+        print(f"  work {shown(pairs[-1][0])}; plain {shown(pairs[-1][1])}", flush=True)
     ratios = sorted(a.seconds / b.seconds for a, b in pairs)
     middle = statistics.median(ratios)
     print(f"  median of the ratios {middle:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
@@ -162,8 +168,8 @@ def shown(cost: Cost) -> str:
     return f"{cost.seconds:.1f} s (cpu {cost.cpu_s:.1f}), +{cost.peak / MEGABYTE:.0f} MB"
 
 
-def one(place: Path, source: str, format: str, dtype: str) -> Cost:
-    """A conversion in a process of its own."""
+def one(place: Path, source: str, format: str, dtype: str = "keep") -> Cost:
+    """A conversion, or a plain pass, in a process of its own."""
     module = ["-m", "tests.io.measure_convert"]
     command = [sys.executable, *module, str(place), "--one", source, format, dtype]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

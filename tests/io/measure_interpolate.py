@@ -1,6 +1,6 @@
 """What mixing two folders costs, in memory and in time, on generated folders.
 
-    python -m tests.io.measure_interpolate DIR [GIGABYTES]
+    python -m tests.io.measure_interpolate DIR [GIGABYTES] [PAIRS]
 
 Prints the peak of anonymous memory above what the imports took, and the time of mixtures and, in
 turn with them, of plain passes that read both folders and write one with fsync and no arithmetic.
@@ -9,13 +9,12 @@ Inputs are hashed for the lineage as `launch.wise` does it. DIR is emptied of wh
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from launch.mixing import Plan, mixed_model
 from moejax.io import lineage
 from moejax.io.load import load_any, save_any
 from moejax.methods.interpolate import Deltas
-from tests.io.measure_convert import MEGABYTE, make_folder, watched
+from tests.io.measure_convert import MEGABYTE, Cost, make_folder, paired, watched
 
 
 def interpolate(place: Path) -> None:
@@ -40,49 +39,45 @@ def interpolate(place: Path) -> None:
         save_any(mixed, place / "mixed", operations=operations)
 
 
-def plain_pass(place: Path) -> float:
-    """Seconds to read both folders and write one of them, 8 MB at a time, with fsync."""
-    begun = time.perf_counter()
-    (place / "copy").mkdir()
+def plain_pass(place: Path) -> None:
+    """Reads both folders and writes one of them, 8 MB at a time, with fsync."""
+    (place / "mixed").mkdir()
     for path in sorted((place / "late").iterdir()):
         with (
             open(place / "early" / path.name, "rb", 0) as early,
             open(path, "rb", 0) as late,
-            open(place / "copy" / path.name, "wb", 0) as write,
+            open(place / "mixed" / path.name, "wb", 0) as write,
         ):
             while content := late.read(8 * MEGABYTE):
                 early.read(8 * MEGABYTE)
                 write.write(content)
             os.fsync(write.fileno())
-    return time.perf_counter() - begun
+
+
+def one(place: Path, what: str) -> Cost:
+    """A mixture ("mix") or a plain pass ("plain") in a process of its own."""
+    command = [sys.executable, "-m", "tests.io.measure_interpolate", str(place), "--one", what]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    shutil.rmtree(place / "mixed")
+    return Cost(*json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:
     """Measures and prints."""
     place = Path(sys.argv[1])
     if sys.argv[2:3] == ["--one"]:
-        cost = watched(lambda: interpolate(place))
-        print(json.dumps((cost.seconds, cost.peak)))
+        work = {"mix": interpolate, "plain": plain_pass}[sys.argv[3]]
+        print(json.dumps(watched(lambda: work(place))))
         return
-    gigabytes = float((sys.argv[2:] or ["2"])[0])
-    command = [sys.executable, "-m", "tests.io.measure_interpolate", str(place), "--one"]
-    ratios = []
+    gigabytes, pairs = (*sys.argv[2:], *("2", "4")[len(sys.argv) - 2 :])
     try:
         for name in ("early", "late"):
-            make_folder(place / name, gigabytes * 1e9)
-        for _ in range(3):
-            plain = plain_pass(place)
-            shutil.rmtree(place / "copy")
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            shutil.rmtree(place / "mixed")
-            seconds, peak = json.loads(done.stdout)
-            ratios.append(seconds / plain)
-            print(
-                f"mix {seconds:.2f} s, +{peak / MEGABYTE:.0f} MB; plain {plain:.2f} s", flush=True
-            )
-        print(f"median of the ratios {statistics.median(ratios):.2f}")
+            make_folder(place / name, float(gigabytes) * 1e9)
+        paired(
+            functools.partial(one, place, "mix"), functools.partial(one, place, "plain"), int(pairs)
+        )
     finally:
-        for name in ("early", "late", "mixed", "copy"):
+        for name in ("early", "late", "mixed"):
             shutil.rmtree(place / name, ignore_errors=True)
 
 

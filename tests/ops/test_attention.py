@@ -14,6 +14,7 @@ from moejax.ops.attention import (
     Visible,
     attention,
     choose,
+    cudnn_can,
     dense_attention,
     shared_mask,
 )
@@ -159,6 +160,17 @@ def test_which_way_is_chosen_and_which_is_refused():
     assert choose((1, 512, 8), 512, cached, "cpu") == "dense"
     assert choose((1, 512, 8), 512, Visible(), "gpu") == "dense"
     assert choose((1, 32768, 8), 32768, Visible(), "gpu") == "blockwise"
+    packed = Visible(segments_BT=jnp.ones((1, 4096), jnp.int32))
+    for seen, fused, devices, name in (
+        (Visible(), True, 1, "cudnn"),
+        (packed, True, 1, "cudnn"),
+        (Visible(), False, 1, "dense"),
+        (Visible(), True, 8, "dense"),
+        (cached, True, 1, "dense"),
+    ):
+        assert choose((1, 4096, 8), 4096, seen, "gpu", devices, fused) == name
+    assert choose((1, 32768, 8), 32768, packed, "gpu", 1, True) == "blockwise"
+    assert not cudnn_can(64, 64, jnp.bfloat16, None)  # there is no GPU to ask
     assert choose((1, 4096, 8), 4096, Visible(), "tpu") == "splash"
     assert choose((1, 4096, 8), 4096, Visible(), "tpu", 8) == "dense"
     assert choose((1, 4096, 8), 4096, cached, "tpu") == "dense"
