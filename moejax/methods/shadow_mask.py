@@ -206,9 +206,12 @@ def per_neuron(mask: Mask, config: ModelConfig, sizes: Sizes) -> jax.Array:
     return spread.reshape(*spread.shape[:-1], *one_neuron_shape(config))
 
 
-def inserted_of(mask: Mask, config: ModelConfig, sizes: Sizes) -> Inserted:
-    """What `transformer.forward(inserted=)` takes: a mask [L, units], or [B, L, units] by row."""
+def inserted_of(mask: Mask, config: ModelConfig, sizes: Sizes, dense_B: Any = None) -> Inserted:
+    """What `transformer.forward(inserted=)` takes: a mask [L, units], or [B, L, units] by row.
+
+    dense_B: tokens at the start of each row that stay dense (`moejax.models.masked.masking`).
+    """
     heads, neurons = per_head(mask, config, sizes), per_neuron(mask, config, sizes)
     if mask.heads.ndim == 2:
         heads, neurons = heads[None], neurons[None]
-    return masking(config, jnp.moveaxis(heads, 0, 1), jnp.moveaxis(neurons, 0, 1))
+    return masking(config, jnp.moveaxis(heads, 0, 1), jnp.moveaxis(neurons, 0, 1), dense_B)

@@ -30,8 +30,10 @@ class Inserted:
       heads: changes what each head mixed, [B, T, H, C], before the output projection.
       neurons: changes each neuron's activation before the down projection: act(gate) * up or
         act(up), [B, T, F]; of experts [B, T, E, F], zero where a token did not choose one.
+      attn_in, mlp_in: change the normed input of attention, and of the feed-forward layer or the
+        experts, [B, T, D]. gate: changes act(gate), or act(up) without a gate, before all else.
       layers: per run of layers, arrays [L, ...] of which each block gets its own part.
-    `Output.seen` has, per run, what `heads` and `neurons` returned second, stacked over layers.
+    `Output.seen` has, per run and place, what these functions returned second, stacked over layers.
     """
 
     before: Callable[[jax.Array], jax.Array] | None = None
@@ -39,17 +41,20 @@ class Inserted:
     kept: Any = None
     heads: Change | None = None
     neurons: Change | None = None
+    attn_in: Change | None = None
+    mlp_in: Change | None = None
+    gate: Change | None = None
     layers: Mapping[str, Any] | None = None
 
     def of_run(self, name: str) -> Any:
         """A run's part of `layers`."""
         return None if self.layers is None else self.layers[name]
 
-    def inside(self, part: Any) -> tuple[OnPlace | None, OnPlace | None, dict[str, Any]]:
-        """`heads` and `neurons` with a block's part, and a dict that fills as they are called."""
+    def inside(self, part: Any) -> tuple[Callable[[str], OnPlace | None], dict[str, Any]]:
+        """What to call at a place of a block with this part, and a dict that fills meanwhile."""
         seen: dict[str, Any] = {}
 
-        def changing(place: str) -> OnPlace | None:
+        def at(place: str) -> OnPlace | None:
             change: Change | None = getattr(self, place)
             if change is None:
                 return None
@@ -60,4 +65,14 @@ class Inserted:
 
             return changed
 
-        return changing("heads"), changing("neurons"), seen
+        return at, seen
+
+
+def changed(change: OnPlace | None, x: jax.Array) -> jax.Array:
+    """What a place uses instead of x."""
+    return x if change is None else change(x)
+
+
+def composed(first: OnPlace, then: OnPlace) -> OnPlace:
+    """x -> then(first(x))."""
+    return lambda x: then(first(x))

@@ -42,23 +42,33 @@ def by_run(config: ModelConfig, part_L: Any) -> dict[str, Any]:
     return found
 
 
-def masking(config: ModelConfig, heads_LBH: jax.Array, neurons: jax.Array) -> Inserted:
+def masking(
+    config: ModelConfig, heads_LBH: jax.Array, neurons: jax.Array, dense_B: Any = None
+) -> Inserted:
     """Multiplies each head's context and each neuron's activation by its factor.
 
     heads_LBH: [L, B, H], neurons: [L, B, F] or, of experts, [L, B, E, F]; B is that of the tokens,
-    or 1 for one mask of all rows. All ones is the dense model bit for bit; of experts, whose hidden
-    layers are computed another way with a function inside, up to rounding: `mask_experts` is
-    exact there.
+    or 1 for one mask of all rows. dense_B: tokens at the start of each row that stay dense, as a
+    prompt does that is read before its mask is known; None: none.
+
+    All ones is the dense model bit for bit; of experts, whose hidden layers are computed another
+    way with a function inside, up to rounding: `mask_experts` is exact there.
     """
     layers = by_run(config, {"heads": heads_LBH, "neurons": neurons})
 
-    def heads(part, x_BTHC):
-        return x_BTHC * part["heads"][:, None, :, None].astype(x_BTHC.dtype), None
+    def factor(mask, x):
+        after = (1,) * (x.ndim - mask.ndim - 1)
+        mask = mask.reshape(mask.shape[0], 1, *mask.shape[1:], *after)
+        if dense_B is not None:
+            later_BT = jnp.arange(x.shape[1]) >= jnp.asarray(dense_B)[:, None]
+            mask = jnp.where(later_BT.reshape(*later_BT.shape, *(1,) * (x.ndim - 2)), mask, 1)
+        return mask.astype(x.dtype)
 
-    def of_neurons(part, a):
-        return a * part["neurons"][:, None].astype(a.dtype), None
-
-    return Inserted(heads=heads, neurons=of_neurons, layers=layers)
+    return Inserted(
+        heads=lambda part, x: (x * factor(part["heads"], x), None),
+        neurons=lambda part, x: (x * factor(part["neurons"], x), None),
+        layers=layers,
+    )
 
 
 def mask_experts(params: tree.Tree, config: ModelConfig, neurons_LEF: jax.Array) -> tree.Tree:

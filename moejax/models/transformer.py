@@ -20,7 +20,7 @@ from moejax.models.adapted import adapted
 from moejax.models.attend import local_shape
 from moejax.models.cache import KVCache, PagedCache, extend_split
 from moejax.models.config import ModelConfig
-from moejax.models.inserted import Inserted
+from moejax.models.inserted import Inserted, changed, composed
 from moejax.models.layers import ACTIVATION, feed_forward, norm
 from moejax.models.mha import AttentionInputs, mha
 from moejax.models.mla import mla
@@ -272,23 +272,29 @@ def _block(layer, x_BTD, rng, extend, context: _Context, window: Window):
     """One block: attention, then the feed-forward layer or the experts, each with its norms.
 
     layer: its weights, and its part of `Inserted.layers`. Returns the output, `extend`'s new state,
-    and (router statistics, what was seen of the heads and the neurons).
+    and (router statistics, what was seen at the places of `Inserted`).
     """
     config, options = context.config, context.options
     layer, part = layer
-    on_heads, on_neurons, seen = context.inserted.inside(part)
+    at, seen = context.inserted.inside(part)
+    on_heads, on_neurons, on_gate = at("heads"), at("neurons"), at("gate")
+    activation = ACTIVATION[config.activation]
+    if on_gate is not None:
+        activation = composed(activation, on_gate)
     cast = tree.map_with_path(lambda path, w: _cast(path, w, options), adapted(layer))
 
     def attend(x):
+        x = changed(at("attn_in"), x)
         if config.mla is not None:
             return mla(config.mla, cast["attn"], x, context.inputs, extend, window, on_heads)
         return mha(cast["attn"], x, context.inputs, extend, window, on_heads)
 
     def feed(x):
+        x = changed(at("mlp_in"), x)
         if "mlp" in cast:
-            return feed_forward(cast["mlp"], x, ACTIVATION[config.activation], on_neurons), None
+            return feed_forward(cast["mlp"], x, activation, on_neurons), None
         assert config.moe is not None
-        how: dict[str, Any] = {"activation": ACTIVATION[config.activation], "rng": rng}
+        how: dict[str, Any] = {"activation": activation, "rng": rng}
         how |= {"mask_BT": context.mask_BT, "trace": options.trace_routing}
         how |= {"parallel": options.parallel}
         if on_neurons is not None:

@@ -1,0 +1,184 @@
+"""`launch.shadow --stage=report`: RUN/report.html, report.json and plots of all that is there."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launch import shadow_tables as tables
+from launch.shadow_collect import POOLED
+from launch.shadow_evaluate import WINDOWS, read
+from moejax.core.errors import InputError
+from moejax.io import atomic
+from moejax.methods.shadow_traces import Pooled
+from moejax.report import shadow_plots as plots
+from moejax.report.page import STYLE, _figure, _table
+from moejax.report.plots import DPI
+
+PREDICTORS = ("unified", "per_layer_normalised", "dejavu", "dejavu_equal")
+
+
+def main(values: dict[str, Any]) -> None:
+    """Writes the report; stages that have not run are left out and named."""
+    if values["dry_run"]:
+        print("dry run: nothing written")
+        return
+    workdir = Path(values["workdir"])
+    records = {(name, tables.key_of(record)): record for name, record in read(workdir)}
+    heldout = workdir / "heldout.json"
+    if not records and not heldout.exists():
+        raise InputError(f"{workdir} has nothing to report: run --stage=train or evaluate first")
+    report: dict[str, Any] = {"heldout": atomic.read_json(heldout) if heldout.exists() else {}}
+    report["arms"] = tables.arm_rows(records)
+    report["paired"] = tables.paired_rows(records)
+    report["causes"] = tables.cause_rows(records, report["heldout"])
+    bench = workdir / "bench.json"
+    report["speed"] = atomic.read_json(bench) if bench.exists() else {}
+    folder = workdir / "plots"
+    folder.mkdir(exist_ok=True)
+    figures = _figures(records, report, workdir)
+    paths = {}
+    for title, (name, figure) in figures.items():
+        paths[title] = folder / f"{name}.png"
+        figure.savefig(paths[title], dpi=DPI)
+    atomic.write_json(workdir / "report.json", report)
+    atomic.write_text(workdir / "report.html", _page(report, paths))
+    for row in report["paired"]:
+        if row["budget"] == "local" and row["minus"] in ("static", "dejavu", "random", "oracle"):
+            what = next(n for n in ("nats_per_token", "gold_margin") if n in row)
+            print(
+                f"{row['set']:9} {row['place']:8} {row['sparsity']:.0%} predicted minus "
+                f"{row['minus']:7} {what} {tables.shown(row[what])} {row[what]['verdict']}"
+            )
+    print(f"written  {workdir}/report.html, report.json, plots/")
+
+
+def _figures(records: tables.Records, report: dict[str, Any], workdir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    sets = dict.fromkeys(name for name, _ in records)
+    for name in sets:
+        dense = records.get((name, "dense-both-0-local"))
+        if dense is None:
+            continue
+        texts = name == WINDOWS
+        for place in dict.fromkeys(r["place"] for (n, _), r in records.items() if n == name):
+            points = tables.lines(records, name, place, "value")
+            what = "perplexity of the tokens after the prompt" if texts else "accuracy"
+            title = f"{name}, {place} pruned, local budgets, mask from the prompt"
+            level = tables.value_of(dense)
+            found[f"{name}: {place}"] = (
+                f"{name}_{place}", plots.quality_plot(points, level, what, title)
+            )  # fmt: skip
+            if not texts:
+                points = tables.lines(records, name, place, "gold_margin")
+                level = float(np.mean(dense["gold_margin"]))
+                what = "gold margin, nats (above 0: right)"
+                found[f"{name}: {place}, margin"] = (
+                    f"{name}_{place}_margin", plots.quality_plot(points, level, what, title)
+                )  # fmt: skip
+    for part in ("heads", "blocks"):
+        per_layer = {
+            name: report["heldout"][name][part]["per_layer"]
+            for name in PREDICTORS
+            if name in report["heldout"]
+        }
+        if per_layer:
+            found[f"Held-out texts: {part}"] = (
+                f"heldout_{part}", plots.heldout_plot(per_layer, part)
+            )  # fmt: skip
+    found |= _maps(workdir)
+    if report["speed"].get("rows"):
+        rows = report["speed"]["rows"]
+        title = report["speed"].get("title", "decoding, batch 1")
+        found["Speed"] = ("speed", plots.speed_plot(rows, title))
+    return found
+
+
+def _maps(workdir: Path) -> dict[str, Any]:
+    """Static importance of heads and neurons under every criterion, of the training texts."""
+    total = Pooled()
+    for path in sorted((workdir / "traces").glob(POOLED.format(0).replace("00000", "*"))):
+        with np.load(path) as arrays:
+            names = [n for n in arrays.files if n.startswith("train/")]
+            total.merge(Pooled.of_arrays({n.removeprefix("train/"): arrays[n] for n in names}))
+    if not total.sums:
+        return {}
+    heads = {n.removeprefix("heads/"): total.mean(n) for n in total.sums if n.startswith("heads/")}
+    found = {"Heads by criterion": ("maps_heads", plots.maps_plot(heads, "head"))}
+    neurons = {}
+    for key in total.sums:
+        if key.startswith("neurons/"):
+            mean = total.mean(key)
+            width = max(1, mean.shape[-1] // 64)
+            cut = mean[:, : mean.shape[-1] // width * width]
+            neurons[key.removeprefix("neurons/")] = cut.reshape(len(cut), -1, width).mean(-1)
+    title = "neurons, in the model's own order, means of neighbours"
+    found["Neurons by criterion"] = ("maps_neurons", plots.maps_plot(neurons, title))
+    return found
+
+
+def _page(report: dict[str, Any], paths: dict[str, Path]) -> str:
+    parts = [
+        "<h1>Contextual sparsity (ShadowLLM)</h1>",
+        "<p>Masks are decided from the prompt, "
+        "which is read densely; the tokens after it are computed under the mask and scored. "
+        "Differences are paired by window or question, with 95% bootstrap intervals.</p>",
+    ]
+    if report["heldout"]:
+        parts += ["<h2>Predictors on held-out texts</h2>", _heldout_table(report["heldout"])]
+    for title, rows in (
+        ("Predicted minus the others", report["paired"]),
+        ("What separates the causes (WikiText, nats per token)", report["causes"]),
+    ):
+        if rows:
+            parts += [f"<h2>{title}</h2>", _rows_table(rows)]
+    if report["speed"].get("rows"):
+        parts += ["<h2>Quality and speed, one mask</h2>", _rows_table(report["speed"]["rows"])]
+    parts += [_figure(title, path) for title, path in paths.items()]
+    if report["arms"]:
+        parts += ["<h2>Every arm</h2>", _rows_table(report["arms"])]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f"<title>moejax: contextual sparsity</title>\n<style>{STYLE}</style></head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+def _heldout_table(heldout: dict[str, Any]) -> str:
+    headers = ["predictor", "parameters", "share"]
+    fields = ("spearman", "static_spearman", "overlap", "static_overlap", "gain")
+    headers += [
+        f"{part} {field.replace('_', ' ')}" for part in ("heads", "blocks") for field in fields
+    ]
+    rows = []
+    for name in PREDICTORS:
+        if name in heldout:
+            one = heldout[name]
+            cells = [name, f"{one['params']:,}", f"{one['share']:.2%}"]
+            cells += [f"{one[p][f]:.3f}" for p in ("heads", "blocks") for f in fields]
+            rows.append(cells)
+    note = (
+        f"<p>{heldout['train']} texts trained on; overlap: of the better half of a layer's units; "
+        "gain: correlation of the deviations from the static mean.</p>"
+    )
+    return _table(headers, rows) + note
+
+
+def _rows_table(rows: Sequence[dict[str, Any]]) -> str:
+    flat = []
+    for row in rows:
+        cells: dict[str, str] = {}
+        for name, value in row.items():
+            if isinstance(value, dict) and "verdict" in value:
+                cells[name.replace("_", " ")] = tables.shown(value)
+                cells[f"{name.replace('_', ' ')}: verdict"] = value["verdict"]
+            else:
+                cells[name.replace("_", " ")] = html.unescape(tables.shown(value))
+        flat.append(cells)
+    headers = list(dict.fromkeys(name for cells in flat for name in cells))
+    return _table(headers, [[cells.get(name, "") for name in headers] for cells in flat])

@@ -1,0 +1,266 @@
+"""`launch.shadow --stage=train`: order, predictors and DejaVu's, measured on held-out texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from launch.shadow_collect import SECTIONS as COLLECTED
+from launch.shadow_collect import pooled
+from launch.shadow_data import Model, Sample, identity, load_model, load_samples
+from moejax.core import tree
+from moejax.core.errors import InputError
+from moejax.io import atomic
+from moejax.methods import shadow_dejavu, shadow_metrics, shadow_predictor, shadow_traces
+from moejax.methods.shadow_coactivation import coactivation_order, explained
+from moejax.methods.shadow_dejavu import DejavuConfig, in_blocks
+from moejax.methods.shadow_mask import Mask, num_kept
+from moejax.methods.shadow_predictor import Predictor, PredictorInfo
+from moejax.methods.shadow_training import FitConfig, fit
+from moejax.models.masked import one_neuron_shape
+from moejax.train.folder import claim_folder
+
+FOLDERS = {"unified": "predictor", "per_layer_normalised": "predictor_per_layer"}
+SECTIONS = (*COLLECTED, "mask", "train")
+DEJAVU = {"dejavu": "dejavu.npz", "dejavu_equal": "dejavu_equal.npz"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """What was collected, of the texts in the order of `load_samples`."""
+
+    samples: list[Sample]
+    folder: Path
+    context_NE: np.ndarray
+    heads_NLH: np.ndarray
+    neurons_NLF: np.ndarray
+    pooled: shadow_traces.Pooled
+
+    @property
+    def train(self) -> np.ndarray:
+        """bool [N]."""
+        return np.array([not sample.heldout for sample in self.samples])
+
+
+def main(values: dict[str, Any]) -> None:
+    """Trains what is missing of RUN and measures it."""
+    config = values["config"]
+    model = load_model(config)
+    samples = load_samples(config, model.tokenizer)
+    params = tree.num_params(model.loaded.params)
+    hidden = shadow_predictor.hidden_within(
+        model.loaded.config, model.sizes, config.train.share, params
+    )
+    print(f"predictor {hidden} wide, at most {config.train.share:.2%} of {params:,} parameters")
+    if values["dry_run"]:
+        print("dry run: nothing trained, nothing written")
+        return
+    workdir = Path(values["workdir"])
+    claim_folder(workdir / "traces", identity(config, COLLECTED, model), "collect.json")
+    claim_folder(workdir, identity(config, SECTIONS, model), "train.json")
+    got = collected(workdir / "traces", samples, config, model)
+    order = _order(workdir / "order.npy", got, model, config)
+    targets = in_units(got, order, model)
+    report: dict[str, Any] = {"params": params, "hidden": hidden, "train": int(got.train.sum())}
+    for variant, name in FOLDERS.items():
+        began = time.perf_counter()
+        if not (workdir / name / shadow_predictor.INFO).exists():
+            made = _fit(variant, got, targets, order, (model, config, hidden))
+            shadow_predictor.save(workdir / name, made)
+        made = shadow_predictor.load(workdir / name, model.loaded.config, model.sha256)
+        count = shadow_predictor.num_params(made.params)
+        found = shadow_predictor.predict(made.params, got.context_NE[~got.train], model.sizes)
+        report[variant] = {"params": count, "share": count / params}
+        report[variant] |= _measured(found, targets, got, model)
+        _say(variant, report[variant], began)
+    for name, file in DEJAVU.items():
+        began = time.perf_counter()
+        if not (workdir / file).exists():
+            _fit_dejavu(workdir / file, name, got, (model, config, report["unified"]["params"]))
+        report[name] = _measured_dejavu(workdir / file, got, targets, order, model)
+        report[name]["share"] = report[name]["params"] / params
+        _say(name, report[name], began)
+    atomic.write_json(workdir / "heldout.json", report)
+    print(f"written  {workdir}/heldout.json, {', '.join(FOLDERS.values())}, dejavu*.npz, order.npy")
+
+
+def collected(folder: Path, samples: list[Sample], config, model: Model) -> Collected:
+    """Reads RUN/traces; InputError unless all texts are there."""
+    total = pooled(folder, samples, config.collect.part)
+    heads = f"heads/{config.train.heads}"
+    arrays = shadow_traces.read_parts(folder, ["text", "context", heads])
+    if len(arrays["text"]) != len(samples):
+        raise InputError(
+            f"{folder} has {len(arrays['text'])} of {len(samples)} texts: run --stage=collect to "
+            "its end"
+        )
+    per_unit = model.loaded.config.num_heads // model.sizes.heads
+    grouped = arrays[heads].reshape(*arrays[heads].shape[:2], -1, per_unit).sum(-1)
+    neurons = shadow_traces.neurons(folder, config.train.neurons)
+    return Collected(samples, folder, arrays["context"], grouped, neurons, total)
+
+
+def _order(path: Path, got: Collected, model: Model, config) -> np.ndarray:
+    """Neurons' order, made of the training texts; read back if it was made before."""
+    shape = one_neuron_shape(model.loaded.config)
+    plain = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), (model.sizes.num_layers, *shape))
+    if config.train.order == "none":
+        return plain.copy()
+    if config.train.order != "coactivation":
+        raise InputError(f"train.order {config.train.order!r} is unknown: coactivation or none")
+    if path.exists():
+        return np.load(path)
+    began, block = time.perf_counter(), model.sizes.block
+    scores = got.neurons_NLF[got.train].reshape(-1, *plain.shape)
+    order, share, before = plain.copy(), [], []
+    for at in np.ndindex(*plain.shape[:-1]):
+        of_layer = scores[(slice(None), *at)]
+        order[at] = coactivation_order(of_layer, block)
+        share.append(explained(of_layer, order[at], block))
+        before.append(explained(of_layer, plain[at], block))
+    with open(path.with_suffix(".part"), "wb") as file:
+        np.save(file, order)
+    path.with_suffix(".part").replace(path)
+    print(
+        f"order    variance over texts that blocks of {block} keep: {np.mean(share):.3f}, as the "
+        f"model came {np.mean(before):.3f} ({time.perf_counter() - began:.0f} s)"
+    )
+    return order
+
+
+def read_order(workdir: Path, config, model: Model) -> np.ndarray:
+    """The order of neurons that training made; InputError if it has not run."""
+    if config.train.order == "none":
+        shape = one_neuron_shape(model.loaded.config)
+        plain = np.arange(shape[-1], dtype=np.int32)
+        return np.broadcast_to(plain, (model.sizes.num_layers, *shape)).copy()
+    if not (workdir / "order.npy").exists():
+        raise InputError(f"{workdir}/order.npy is missing: run --stage=train first")
+    return np.load(workdir / "order.npy")
+
+
+def in_units(got: Collected, order: np.ndarray, model: Model) -> Mask:
+    """Every text's true scores by unit: [N, L, heads] and [N, L, blocks]."""
+    return Mask(got.heads_NLH, in_blocks(got.neurons_NLF, order, model.sizes))
+
+
+def static_scores(pool: shadow_traces.Pooled, criterion: tuple[str, str], order, model) -> Mask:
+    """Mean scores over texts, by unit, of (heads' criterion, neurons' criterion)."""
+    heads = pool.mean(f"heads/{criterion[0]}")
+    heads = heads.reshape(len(heads), model.sizes.heads, -1).sum(-1)
+    return Mask(heads, in_blocks(pool.mean(f"neurons/{criterion[1]}"), order, model.sizes))
+
+
+def _fit(variant: str, got: Collected, targets: Mask, order, rest) -> Predictor:
+    model, config, hidden = rest
+    t = config.train
+    how = FitConfig(hidden, t.epochs, t.batch_size, t.lr, t.weight_decay, config.data.seed)
+
+    def progress(epoch, loss, held):
+        if (epoch + 1) % max(1, t.epochs // 4) == 0:
+            print(
+                f"{variant} epoch {epoch + 1}: loss {loss:.3f}, of unseen {held:.3f} (static 1)",
+                flush=True,
+            )
+
+    mine = Mask(targets.heads[got.train], targets.blocks[got.train])
+    params = fit(got.context_NE[got.train], mine, model.sizes, variant, how, progress)
+    static = static_scores(got.pooled, (t.heads, t.neurons), order, model)
+    fields = shadow_predictor.fields_of(model.loaded.config)
+    criterion = t.heads if t.heads == t.neurons else f"{t.heads}+{t.neurons}"
+    info = PredictorInfo(
+        model.sha256, fields, model.sizes, criterion, variant, hidden,
+        num_examples=int(got.train.sum()),
+    )  # fmt: skip
+    return Predictor(info, params, order, static)
+
+
+def _measured(predicted: Mask, targets: Mask, got: Collected, model: Model) -> dict[str, Any]:
+    """Means over held-out texts per layer, with those over layers that are pruned."""
+    found: dict[str, Any] = {}
+    for part in ("heads", "blocks"):
+        truth = np.asarray(getattr(targets, part))
+        static = truth[got.train].mean(0)
+        keep = num_kept(truth.shape[-1], 0.5)
+        guess = np.asarray(getattr(predicted, part))
+        table = shadow_metrics.held_out(guess, truth[~got.train], static, keep)
+        first = model.sizes.first
+        found[part] = {name: float(v[:, first:].mean()) for name, v in table.items()}
+        found[part]["per_layer"] = {name: v.mean(0).tolist() for name, v in table.items()}
+        found[part]["per_text"] = {n: v[:, first:].mean(1).tolist() for n, v in table.items()}
+    return found
+
+
+def _rows(got: Collected, heldout: bool):
+    """DejaVu's inputs and values per token, of these texts; "last" rows alone if held out."""
+    names = [f"rows/{n}" for n in ("attn_in", "mlp_in", "heads", "neurons", "largest")]
+    arrays = shadow_traces.read_parts(got.folder, names)
+    arrays = {name.removeprefix("rows/"): array for name, array in arrays.items()}
+    arrays["neurons"] = shadow_traces.decode(arrays["neurons"], arrays.pop("largest"))
+    chosen = ~got.train if heldout else got.train
+    return {name: np.swapaxes(array[chosen], 0, 1) for name, array in arrays.items()}
+
+
+def _fit_dejavu(path: Path, name: str, got: Collected, rest) -> None:
+    model, config, budget = rest
+    rows = _rows(got, False)
+    shape = model.loaded.config
+    hidden = config.train.dejavu_hidden
+    if name == "dejavu_equal":
+        outputs = shape.num_heads + got.neurons_NLF.shape[-1]
+        hidden = shadow_dejavu.hidden_within(budget, shape.num_layers, shape.d_model, outputs)
+    how = DejavuConfig(hidden, config.train.dejavu_epochs, seed=config.data.seed)
+    arrays: dict[str, Any] = {}
+    for part in ("heads", "neurons"):
+        values = rows[part].reshape(shape.num_layers, -1, rows[part].shape[-1])
+        inputs = rows[shadow_dejavu.INPUT[part]].reshape(*values.shape[:2], -1)
+        fires = part == "neurons" and not shape.gated and shape.activation == "relu"
+        wanted = shadow_dejavu.labels(values, fires)
+
+        def progress(epoch, loss, part=part):
+            if (epoch + 1) % max(1, how.epochs // 2) == 0:
+                print(f"{name} {part} epoch {epoch + 1}: loss {loss:.4f}", flush=True)
+
+        made = shadow_dejavu.fit(inputs, wanted, part, how, progress)
+        arrays |= {f"{part}/{n}": w for n, w in made.items()}
+    with open(path.with_suffix(".part"), "wb") as file:
+        np.savez(file, **arrays)
+    path.with_suffix(".part").replace(path)
+
+
+def load_dejavu(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """The predictors of both parts."""
+    if not path.exists():
+        raise InputError(f"{path} is missing: run --stage=train first")
+    with np.load(path) as arrays:
+        return {
+            part: {n: arrays[f"{part}/{n}"] for n in ("w_1", "w_2")}
+            for part in ("heads", "neurons")
+        }
+
+
+def _measured_dejavu(path: Path, got: Collected, targets: Mask, order, model: Model):
+    """Judged as the others are, by the prompt's last token: the first row of each text."""
+    params = load_dejavu(path)
+    rows = _rows(got, True)
+    inputs = {name: rows[name][:, :, 0].astype(np.float32) for name in ("attn_in", "mlp_in")}
+    predicted = jax.device_get(shadow_dejavu.predict(params, inputs, order, model.sizes))
+    return {"params": tree.num_params(params)} | _measured(predicted, targets, got, model)
+
+
+def _say(name: str, found: dict[str, Any], began: float) -> None:
+    parts = [
+        f"{part}: Spearman {m['spearman']:.3f} (static {m['static_spearman']:.3f}), best half "
+        f"{m['overlap']:.3f} ({m['static_overlap']:.3f}), gain {m['gain']:+.3f}"
+        for part, m in ((part, found[part]) for part in ("heads", "blocks"))
+    ]
+    print(
+        f"{name:9} {found['params']:,} parameters ({found['share']:.2%}); {'; '.join(parts)} "
+        f"({time.perf_counter() - began:.0f} s)",
+        flush=True,
+    )

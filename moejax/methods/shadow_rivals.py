@@ -1,0 +1,94 @@
+"""Training-free rivals: thresholds on activations (TEAL, CATS), a choice by the prompt (GRIFFIN).
+
+They run in the same forward pass as the masks, dense on the prompt.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.core import tree
+from moejax.core.errors import InputError
+from moejax.models.config import ModelConfig
+from moejax.models.inserted import Inserted
+from moejax.models.masked import by_run, seen_of
+from moejax.models.transformer import ForwardOptions, forward
+
+# What each thresholds: the inputs of these products.
+PLACES = {
+    "teal": ("attn_in", "heads", "mlp_in", "neurons"),
+    "cats": ("gate",),
+}
+
+
+def sizes_at(params: tree.Tree, config: ModelConfig, tokens_BT: jax.Array, rule: str) -> Any:
+    """Absolute values at a rule's places, {place: [L, B, T, ..]}: what thresholds come from."""
+    places = PLACES[rule]
+    watch = {place: (lambda part, x: (x, jnp.abs(x))) for place in places}
+    out = _watched(params, config, tokens_BT, Watch(watch))
+    return {place: out[place] for place in places}
+
+
+class Watch:
+    """Functions at places, hashed by identity: an argument that a program may depend on."""
+
+    def __init__(self, places: dict[str, Any]):
+        self.places = places
+
+
+@functools.partial(jax.jit, static_argnames=("config", "watch"))
+def _watched(params, config: ModelConfig, tokens_BT, watch: Watch):
+    options = ForwardOptions(attention="dense")
+    inserted = Inserted(**watch.places)
+    out = forward(params, config, tokens_BT, options=options, inserted=inserted)
+    return seen_of(config, out.seen)
+
+
+def thresholds(values: dict[str, np.ndarray], sparsity: float) -> dict[str, np.ndarray]:
+    """Per place float32 [L]: the `sparsity` quantile of a layer's absolute values.
+
+    values: per place [L, anything] of calibration texts. TEAL (arXiv 2408.14690, section 4.1) and
+    CATS (arXiv 2404.08763, eq. 3) both cut at the empirical quantile; TEAL's search for uneven
+    shares per layer is left out.
+    """
+    if not 0 <= sparsity < 1:
+        raise InputError(f"sparsity {sparsity:g} lies outside [0, 1)")
+    return {
+        place: np.quantile(v.reshape(len(v), -1), sparsity, axis=1).astype(np.float32)
+        for place, v in values.items()
+    }
+
+
+def thresholding(config: ModelConfig, limits: dict[str, jax.Array], dense_B: jax.Array) -> Inserted:
+    """Zeroes what is smaller than its layer's limit, token by token, past each row's prompt.
+
+    limits: as `thresholds` gives them. Of "gate", act(gate) is zeroed and with it the neuron.
+    """
+    layers = by_run(config, limits)
+
+    def change(place: str):
+        def cut(part, x):
+            later_BT = jnp.arange(x.shape[1]) >= dense_B[:, None]
+            later = later_BT.reshape(*later_BT.shape, *(1,) * (x.ndim - 2))
+            return jnp.where(later & (jnp.abs(x) < part[place]), 0, x), None
+
+        return cut
+
+    return Inserted(layers=layers, **{place: change(place) for place in limits})
+
+
+def griffin(a_BTF: jax.Array, prompt_B: jax.Array) -> jax.Array:
+    """GRIFFIN's statistic of a prompt, [B, F] (arXiv 2404.01365, section 4.2).
+
+    s_j = || a_j / |a_t| || over the prompt's tokens t, |a_t| the norm of the token's activations.
+    """
+    flat_BTF = a_BTF.reshape(*a_BTF.shape[:2], -1)
+    size_BT1 = jnp.linalg.norm(flat_BTF, axis=-1, keepdims=True)
+    unit_BTF = flat_BTF / jnp.where(size_BT1 > 0, size_BT1, 1)
+    mask_BT = jnp.arange(a_BTF.shape[1]) < prompt_B[:, None]
+    return jnp.sqrt(jnp.sum(jnp.square(unit_BTF) * mask_BT[..., None], axis=1))

@@ -1,0 +1,134 @@
+"""The plots of contextual sparsity: what it costs, what is predicted, which units matter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from moejax.report.plots import LINE_COLORS, MARKERS, _figure
+
+# One colour and marker per method, the same in every plot.
+METHODS = ("static", "predicted", "predicted_per_layer", "dejavu", "dejavu_equal", "oracle")
+METHODS += ("random", "griffin", "cats", "teal")
+
+
+def _style(method: str) -> dict[str, Any]:
+    at = METHODS.index(method) if method in METHODS else len(METHODS)
+    dashed = method in ("griffin", "cats", "teal")
+    return {
+        "color": LINE_COLORS[at % len(LINE_COLORS)],
+        "marker": MARKERS[at % len(MARKERS)],
+        "linestyle": "--" if dashed else ":" if method in ("random", "dejavu_equal") else "-",
+        "label": method.replace("_", " "),
+        "markersize": 5,
+    }
+
+
+def quality_plot(
+    points: Mapping[str, Sequence[tuple[float, float]]], dense: float, what: str, title: str
+) -> Figure:
+    """A figure of merit against sparsity, one line per method, the dense model as a level.
+
+    points: method -> (sparsity, value). Perplexities are drawn on a log axis, cut at 30 times the
+    dense one, so that a method that breaks does not flatten the others.
+    """
+    figure, axes = _figure(7.2, 4.4)
+    is_perplexity = what.startswith("perplexity")
+    for method, line in points.items():
+        values = [min(v, 30 * dense) if is_perplexity else v for _, v in line]
+        axes.plot([s for s, _ in line], values, **_style(method))
+    axes.axhline(dense, color="#777777", linewidth=1, label="dense")
+    if is_perplexity:
+        axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel("share of units not computed after the prompt")
+    axes.set_ylabel(what)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def heldout_plot(per_layer: Mapping[str, Mapping[str, Sequence[float]]], part: str) -> Figure:
+    """Per layer: Spearman's correlation with the truth, and the gain over the static mean.
+
+    per_layer: predictor -> {"spearman": [...], "static_spearman": [...], "gain": [...]}.
+    """
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    static = next(iter(per_layer.values()))["static_spearman"]
+    left.plot(static, color="#777777", linewidth=2, label="static mean")
+    for name, table in per_layer.items():
+        style = _style(
+            {"unified": "predicted", "per_layer_normalised": "predicted_per_layer"}.get(name, name)
+        )
+        left.plot(table["spearman"], **style)
+        right.plot(table["gain"], **style)
+    right.axhline(0, color="#777777", linewidth=1)
+    left.set_ylabel("Spearman within the layer")
+    right.set_ylabel("Spearman of the deviations from the mean")
+    left.set_title(f"{part}: how well units are ranked, held-out texts", fontsize=10)
+    right.set_title("gain: what the static mean cannot give", fontsize=10)
+    for axes in (left, right):
+        axes.set_xlabel("layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    return figure
+
+
+def maps_plot(maps: Mapping[str, Any], units: str) -> Figure:
+    """One heat map per name, layer x unit, each layer scaled to its largest value."""
+    names = list(maps)
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(3.6 * columns + 0.6, 2.9 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    image = None
+    for axes, name in zip(grid.flat, names, strict=False):
+        values = np.asarray(maps[name], np.float64)
+        low = values.min(1, keepdims=True)
+        spread = np.maximum(values.max(1, keepdims=True) - low, 1e-30)
+        image = axes.imshow(
+            (values - low) / spread,
+            aspect="auto",
+            cmap="Blues",
+            vmin=0,
+            vmax=1,
+            interpolation="none",
+        )
+        axes.set_title(name, fontsize=9)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    for axes in grid.flat[len(names) :]:
+        axes.set_visible(False)
+    figure.supxlabel(units, fontsize=9)
+    figure.supylabel("layer", fontsize=9)
+    figure.colorbar(image, ax=list(grid.flat), label="of the layer's range", shrink=0.7)
+    return figure
+
+
+def speed_plot(rows: Sequence[Mapping[str, float]], title: str) -> Figure:
+    """Tokens per second against sparsity, dense as a level; rows of `bench.json`."""
+    figure, axes = _figure(6.8, 4.0)
+    axes.plot(
+        [row["sparsity"] for row in rows],
+        [row["tokens_per_s"] for row in rows],
+        color=LINE_COLORS[0],
+        marker="o",
+        label="sparse, predictor included",
+    )
+    axes.axhline(rows[0]["dense_tokens_per_s"], color="#777777", label="dense")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("share of units not computed")
+    axes.set_ylabel("tokens per second")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
