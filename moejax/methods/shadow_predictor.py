@@ -15,6 +15,7 @@ The folder:
                           static_blocks [L, blocks]: float32; order_LF int32 [L, F] or [L, E, F]:
                           neuron j of the model that is run is neuron order[l, j] of the one named
                           by the hash (`moejax.methods.shadow_order.reordered`)
+  modeling_shadow.py      the same masks on a model of transformers, by hooks
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ import safetensors.numpy
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.io import atomic
+from moejax.methods import shadow_transformers
 from moejax.methods.shadow_mask import Mask, Sizes, sizes_of
 from moejax.methods.shadow_order import checked_order
 from moejax.models.config import ModelConfig
 from moejax.models.masked import one_neuron_shape
 
+MODELING = "modeling_shadow.py"
 INFO, WEIGHTS, FORMAT_VERSION = "shadow.json", "predictor.safetensors", 1
 VARIANTS = ("unified", "per_layer_normalised")
 # What identifies a model's shape, of `ModelConfig`.
@@ -143,6 +146,8 @@ def save(folder: str | os.PathLike[str], predictor: Predictor, overwrite: bool =
     with atomic.atomic_dir(folder, overwrite) as made:
         atomic.write_json(made / INFO, about)
         safetensors.numpy.save_file(arrays, made / WEIGHTS)
+        # What others need to run it: no import of ours in it.
+        atomic.write_text(made / MODELING, Path(shadow_transformers.__file__).read_text())
 
 
 def load(

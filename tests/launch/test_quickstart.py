@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from launch.quickstart import find_model
+from launch.smollm2 import gguf_path
 from moejax.core import tree
 from moejax.io.gguf import read_metadata
 from moejax.io.load import load_any, save_any
@@ -36,7 +36,7 @@ def run(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("quickstart")
-    tokenizer = Tokenizer.from_gguf_metadata(read_metadata(find_model()))
+    tokenizer = Tokenizer.from_gguf_metadata(read_metadata(gguf_path()))
     config = ModelConfig("llama", tokenizer.vocab_size, 2, 16, 24, 2, 1, 8, tie_embeddings=True)
     params = transformer.init_params(config, jax.random.key(0))
     save_any(Loaded(jax.tree.map(np.asarray, params), config, tokenizer), path / "model", "hf")

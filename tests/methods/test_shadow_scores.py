@@ -1,198 +1,22 @@
-"""Every criterion against torch's gradients and numpy's sums on a tiny model."""
+"""Criteria: a gate's derivative, inside experts too, and what is refused."""
 
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
-import torch
 
 from moejax.core.errors import InputError
-from moejax.methods import shadow_scores
-from moejax.methods.shadow_measure import Asked, Text, measure
+from moejax.methods.shadow_measure import Asked, measure
 from moejax.models import transformer
-from moejax.models.config import ModelConfig
 from moejax.moe.config import MoEConfig
-
-H, C, D, F, L, V = 3, 4, 12, 10, 2, 11
-LLAMA = ModelConfig("llama", V, L, D, F, H, H, C, initializer_range=0.4)
-OPT = dataclasses.replace(LLAMA, gated=False, activation="relu", mlp_bias=True)
-TOKENS = np.array([1, 2, 3, 7, 3, 7, 5, 7, 3, 7, 2, 7, 7, 3, 7, 9, 4, 7, 7, 3])
-PROMPT = 4
-TEXT = Text(TOKENS, np.arange(len(TOKENS)) >= PROMPT, PROMPT)
-
-
-class Reference:
-    """The model again in torch, in float64, layer by layer, with everything kept."""
-
-    def __init__(self, config, params):
-        self.config = config
-        self.w = jax.tree.map(lambda a: torch.tensor(np.asarray(a), dtype=torch.float64), params)
-        self.layers = self.w["layers"]["0"]
-        for name in ("w_gate", "w_up", "w_down"):
-            if name in self.layers["mlp"]:
-                self.layers["mlp"][name].requires_grad_()
-        self.probes = [
-            torch.zeros(len(TOKENS), H, C, dtype=torch.float64, requires_grad=True)
-            for _ in range(L)
-        ]
-        self.spots = [
-            torch.zeros(len(TOKENS), F, dtype=torch.float64, requires_grad=True) for _ in range(L)
-        ]
-        self.x, self.a = [], []
-        self.loss = self.run()
-
-    def norm(self, x, scale):
-        return x / torch.sqrt((x**2).mean(-1, keepdim=True) + self.config.norm_eps) * scale
-
-    def rope(self, x):
-        angle = torch.arange(len(TOKENS))[:, None] * 10000.0 ** (-torch.arange(C // 2) * 2 / C)
-        cos, sin = torch.cos(angle)[:, None], torch.sin(angle)[:, None]
-        first, second = x[..., : C // 2], x[..., C // 2 :]
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
-    def run(self):
-        x = self.w["embed"]["tokens"][TOKENS]
-        causal = torch.tril(torch.ones(len(TOKENS), len(TOKENS))).bool()
-        for i in range(L):
-            at, mlp = self.layers["attn"], self.layers["mlp"]
-            n = self.norm(x, self.layers["attn_norm"]["scale"][i])
-            q, k, v = (torch.einsum("td,dhc->thc", n, at[f"w_{p}"][i]) for p in "qkv")
-            scores = torch.einsum("thc,shc->hts", self.rope(q), self.rope(k)) / C**0.5
-            mixed = torch.softmax(scores.masked_fill(~causal, -torch.inf), -1)
-            mixed = torch.einsum("hts,shc->thc", mixed, v)
-            self.x.append(mixed.detach())
-            x = x + torch.einsum("thc,hcd->td", mixed + self.probes[i], at["w_o"][i])
-            n = self.norm(x, self.layers["mlp_norm"]["scale"][i])
-            if self.config.gated:
-                a = torch.nn.functional.silu(n @ mlp["w_gate"][i]) * (n @ mlp["w_up"][i])
-            else:
-                a = torch.relu(n @ mlp["w_up"][i] + mlp["b_up"][i])
-            self.a.append(a.detach())
-            x = x + (a + self.spots[i]) @ mlp["w_down"][i]
-            x = x + mlp["b_down"][i] if "b_down" in mlp else x
-        logits = self.norm(x, self.w["final_norm"]["scale"]) @ self.w["lm_head"]["w"]
-        return torch.nn.functional.cross_entropy(
-            logits[PROMPT - 1 : -1], torch.tensor(TOKENS[PROMPT:])
-        )
-
-
-@pytest.fixture(scope="module", params=[LLAMA, OPT], ids=["llama", "opt"])
-def both(request):
-    config = request.param
-    params = transformer.init_params(config, jax.random.key(3))
-    names = shadow_scores.CRITERIA if config is LLAMA else ("plainact", "grad_norm", "fisher")
-    found = jax.device_get(measure(params, config, TEXT, Asked(names), 24))  # 4 slots of padding
-    names = ("plainact", "fisher", "snip", "nwot", "epenas") if config is LLAMA else ("plainact",)
-    parity = jax.device_get(measure(params, config, TEXT, Asked(names, parity=True), 24))
-    ref = Reference(config, params)
-    wanted = [*ref.probes, *ref.spots]
-    grads = torch.autograd.grad(ref.loss, wanted, create_graph=True)
-    size = sum((g * g.detach()).sum() for g in grads)
-    curved = torch.autograd.grad(size, wanted, retain_graph=True)
-    names = [n for n in ("w_gate", "w_up", "w_down") if n in ref.layers["mlp"]]
-    weights = [ref.layers["mlp"][n] for n in names]
-    of_weights = torch.autograd.grad(ref.loss, weights)
-    ref.g, ref.ga = [g.detach().numpy() for g in grads[:L]], [g.detach().numpy() for g in grads[L:]]
-    ref.hg, ref.hga = [h.numpy() for h in curved[:L]], [h.numpy() for h in curved[L:]]
-    ref.W = {n: w.detach().numpy() for n, w in zip(names, weights, strict=True)}
-    ref.G = {n: g.numpy() for n, g in zip(names, of_weights, strict=True)}
-    ref.x, ref.a = [x.numpy() for x in ref.x], [a.numpy() for a in ref.a]
-    return found, parity, ref
+from tests.shadow_cases import LLAMA, PROMPT, TEXT, TOKENS, F, H, L
 
 
 def same(got, want):
     """Equal up to float32's rounding."""
     want = np.array(want)
     np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-4 * np.abs(want).max())
-
-
-def per_head(ref, fn):
-    return [[fn(ref.x[i][:, h], ref.g[i][:, h]) for h in range(H)] for i in range(L)]
-
-
-def per_neuron(ref, fn):
-    return [[fn(ref.a[i][:, j], ref.ga[i][:, j]) for j in range(F)] for i in range(L)]
-
-
-def test_loss_and_context(both):
-    found, _, ref = both
-    same(found["loss"], ref.loss.item())
-    same(found["context"], ref.x[0][PROMPT - 1].reshape(-1))
-
-
-def test_heads(both):
-    found, parity, ref = both
-    n = len(TOKENS)
-    wanted = {
-        "l2_norm": lambda x, g: np.linalg.norm(x),
-        "plainact": lambda x, g: np.abs((x * g).sum(1)).sum(),
-        "fisher": lambda x, g: ((x * g).sum(1) ** 2).sum() / n,
-        "grad_norm": lambda x, g: np.linalg.norm(g),
-        "snip": lambda x, g: abs((x * g).sum()),
-    }
-    for name in found["heads"].keys() & wanted:
-        same(found["heads"][name], per_head(ref, wanted[name]))
-    if ref.config is not LLAMA:
-        return
-    same(parity["heads"]["fisher"], per_head(ref, lambda x, g: ((x * g) ** 2).mean(0).sum()))
-    same(parity["heads"]["snip"], per_head(ref, lambda x, g: np.abs(g).sum()))
-    same(
-        found["heads"]["grasp"], [-(x * h).sum((0, 2)) for x, h in zip(ref.x, ref.hg, strict=True)]
-    )
-
-
-def test_heads_by_signs_and_correlations(both):
-    found, parity, ref = both
-    if ref.config is not LLAMA:
-        return
-
-    def nwot(x, g):
-        s = (x > 0).astype(float)
-        return np.linalg.slogdet(np.eye(len(s)) + s @ s.T + (1 - s) @ (1 - s).T)[1]
-
-    def jacov(x, g):
-        rows = PROMPT - 1 + (np.arange(2) * (len(TOKENS) - PROMPT) / 2).astype(int)
-        v = np.abs(np.linalg.eigvals(np.corrcoef(g[rows])))
-        return -np.sum(np.log(v + 1e-5) + 1 / (v + 1e-5))
-
-    def classes(g):
-        labels = TOKENS[PROMPT:]
-        rows = g[PROMPT - 1 : -1]
-        large = [c for c in np.unique(labels) if (labels == c).sum() >= 5]
-        assert large
-        return [np.log(np.abs(np.corrcoef(rows[labels == c])) + 1e-5).sum() for c in large]
-
-    same(found["heads"]["nwot"], per_head(ref, nwot))
-    same(parity["heads"]["nwot"], per_head(ref, lambda x, g: np.log((x <= 0).sum())))
-    same(found["heads"]["jacov"], per_head(ref, jacov))
-    same(found["heads"]["epenas"], per_head(ref, lambda x, g: np.abs(classes(g)).sum()))
-    gaps = per_head(ref, lambda x, g: sum(abs(a - b) for a in classes(g) for b in classes(g)))
-    same(parity["heads"]["epenas"], gaps)
-
-
-def test_neurons(both):
-    found, parity, ref = both
-    n = len(TOKENS)
-    wanted = {
-        "l2_norm": lambda a, g: np.linalg.norm(a),
-        "act_grad": lambda a, g: np.abs(a * g).sum(),
-        "fisher": lambda a, g: ((a * g) ** 2).sum() / n,
-        "snip": lambda a, g: abs((a * g).sum()),
-        "nwot": lambda a, g: np.log1p((a > 0).sum()) + np.log1p((a <= 0).sum()),
-    }
-    for name in found["neurons"].keys() & wanted:
-        same(found["neurons"][name], per_neuron(ref, wanted[name]))
-    if ref.config is LLAMA:
-        grasp = [-(a * h).sum(0) for a, h in zip(ref.a, ref.hga, strict=True)]
-        same(found["neurons"]["grasp"], grasp)
-        same(parity["neurons"]["snip"], per_neuron(ref, lambda a, g: np.abs(g).sum()))
-    dims = {"w_gate": 1, "w_up": 1, "w_down": 2}
-    plain = {m: np.abs(ref.W[m] * ref.G[m]).sum(dims[m]) for m in ref.W}
-    same(found["neurons"]["plainact"], sum(plain.values()))
-    same(parity["neurons"]["plainact"], plain["w_gate" if "w_gate" in plain else "w_up"])
-    squares = sum((ref.G[m] ** 2).sum(dims[m]) for m in ref.G)
-    same(found["neurons"]["grad_norm"], np.sqrt(squares))
 
 
 def test_gates_derivative_is_snip():
@@ -230,4 +54,3 @@ def test_bad_input():
         measure(params, LLAMA, TEXT, Asked(), 8)
     with pytest.raises(InputError, match="unknown"):
         Asked(("magnitude",))
-    assert set(shadow_scores.CRITERIA) >= {"l2_norm", "plainact", "fisher", "grad_norm", "snip"}

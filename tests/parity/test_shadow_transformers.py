@@ -1,0 +1,66 @@
+"""The predictor's folder in transformers gives the same masked logits."""
+
+import importlib.util
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.evals import masked
+from moejax.io.load import Loaded, save_any
+from moejax.methods import shadow_mask, shadow_predictor
+from moejax.methods.shadow_order import reordered
+from moejax.models import transformer
+from moejax.models.config import ModelConfig
+
+CONFIG = ModelConfig("llama", 61, 3, 32, 48, 4, 2, 8, initializer_range=0.2)
+SIZES = shadow_mask.sizes_of(CONFIG, 8)
+
+
+@pytest.mark.parametrize("sparsity", [0.5])
+def test_masked_logits(tmp_path, sparsity):
+    import torch
+    import transformers
+
+    draw = np.random.default_rng(0)
+    params = transformer.init_params(CONFIG, jax.random.key(0))
+    save_any(Loaded(jax.device_get(params), CONFIG), tmp_path / "model")
+    order = np.stack([draw.permutation(48) for _ in range(3)])
+    static = shadow_mask.Mask(draw.random((3, SIZES.heads)), draw.random((3, SIZES.blocks)))
+    weights = {
+        name: draw.standard_normal(w.shape).astype(np.float32)
+        for name, w in shadow_predictor.init(jax.random.key(0), 32, 16, static).items()
+    }
+    info = shadow_predictor.PredictorInfo(
+        "ab" * 32, shadow_predictor.fields_of(CONFIG), SIZES, "plainact", "unified", 16
+    )
+    made = shadow_predictor.Predictor(info, weights, order, static)
+    shadow_predictor.save(tmp_path / "predictor", made)
+    spec = importlib.util.spec_from_file_location(
+        "modeling_shadow", tmp_path / "predictor" / "modeling_shadow.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["modeling_shadow"] = module
+    spec.loader.exec_module(module)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids = draw.integers(0, 61, (2, 12))
+    shadow = module.attach(model, tmp_path / "predictor", sparsity)
+    shadow.decide(torch.tensor(ids[:, :7]))
+    with torch.no_grad():
+        theirs = model(torch.tensor(ids)).logits.numpy()
+    moved = reordered(params, CONFIG, order)
+    prompts = np.array([7, 7], np.int32)
+    signal = masked.signals(moved, CONFIG, ids, prompts)
+    scores = shadow_predictor.predict(weights, signal["context"], SIZES)
+    mask = shadow_mask.select(scores, SIZES, sparsity)
+    inserted = shadow_mask.inserted_of(mask, CONFIG, SIZES, prompts)
+    ours = transformer.logits(moved, CONFIG, ids, inserted=inserted)
+    np.testing.assert_allclose(theirs, ours, rtol=1e-3, atol=1e-3)
+    dense = transformer.logits(params, CONFIG, ids)
+    assert np.abs(dense - ours)[:, 7:].max() > 0.1
+    with torch.no_grad():
+        shadow.detach()
+        again = model(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(again, dense, rtol=1e-3, atol=1e-3)
