@@ -164,7 +164,7 @@ def _heldout_table(heldout: dict[str, Any]) -> str:
             rows.append(cells)
     note = (
         f"<p>{heldout['train']} texts trained on; overlap: of the better half of a layer's units; "
-        "gain: correlation of the deviations from the static mean.</p>"
+        "gain: correlation of a text's deviations from the mean over texts, predicted and true.</p>"
     )
     return _table(headers, rows) + note
 

@@ -81,7 +81,7 @@ def cause_rows(records: Records, heldout: dict[str, Any]) -> list[dict[str, Any]
     taken     the share of that room that predicted masks gain over static ones.
     blocks    static (and oracle) masks of single neurons minus those of blocks: what contiguity
               costs.
-    gain      held-out correlation of predicted and true deviations from the mean: near 0, the
+    gain      held-out correlation of what is a text's own in prediction and truth: near 0, the
               prompt's vector did not say it.
     """
 
@@ -96,13 +96,15 @@ def cause_rows(records: Records, heldout: dict[str, Any]) -> list[dict[str, Any]
         if n == "wikitext" and r["method"] == "oracle"
     }
     for place, sparsity in sorted(keys):
-        found = {m: nats(m, place, sparsity) for m in ("static", "oracle", "predicted")}
+        found: dict[str, Any] = {
+            m: nats(m, place, sparsity) for m in ("static", "oracle", "predicted")
+        }
         singles = {m: nats(f"{m}_single", place, sparsity) for m in ("static", "oracle")}
         if None in found.values():
             continue
-        room = found["oracle"] - found["static"]  # type: ignore[operator]
+        room = found["oracle"] - found["static"]
         row: dict[str, Any] = {"place": place, "sparsity": sparsity, "room": room}
-        row["taken"] = (found["predicted"] - found["static"]) / room if room else 0.0  # type: ignore
+        row["taken"] = (found["predicted"] - found["static"]) / room if room else 0.0
         for name, value in singles.items():
             row[f"blocks_{name}"] = None if value is None else value - found[name]
         part = {"heads": ("heads",), "neurons": ("blocks",)}.get(place, ("heads", "blocks"))

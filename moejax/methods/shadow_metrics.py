@@ -38,19 +38,24 @@ def held_out(
     """Per text and layer [N, L]: how a prediction ranks units, and how the static mean does.
 
     "spearman" and "overlap" of the prediction, "static_spearman" and "static_overlap" of the mean
-    over training texts, and "gain": Spearman's correlation of what differs from that mean, of the
-    prediction and of the truth, both as shares of their layer. Scale between layers and between
-    texts cannot raise any of them, and a static prediction has gain 0.
+    over training texts, and "gain": Spearman's correlation, over a layer's units, of how this
+    text's prediction differs from its mean over texts with how the truth does, both as shares of
+    their layer. Scale between layers and between texts cannot raise any of them, and whatever does
+    not depend on the text has gain 0.
     """
     static = np.broadcast_to(static_LU, truth_NLU.shape)
-    shares = [
-        x / np.maximum(np.abs(x).sum(-1, keepdims=True), 1e-30)
-        for x in (predicted_NLU, truth_NLU, static)
-    ]
     return {
         "spearman": spearman(predicted_NLU, truth_NLU),
         "overlap": overlap(predicted_NLU, truth_NLU, keep),
         "static_spearman": spearman(static, truth_NLU),
         "static_overlap": overlap(static, truth_NLU, keep),
-        "gain": spearman(shares[0] - shares[2], shares[1] - shares[2]),
+        "gain": spearman(_own(predicted_NLU), _own(truth_NLU)),
     }
+
+
+def _own(scores_NLU: np.ndarray) -> np.ndarray:
+    """What of a text's shares of a layer is its own: their differences to the mean over texts."""
+    shares = scores_NLU / np.maximum(np.abs(scores_NLU).sum(-1, keepdims=True), 1e-30)
+    shares = np.asarray(shares, np.float64)
+    own = shares - shares.mean(0)
+    return np.where(np.abs(own) > 1e-6 * np.abs(shares).max(-1, keepdims=True), own, 0.0)

@@ -30,7 +30,8 @@ class Shadow:
         self.info = json.loads((Path(folder) / "shadow.json").read_text())
         self.weights = load_file(str(Path(folder) / "predictor.safetensors"))
         self.model, self.sparsity = model, sparsity
-        self.context, self.mask, self.num_dense = None, None, 0
+        self.context = self.mask = None  # set by `decide`
+        self.num_dense = 0
         base = getattr(model.model, "decoder", model.model)
         if len(base.layers) != self.info["sizes"]["num_layers"]:
             raise ValueError(
@@ -52,8 +53,8 @@ class Shadow:
         self.mask, self.context = None, None
         with torch.no_grad():
             self.model(prompt_ids)
-        low = self.context.min(-1, keepdim=True).values
-        high = self.context.max(-1, keepdim=True).values
+        assert self.context is not None, "the model did not call its layers' modules"
+        low, high = (getattr(self.context, f)(-1, keepdim=True).values for f in ("min", "max"))
         x = (self.context - low) / (high - low).clamp_min(1e-30)
         w, sizes = self.weights, self.info["sizes"]
         hidden = torch.relu(x @ w["w_in"] + w["b_in"])

@@ -12,7 +12,14 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from moejax.report.plots import LINE_COLORS, MARKERS, _figure
 
 # One colour and marker per method, the same in every plot.
-METHODS = ("static", "predicted", "predicted_per_layer", "dejavu", "dejavu_equal", "oracle")
+METHODS: tuple[str, ...] = (
+    "static",
+    "predicted",
+    "predicted_per_layer",
+    "dejavu",
+    "dejavu_equal",
+    "oracle",
+)
 METHODS += ("random", "griffin", "cats", "teal")
 
 
@@ -70,9 +77,9 @@ def heldout_plot(per_layer: Mapping[str, Mapping[str, Sequence[float]]], part: s
         right.plot(table["gain"], **style)
     right.axhline(0, color="#777777", linewidth=1)
     left.set_ylabel("Spearman within the layer")
-    right.set_ylabel("Spearman of the deviations from the mean")
+    right.set_ylabel("Spearman of the deviations from the mean text")
     left.set_title(f"{part}: how well units are ranked, held-out texts", fontsize=10)
-    right.set_title("gain: what the static mean cannot give", fontsize=10)
+    right.set_title("gain: what nothing fixed can give", fontsize=10)
     for axes in (left, right):
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -89,7 +96,7 @@ def maps_plot(maps: Mapping[str, Any], units: str) -> Figure:
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(3.6 * columns + 0.6, 2.9 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
-    image = None
+    image: Any = None
     for axes, name in zip(grid.flat, names, strict=False):
         values = np.asarray(maps[name], np.float64)
         low = values.min(1, keepdims=True)
