@@ -161,9 +161,7 @@ def _gradient_bytes(setup: Setup, state: TrainState) -> int:
     narrow = jax.eval_shape(lambda params: slots(params, setup.compute_dtype), state.params)
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * slot.dtype.itemsize
-        for leaf, slot in zip(
-            jax.tree.leaves(state.params), jax.tree.leaves(narrow), strict=True
-        )
+        for leaf, slot in zip(jax.tree.leaves(state.params), jax.tree.leaves(narrow), strict=True)
     )
 
 

@@ -48,9 +48,7 @@ class _Rows:
         return {name: array[index] for name, array in self._batch.items()}
 
 
-def batches(
-    packed: Packed, batch_size: int, seed: int = 0, shuffle: bool = True
-) -> TrainBatches:
+def batches(packed: Packed, batch_size: int, seed: int = 0, shuffle: bool = True) -> TrainBatches:
     """`step -> batch` for training: every epoch another order, without end.
 
     Batches run over the borders of epochs, so all have `batch_size` rows and no row is left out.

@@ -177,9 +177,7 @@ LAYOUTS = (
         implied=_gemma2,
         limits=(_NO_BIASES, _ALWAYS_TIED),
     ),
-    GgufLayout(
-        "olmoe", "olmoe", True, _ROUTED, limits=(_NO_BIASES, _NEVER_TIED, _ALL_KEYS)
-    ),
+    GgufLayout("olmoe", "olmoe", True, _ROUTED, limits=(_NO_BIASES, _NEVER_TIED, _ALL_KEYS)),
     GgufLayout(
         "qwen2_moe",
         "qwen2moe",

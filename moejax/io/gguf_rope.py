@@ -124,7 +124,5 @@ def llama3_of(
     )
     expected = factors_of(rope, size)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
-        raise InputError(
-            f"{place}: {FACTORS} is not Llama 3's rope scaling: nothing else is read"
-        )
+        raise InputError(f"{place}: {FACTORS} is not Llama 3's rope scaling: nothing else is read")
     return numbers

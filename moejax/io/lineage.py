@@ -85,9 +85,7 @@ def hash_path(path: str | os.PathLike[str]) -> str:
         return _hash_file(path)
     total = hashlib.sha256()
     stored = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.gguf"))
-    files = stored or sorted(
-        file for file in (path / "params").rglob("*") if file.is_file()
-    )
+    files = stored or sorted(file for file in (path / "params").rglob("*") if file.is_file())
     if not files:
         raise InputError(f"{path} has no weight files to hash")
     for file in files:

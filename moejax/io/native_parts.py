@@ -87,8 +87,7 @@ class StoredTree:
         self._leaves = leaves
         self._weights = {weight.hf_name: weight for weight in table}
         self.infos = {
-            weight.hf_name: Info(weight.hf_shape, leaves.dtype(weight.path))
-            for weight in table
+            weight.hf_name: Info(weight.hf_shape, leaves.dtype(weight.path)) for weight in table
         }
 
     def read(self, name: str, rows: Range = None, columns: Range = None) -> np.ndarray:

@@ -55,9 +55,7 @@ def read_abstract(path: str | os.PathLike[str]) -> tree.Tree:
         raise broken(path, error) from error
 
 
-def load_tree(
-    path: str | os.PathLike[str], wanted: tree.Tree, partial: bool = False
-) -> tree.Tree:
+def load_tree(path: str | os.PathLike[str], wanted: tree.Tree, partial: bool = False) -> tree.Tree:
     """Reads a folder into the kind of leaf that `wanted` holds. Inverse: `save_tree`.
 
     Args:
@@ -85,9 +83,7 @@ def load_tree(
     return tree.unflatten({name: leaves[name] for name in asked})
 
 
-def check_fits(
-    path: str | os.PathLike[str], wanted: tree.Tree, partial: bool = False
-) -> None:
+def check_fits(path: str | os.PathLike[str], wanted: tree.Tree, partial: bool = False) -> None:
     """Raises InputError unless a folder holds the paths and shapes of `wanted`, and no others
     (unless `partial`)."""
     stored = tree.flatten(read_abstract(path))

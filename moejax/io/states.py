@@ -1,9 +1,9 @@
 """States of a frozen model on disk: computed once, read in every epoch after.
 
-    DIR/states.json          what they are of: model, tokenizer, layers, texts (hashes), size, dtype
-    DIR/shard_00000.bin      states of consecutive examples, one below the other, [tokens, R]
-    DIR/shard_00000.json     how many tokens each of them has; written last, so a shard without it
-                             is one that was never finished and is made again
+DIR/states.json          what they are of: model, tokenizer, layers, texts (hashes), size, dtype
+DIR/shard_00000.bin      states of consecutive examples, one below the other, [tokens, R]
+DIR/shard_00000.json     how many tokens each of them has; written last, so a shard without it
+                         is one that was never finished and is made again
 """
 
 from __future__ import annotations

@@ -52,9 +52,7 @@ def adapt(
         if chosen is None:
             raise InputError("method esft needs to know the experts: give an expert config")
         parts = esft.split_params(params, config, chosen)
-        return Adaptation(
-            *parts, esft.assemble, lambda t, p: esft.finish(t, p, config, chosen)
-        )
+        return Adaptation(*parts, esft.assemble, lambda t, p: esft.finish(t, p, config, chosen))
     if method == "lora":
         return Adaptation(
             lora.init_adapters(params, low_rank),

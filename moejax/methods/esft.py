@@ -88,9 +88,7 @@ def runs_of(config: ModelConfig, chosen: ExpertConfig) -> list[RunPairs]:
             for e in sorted({*extra, *chosen.experts.get(layer, ())})
         ]
         rows, ids = np.array(pairs, np.int32).reshape(-1, 2).T
-        found.append(
-            RunPairs(run.name, run.num_layers, config.moe.num_experts, layers, rows, ids)
-        )
+        found.append(RunPairs(run.name, run.num_layers, config.moe.num_experts, layers, rows, ids))
     return found
 
 

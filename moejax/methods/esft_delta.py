@@ -86,8 +86,7 @@ def of_trained(
         master = trainable["experts"][run.name][path.rsplit("/", 1)[1]]
         stacks[path] = np.asarray(master).astype(flat[path].dtype)
     leaves = {
-        path: np.asarray(leaf).astype(flat[path].dtype)
-        for path, leaf in rest_of(trainable).items()
+        path: np.asarray(leaf).astype(flat[path].dtype) for path, leaf in rest_of(trainable).items()
     }
     return Delta(chosen, stacks, leaves, lineage.hash_params(params))
 

@@ -199,9 +199,7 @@ def _sum_over_devices(counters: Counters, mesh: Mesh | None) -> Counters:
         return jax.tree.map(lambda x: jax.lax.psum(x[0], TOKEN_AXES), counters)
 
     return jax.jit(
-        jax.shard_map(
-            add, mesh=mesh, in_specs=P(TOKEN_AXES), out_specs=P(), check_vma=False
-        )
+        jax.shard_map(add, mesh=mesh, in_specs=P(TOKEN_AXES), out_specs=P(), check_vma=False)
     )(counters)
 
 

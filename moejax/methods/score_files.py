@@ -81,9 +81,7 @@ def from_token_files(paths: Iterable[Path], top_k: int) -> ExpertScores:
     for i, layer in enumerate(layers):
         whole[0, i, : len(counts[layer])] = counts[layer] / pairs[layer]
         whole[1, i, : len(sums[layer])] = sums[layer] / (pairs[layer] / top_k)
-    return ExpertScores(
-        layers, tuple(range(num_experts)), {"token": whole[0], "gate": whole[1]}
-    )
+    return ExpertScores(layers, tuple(range(num_experts)), {"token": whole[0], "gate": whole[1]})
 
 
 def token_choices(
@@ -96,8 +94,9 @@ def token_choices(
         layer = int(_TOKENS.fullmatch(file.name).group(1))  # type: ignore[union-attr]
         ids, gates = (part.reshape(-1, top_k) for part in _read_tokens(file, top_k))
         if layer in found:
-            ids, gates = np.concatenate([found[layer][0], ids]), np.concatenate(
-                [found[layer][1], gates]
+            ids, gates = (
+                np.concatenate([found[layer][0], ids]),
+                np.concatenate([found[layer][1], gates]),
             )
         found[layer] = ids, gates
     if not found:

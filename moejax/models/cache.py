@@ -146,9 +146,9 @@ def extend_split(state, index: int, slot, k: jax.Array, v: jax.Array):
     if isinstance(slot, tuple):  # pages
         page_BT, slot_BT = slot
         pools = tuple(
-            old[index].at[page_BT, :, slot_BT].set(
-                jnp.swapaxes(new, 1, 2).astype(old[index].dtype), mode="drop"
-            )
+            old[index]
+            .at[page_BT, :, slot_BT]
+            .set(jnp.swapaxes(new, 1, 2).astype(old[index].dtype), mode="drop")
             for old, new in zip(state, (k, v), strict=True)
         )
         return *(pool.astype(k.dtype) for pool in pools), pools

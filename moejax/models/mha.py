@@ -73,25 +73,33 @@ def mha(
 ) -> tuple[jax.Array, Any]:
     """Projects, rotates, attends, projects back. Returns ([B, T, D], extend's new state)."""
 
-    def project(name):
-        y = jnp.einsum("btd,dhc->bthc", x_BTD, params[f"w_{name}"])
-        y = y + params[f"b_{name}"] if f"b_{name}" in params else y
-        y = y if f"{name}_norm" not in params else _normed(params[f"{name}_norm"]["scale"], y)
-        return y if inputs.clip is None else jnp.clip(y, -inputs.clip, inputs.clip)
-
-    def _normed(scale, y):
-        if scale.ndim == 1:
-            return rms_norm(y, scale, inputs.norm_eps)
-        together = y.reshape(*y.shape[:2], -1)
-        return rms_norm(together, scale.reshape(-1), inputs.norm_eps).reshape(y.shape)
-
-    q_BTHC, k_BTGC = project("q"), project("k")
+    q_BTHC, k_BTGC, v_BTGC = (project(params, name, x_BTD, inputs) for name in "qkv")
     if inputs.turn is not None:
         q_BTHC, k_BTGC = (apply_rope(x, *inputs.turn) for x in (q_BTHC, k_BTGC))
-    k_BGSC, v_BGSC, state = extend(jnp.swapaxes(k_BTGC, 1, 2), jnp.swapaxes(project("v"), 1, 2))
+    k_BGSC, v_BGSC, state = extend(jnp.swapaxes(k_BTGC, 1, 2), jnp.swapaxes(v_BTGC, 1, 2))
     mixed_BTHC = attend(q_BTHC, k_BGSC, v_BGSC, inputs, window, inputs.spec)
     mixed_BTHC = mixed_BTHC if on_heads is None else on_heads(mixed_BTHC)
     # One product over H * C: for an einsum over two dims XLA transposes the weights first.
     w_o = params["w_o"].reshape(-1, x_BTD.shape[-1])
     out_BTD = mixed_BTHC.reshape(*x_BTD.shape[:2], -1) @ w_o
     return (out_BTD + params["b_o"] if "b_o" in params else out_BTD), state
+
+
+def project(
+    params: dict[str, Any], name: str, x_BTD: jax.Array, inputs: AttentionInputs
+) -> jax.Array:
+    """Queries "q", keys "k" or values "v" of x, [B, T, heads, C], before rope."""
+    y = jnp.einsum("btd,dhc->bthc", x_BTD, params[f"w_{name}"])
+    y = y + params[f"b_{name}"] if f"b_{name}" in params else y
+    return finished(params, name, y, inputs)
+
+
+def finished(
+    params: dict[str, Any], name: str, y_BTHC: jax.Array, inputs: AttentionInputs
+) -> jax.Array:
+    """What follows such a projection: its norm, per head or of all heads together, and the clip."""
+    if f"{name}_norm" in params:
+        scale, shape = params[f"{name}_norm"]["scale"], y_BTHC.shape
+        y = y_BTHC if scale.ndim == 1 else y_BTHC.reshape(*shape[:2], -1)
+        y_BTHC = rms_norm(y, scale.reshape(-1), inputs.norm_eps).reshape(shape)
+    return y_BTHC if inputs.clip is None else jnp.clip(y_BTHC, -inputs.clip, inputs.clip)

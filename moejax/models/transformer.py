@@ -26,6 +26,7 @@ from moejax.models.mha import AttentionInputs, mha
 from moejax.models.mla import mla
 from moejax.models.options import BLOCK_INPUT, REMAT_POLICIES, ForwardOptions
 from moejax.models.params import abstract_params, init_leaf, init_params
+from moejax.models.sparse import sparse_feed_forward, sparse_mha
 from moejax.moe.changed import changed_moe
 from moejax.moe.expert_parallel import split_rows, whole_columns
 from moejax.moe.layer import MoEStats, moe_layer
@@ -287,12 +288,14 @@ def _block(layer, x_BTD, rng, extend, context: _Context, window: Window):
         x = changed(at("attn_in"), x)
         if config.mla is not None:
             return mla(config.mla, cast["attn"], x, context.inputs, extend, window, on_heads)
-        return mha(cast["attn"], x, context.inputs, extend, window, on_heads)
+        heads = sparse_mha if "rows_q" in cast["attn"] else mha
+        return heads(cast["attn"], x, context.inputs, extend, window, on_heads)
 
     def feed(x):
         x = changed(at("mlp_in"), x)
         if "mlp" in cast:
-            return feed_forward(cast["mlp"], x, activation, on_neurons), None
+            layer = sparse_feed_forward if "rows_up" in cast["mlp"] else feed_forward
+            return layer(cast["mlp"], x, activation, on_neurons), None
         assert config.moe is not None
         how: dict[str, Any] = {"activation": activation, "rng": rng}
         how |= {"mask_BT": context.mask_BT, "trace": options.trace_routing}

@@ -225,9 +225,7 @@ def _statistics(
     if logits.std_NJ is not None and chooses:
         load_J = noisy_load(logits, keep_N, config)
     probs_NJ = probabilities(scores_NJ, config)
-    balance = balance_loss(
-        probs_NJ, chosen_NJ, importance_J, load_J, batch, config
-    )
+    balance = balance_loss(probs_NJ, chosen_NJ, importance_J, load_J, batch, config)
     z = z_loss(logits.clean_NJ, batch) if config.z_weight else jnp.zeros((), jnp.float32)
     counts_E = jnp.concatenate([jnp.full(config.num_shared, keep_N.sum()), counts_J])
     return {

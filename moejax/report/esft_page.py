@@ -65,7 +65,8 @@ def write(
     shared = overlap(tasks, top_k)
     figures = {
         f"Relevance of each expert ({score} score)": (
-            "relevance", esft_plots.relevance_plot(tasks, score)
+            "relevance",
+            esft_plots.relevance_plot(tasks, score),
         ),
         "Experts per layer": ("experts_per_layer", esft_plots.counts_plot(tasks)),
     }

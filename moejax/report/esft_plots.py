@@ -47,9 +47,7 @@ def relevance_plot(tasks: Sequence[Any], score: str) -> Figure:
             task.values_LJ, aspect="auto", cmap="Blues", vmin=0.0, vmax=top, interpolation="none"
         )
         column = {e: j for j, e in enumerate(task.experts)}
-        marks = [
-            (column[e], i) for i, n in enumerate(task.layers) for e in task.chosen.get(n, ())
-        ]
+        marks = [(column[e], i) for i, n in enumerate(task.layers) for e in task.chosen.get(n, ())]
         axes.scatter(*zip(*marks, strict=True), s=9, color=LINE_COLORS[1], linewidths=0)
         step = max(1, num_layers // 10)
         axes.set_yticks(range(0, num_layers, step), [str(n) for n in task.layers[::step]])

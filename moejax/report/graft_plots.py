@@ -18,8 +18,14 @@ def arms_plot(arms: Mapping[str, Mapping[str, float]]) -> Figure:
         value = found["bits_per_byte"]
         error = [[value - found["low"]], [found["high"] - value]]
         axes.errorbar(value, row, xerr=error, marker="o", capsize=3, color=LINE_COLORS[row % 7])
-        axes.annotate(f"{value:.3f}", (value, row), xytext=(0, 7), textcoords="offset points",
-                      ha="center", fontsize=8)
+        axes.annotate(
+            f"{value:.3f}",
+            (value, row),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
     axes.set_yticks(range(len(arms)), list(arms))
     axes.set_ylim(len(arms) - 0.5, -0.7)
     axes.set_xlabel("bits per byte of held-out answers, 95% intervals (lower is better)")
@@ -51,8 +57,9 @@ def attention_plot(
     figure = Figure(figsize=(2.0 + 0.18 * columns, 1.6 + 0.18 * rows), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(weights_TS[:rows, :columns], aspect="auto", cmap="magma", vmin=0, vmax=1)
-    axes.set_xticks(range(columns), [_plain(w) for w in source_words[:columns]], rotation=90,
-                    fontsize=7)
+    axes.set_xticks(
+        range(columns), [_plain(w) for w in source_words[:columns]], rotation=90, fontsize=7
+    )
     axes.set_yticks(range(rows), [_plain(w) for w in words[:rows]], fontsize=7)
     axes.set_xlabel("source tokens")
     axes.set_ylabel("target tokens")

@@ -128,9 +128,7 @@ def bias_variance(rows: Rows, k: int) -> Figure:
     axes.set_xlabel("bias, 1 - mean of Pass@1")
     axes.set_ylabel("variance of Pass@1 over problems")
     axes.set_title(f"Bias and variance; lines: equal bound on Pass@{k}")
-    figure.legend(
-        title=f"arm: Pass@{k}", loc="outside right upper", frameon=False, fontsize=7
-    )
+    figure.legend(title=f"arm: Pass@{k}", loc="outside right upper", frameon=False, fontsize=7)
     return figure
 
 
@@ -140,9 +138,7 @@ def _bound_lines(axes: Axes, k: int) -> None:
     bias, variance = np.meshgrid(np.linspace(left, right, 80), np.linspace(bottom, top, 80))
     bound = 1 - np.maximum(bias**2 + variance, 0) ** (k / 2)
     if np.ptp(bound) > 1e-6:
-        lines = axes.contour(
-            bias, variance, bound, levels=8, colors="#999999", linewidths=0.7
-        )
+        lines = axes.contour(bias, variance, bound, levels=8, colors="#999999", linewidths=0.7)
         axes.clabel(lines, fontsize=7, fmt="%.3g")
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)

@@ -78,9 +78,7 @@ class Engine:
         )
         pool = init_pool(config, num_pages, self.page_size, settings.options.compute_dtype)
         self._pool = pool if self._plan.place is None else jax.device_put(pool, self._plan.place)
-        self._state = empty_rows(
-            settings.num_slots, self._pages_per_row, settings.max_stop_ids
-        )
+        self._state = empty_rows(settings.num_slots, self._pages_per_row, settings.max_stop_ids)
         self._rows: list[Row | None] = [None] * settings.num_slots
         self._waiting: collections.deque[Group] = collections.deque()
         self._reading: list[Group] = []

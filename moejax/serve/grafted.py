@@ -76,8 +76,9 @@ class GraftedText:
                 "with another placement to generate"
             )
         self.model = model
-        found = align(prompt, joined.target, joined.source, joined.how,
-                      len(prompt) if joined.prefix else None)
+        found = align(
+            prompt, joined.target, joined.source, joined.how, len(prompt) if joined.prefix else None
+        )
         self.ids, self.limits = list(found.target_ids), list(found.limits)
         room = model.target.max_position - len(self.ids)
         if room < 1:
@@ -225,7 +226,11 @@ def _extend_target(static, params, state, tokens_1T, limits_1T):
     target_params, bridge = params
     reading = Reading(bridge, graft, (state["k"], state["v"]), limits_1T)
     output = grafted(
-        target_params, target, tokens_1T, {"source": reading}, cache=state["target"],
+        target_params,
+        target,
+        tokens_1T,
+        {"source": reading},
+        cache=state["target"],
         options=options,
     )
     logits = unembed(target_params, target, output.hidden_BTD[0, -1])

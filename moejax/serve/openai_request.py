@@ -97,9 +97,7 @@ def parse_completion(body: Mapping[str, Any], tokenizer: Tokenizer, limits: ApiL
     if most == 0 and not echo:
         raise BadRequestError("max_tokens is 0: give 1 or more, or echo the prompt", "max_tokens")
     make = _maker(body, n, num_logprobs, most, tokenizer, limits)
-    return Asked(
-        tuple(make(ids) for ids in prompts), False, *_form(body), most, echo, num_logprobs
-    )
+    return Asked(tuple(make(ids) for ids in prompts), False, *_form(body), most, echo, num_logprobs)
 
 
 def parse_chat(body: Mapping[str, Any], tokenizer: Tokenizer, limits: ApiLimits) -> Asked:

@@ -29,9 +29,7 @@ class Reply:
     def whole(self, answers: list[list[Answer]], scores: list[Likelihood]) -> Json:
         """The body for all answers; scores: of the prompts, where they are echoed with theirs."""
         choices: list[Json] = []
-        for number, (request, samples) in enumerate(
-            zip(self.asked.requests, answers, strict=True)
-        ):
+        for number, (request, samples) in enumerate(zip(self.asked.requests, answers, strict=True)):
             score = scores[number] if scores else None
             for answer in samples:
                 choices.append(self._choice(len(choices), request, answer, score))

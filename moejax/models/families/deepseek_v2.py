@@ -95,23 +95,27 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     assert config.moe is not None and config.mla is not None
     moe, width = config.moe, config.moe.expert_ffn or config.d_ff
     limited = moe.num_groups > 1
-    fields = llama_like_to_hf(config) | ONLY | {
-        **{theirs: getattr(config.mla, ours) for theirs, ours in SIZES.items()},
-        "attention_bias": config.attention_bias,
-        "first_k_dense_replace": config.num_dense_layers,
-        "moe_intermediate_size": width,
-        "n_routed_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        # transformers has no model without shared experts.
-        "n_shared_experts": moe.shared_ffn // width or None,
-        "topk_method": "group_limited_greedy" if limited else "greedy",
-        "n_group": moe.num_groups,
-        "topk_group": moe.top_groups,
-        "norm_topk_prob": moe.weighting == "renormalized",
-        "routed_scaling_factor": moe.scale,
-        "aux_loss_alpha": moe.balance_weight,
-        "seq_aux": moe.balance == "sequence",
-    }
+    fields = (
+        llama_like_to_hf(config)
+        | ONLY
+        | {
+            **{theirs: getattr(config.mla, ours) for theirs, ours in SIZES.items()},
+            "attention_bias": config.attention_bias,
+            "first_k_dense_replace": config.num_dense_layers,
+            "moe_intermediate_size": width,
+            "n_routed_experts": moe.num_experts,
+            "num_experts_per_tok": moe.top_k,
+            # transformers has no model without shared experts.
+            "n_shared_experts": moe.shared_ffn // width or None,
+            "topk_method": "group_limited_greedy" if limited else "greedy",
+            "n_group": moe.num_groups,
+            "topk_group": moe.top_groups,
+            "norm_topk_prob": moe.weighting == "renormalized",
+            "routed_scaling_factor": moe.scale,
+            "aux_loss_alpha": moe.balance_weight,
+            "seq_aux": moe.balance == "sequence",
+        }
+    )
     del fields["head_dim"]
     return fields
 

@@ -64,9 +64,7 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
         attention_bias=flag(fields, "attention_bias"),
         attention=attention,
         norms=NORMS,
-        embedding=EmbeddingConfig(
-            scaled=True, logit_soft_cap=fields["final_logit_softcapping"]
-        ),
+        embedding=EmbeddingConfig(scaled=True, logit_soft_cap=fields["final_logit_softcapping"]),
     )
 
 

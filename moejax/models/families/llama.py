@@ -36,15 +36,9 @@ _LLAMA32 = RopeConfig(5e5, "llama3", 32.0, original_max_position=8192)
 _CODER = RopeConfig(1e5, "linear", 4.0)
 # V, L, D, F, H, G, C, eps, rope, max_position, tied
 PRESETS = {
-    "smollm2-135m": _config(
-        49152, 30, 576, 1536, 9, 3, 64, 1e-5, RopeConfig(1e5), 8192, True
-    ),
-    "smollm2-360m": _config(
-        49152, 32, 960, 2560, 15, 5, 64, 1e-5, RopeConfig(1e5), 8192, True
-    ),
-    "smollm2-1.7b": _config(
-        49152, 24, 2048, 8192, 32, 32, 64, 1e-5, RopeConfig(1.3e5), 8192, True
-    ),
+    "smollm2-135m": _config(49152, 30, 576, 1536, 9, 3, 64, 1e-5, RopeConfig(1e5), 8192, True),
+    "smollm2-360m": _config(49152, 32, 960, 2560, 15, 5, 64, 1e-5, RopeConfig(1e5), 8192, True),
+    "smollm2-1.7b": _config(49152, 24, 2048, 8192, 32, 32, 64, 1e-5, RopeConfig(1.3e5), 8192, True),
     "tinyllama-1.1b": _config(32000, 22, 2048, 5632, 32, 4, 64, 1e-5),
     "llama-2-7b": _config(32000, 32, 4096, 11008, 32, 32, 128, 1e-5, max_position=4096),
     "llama-2-13b": _config(32000, 40, 5120, 13824, 40, 40, 128, 1e-5, max_position=4096),

@@ -60,9 +60,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 _MOE = MoEConfig(8, 2, **CONVENTIONS["mixtral"] | HF_BALANCE, balance_weight=0.001)
-_mixtral = functools.partial(
-    ModelConfig, "mixtral", norm_eps=1e-5, rope=RopeConfig(1e6), moe=_MOE
-)
+_mixtral = functools.partial(ModelConfig, "mixtral", norm_eps=1e-5, rope=RopeConfig(1e6), moe=_MOE)
 # V, L, D, F, H, G, C
 PRESETS = {
     "mixtral-8x7b": _mixtral(32000, 32, 4096, 14336, 32, 8, 128, max_position=32768),

@@ -49,9 +49,7 @@ def name_table(config: ModelConfig, modules: Mapping[str, str]) -> list[Weight]:
                 experts: list[int | None] = [None]
                 if path.startswith("moe/experts/"):
                     experts, shape = [*range(shape[0])], shape[1:]
-                table += [
-                    _weight(whole, path, shape, modules, (i, first + i), e) for e in experts
-                ]
+                table += [_weight(whole, path, shape, modules, (i, first + i), e) for e in experts]
         first += run.num_layers
     return table
 

@@ -1,0 +1,164 @@
+"""ShadowLLM's decoding: weights laid out for it, and lists of what is kept put into them.
+
+`lay_out` is done once. It takes one more copy of the layers that may be pruned (queries, output
+projection and feed-forward layer by rows, which replace the ones by columns), after which the tree
+it came from can be dropped: what decodes is as large as the dense model.
+
+`plan` chooses units from scores, as `shadow_mask.select` with a local budget does, and where rows
+of a batch keep different ones makes their union: every unit that some row keeps is read once, and
+each row's factors leave out what it does not keep itself, so its result is that of the row alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.core import tree
+from moejax.core.errors import InputError
+from moejax.methods.shadow_mask import Kept, Mask, Sizes, num_kept
+from moejax.models.config import ModelConfig
+from moejax.models.sparse import by_rows
+from moejax.models.transformer import split_layers
+
+# Unions are rounded up to so many equal parts of a layer, so that few programs are compiled.
+UNION_STEPS = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one call computes: `Kept` lists [L - first, K] that all rows share, and their factors.
+
+    heads_BLK, blocks_BLK: [B, L - first, K] float32, 1 where the row keeps it; None: all ones.
+    """
+
+    kept: Kept
+    heads_BLK: jax.Array | None = None
+    blocks_BLK: jax.Array | None = None
+
+
+def lay_out(params: tree.Tree, config: ModelConfig, sizes: Sizes) -> tree.Tree:
+    """The tree as decoding with skipped parts reads it, layer by layer.
+
+    InputError for attention whose heads cannot be skipped (MLA).
+    """
+    if not any(isinstance(run, tuple) for run in params["layers"].values()):
+        params = split_layers(params)
+    relaid = jax.jit(functools.partial(by_rows, num_units=sizes.heads, block=sizes.block))
+    runs, number = {}, 0
+    for run in config.runs:
+        made = []
+        for layer in params["layers"][run.name]:
+            made.append(relaid(layer) if number >= sizes.first else layer)
+            number += 1
+        runs[run.name] = tuple(made)
+    return params | {"layers": runs}
+
+
+def with_plan(params: tree.Tree, config: ModelConfig, sizes: Sizes, plan: Plan) -> tree.Tree:
+    """A laid out tree whose next token is computed with the plan's units alone."""
+    runs, at = {}, -sizes.first
+    for run in config.runs:
+        made = []
+        for layer in params["layers"][run.name]:
+            made.append(layer if at < 0 else _with_lists(layer, plan, at))
+            at += 1
+        runs[run.name] = tuple(made)
+    return params | {"layers": runs}
+
+
+def _with_lists(layer: tree.Tree, plan: Plan, at: int) -> tree.Tree:
+    made = dict(layer)
+    parts = (("attn", plan.kept.heads, plan.heads_BLK),)
+    feed = "mlp" if "mlp" in layer else "moe"
+    for part, kept, weight in (*parts, (feed, plan.kept.blocks, plan.blocks_BLK)):
+        lists = {"kept": kept[at]}
+        if weight is not None:
+            lists["weight"] = weight[:, at]
+        made[part] = layer[part] | lists
+    return made
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def kept_by_scores(scores: Mask, sizes: Sizes, sparsity: tuple[float, float]) -> Kept:
+    """The lists of the best units, [..., L - first, K]: `kept_of(select(...))` on the device."""
+
+    def part(values: jax.Array, share: float) -> jax.Array:
+        later = values[..., sizes.first :, :]
+        best = jax.lax.top_k(later, num_kept(later.shape[-1], share))[1]
+        return jnp.sort(best, axis=-1).astype(jnp.int32)
+
+    return Kept(part(scores.heads, sparsity[0]), part(scores.blocks, sparsity[1]))
+
+
+def plan_of(kept_B: Kept, sizes: Sizes) -> Plan:
+    """The plan of a batch from each row's lists [B, L - first, K]: one row's own, else the union.
+
+    A union is as long as the longest of its layers, rounded up to a UNION_STEPS-th of all units;
+    layers with fewer repeat a unit of theirs with factor 0.
+    """
+    if kept_B.heads.shape[0] == 1:
+        return Plan(Kept(kept_B.heads[0], kept_B.blocks[0]))
+    heads = _union(np.asarray(kept_B.heads), sizes.heads)
+    blocks = _union(np.asarray(kept_B.blocks), sizes.blocks)
+    return Plan(Kept(heads[0], blocks[0]), heads[1], blocks[1])
+
+
+def _union(kept_BLK: np.ndarray, num_units: int) -> tuple[jax.Array, jax.Array]:
+    """The lists [L, K] and the factors [B, L, K]."""
+    has_BLU = np.zeros((*kept_BLK.shape[:2], num_units), bool)
+    np.put_along_axis(has_BLU, kept_BLK, True, axis=-1)
+    any_LU = np.asarray(has_BLU.any(axis=0))
+    step = -(-num_units // UNION_STEPS)
+    length = min(num_units, -(-int(any_LU.sum(-1).max()) // step) * step)
+    lists = np.zeros((any_LU.shape[0], length), np.int32)
+    factors = np.zeros((has_BLU.shape[0], *lists.shape), np.float32)
+    for at, any_U in enumerate(any_LU):
+        found = np.flatnonzero(any_U)
+        lists[at] = found[-1] if len(found) else 0
+        lists[at, : len(found)] = found
+        factors[:, at, : len(found)] = has_BLU[:, at, found]
+    return jnp.asarray(lists), jnp.asarray(factors)
+
+
+def check_plan(config: ModelConfig, sizes: Sizes) -> None:
+    """InputError for a model whose decoding cannot skip anything of these sizes."""
+    if config.mla is not None:
+        raise InputError("heads of latent attention (MLA) are not skipped in decoding")
+    if sizes.first >= config.num_layers:
+        raise InputError(f"no layer is left to prune of {config.num_layers}")
+
+
+def num_read_bytes(params: tree.Tree, config: ModelConfig, plan: Plan | None, sizes: Sizes) -> int:
+    """Bytes of weights that one token reads, of a laid out or plain split tree.
+
+    Embedding tables count their one row; a tied head reads the table.
+    """
+    flat = tree.flatten({k: v for k, v in params.items() if k not in ("layers", "embed")})
+    total: float = sum(_bytes(w) for w in flat.values())
+    for name, w in params["embed"].items():
+        looked_up = name == "positions" or (name == "tokens" and not config.tie_embeddings)
+        total += _bytes(w) // w.shape[0] if looked_up else _bytes(w)
+    number = -sizes.first
+    for run in config.runs:
+        for layer in params["layers"][run.name]:
+            share = (1.0, 1.0) if plan is None or number < 0 else _shares(plan, sizes)
+            for path, w in tree.flatten(layer).items():
+                by_row = path.rpartition("/")[2].startswith("rows_")
+                total += _bytes(w) * (share[0 if path.startswith("attn") else 1] if by_row else 1)
+            number += 1
+    return round(total)
+
+
+def _shares(plan: Plan, sizes: Sizes) -> tuple[float, float]:
+    return plan.kept.heads.shape[-1] / sizes.heads, plan.kept.blocks.shape[-1] / sizes.blocks
+
+
+def _bytes(w: Any) -> int:
+    return int(np.prod(w.shape)) * jnp.dtype(w.dtype).itemsize

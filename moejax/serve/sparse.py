@@ -1,0 +1,225 @@
+"""Generation that skips heads and neurons: dense over the prompt, then by lists of what is kept.
+
+What layer 0's attention mixed at the last token read decides what the next tokens compute; with
+`refresh_every` it decides anew after every so many tokens. Keys and values of skipped heads are
+kept all the same, so heads may come and go.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.core import tree
+from moejax.core.errors import InputError
+from moejax.methods.shadow_decode import Plan, kept_by_scores, plan_of, with_plan
+from moejax.methods.shadow_mask import Kept, Mask, Sizes
+from moejax.methods.shadow_predictor import predict
+from moejax.models.cache import KVCache, init_cache
+from moejax.models.config import ModelConfig
+from moejax.models.inserted import Inserted
+from moejax.models.options import ForwardOptions
+from moejax.models.transformer import forward, unembed
+from moejax.serve.prepare import bucket, check_prompts, context_length
+from moejax.serve.sampling import SamplingConfig, sample
+
+CHUNK = 16  # tokens drawn between two looks at the stop ids, where no refresh asks for fewer
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What decides, and how much is skipped.
+
+    Attributes:
+      sizes: units per layer. sparsity: shares of heads and of blocks that are not computed; None:
+        nothing is skipped and params may be of any split tree.
+      refresh_every: tokens after which the lists are made anew; 0: never.
+      predicted: whether scores come from the predictor, else the static ones serve all inputs.
+    """
+
+    sizes: Sizes
+    sparsity: tuple[float, float] | None
+    refresh_every: int = 0
+    predicted: bool = True
+
+    def __post_init__(self):
+        if self.refresh_every < 0:
+            raise InputError(f"refresh_every must be 0 (never) or more, got {self.refresh_every}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+    """A model ready to generate: laid out params, the predictor's weights, its static scores."""
+
+    config: ModelConfig
+    params: tree.Tree
+    policy: Policy
+    predictor: dict[str, Any] | None = None
+    static: Mask | None = None
+    options: ForwardOptions = ForwardOptions()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Rows in the middle of their answers: the cache, the last logits, and what decides."""
+
+    cache: KVCache
+    logits_BV: jax.Array
+    context_BE: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """ids without the stop id; logits_TV: of every id drawn, where they were asked for."""
+
+    ids: list[int]
+    finished: bool
+    logits_TV: np.ndarray | None = None
+
+
+def start(model: Sparse, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> State:
+    """Reads the prompts, padded on the left, with every head and neuron."""
+    length = bucket(max(map(len, prompts)))
+    tokens_BT = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, length - len(prompt) :] = prompt
+    start_B = jnp.asarray([length - len(prompt) for prompt in prompts], jnp.int32)
+    # Whole chunks are drawn; what is past the budget is thrown away.
+    num_slots = bucket(length + max_new_tokens + max(CHUNK, model.policy.refresh_every))
+    return _prefill(model.config, model.options, num_slots, model.params, tokens_BT, start_B)
+
+
+def decide(model: Sparse, context_BE: jax.Array) -> Plan | None:
+    """What the next tokens compute; None: everything."""
+    if model.policy.sparsity is None:
+        return None
+    sizes, shares = model.policy.sizes, model.policy.sparsity
+    if not model.policy.predicted:
+        assert model.static is not None
+        kept = kept_by_scores(jax.tree.map(jnp.asarray, model.static), sizes, shares)
+        return Plan(kept)
+    assert model.predictor is not None
+    return plan_of(_predicted(sizes, shares, model.predictor, context_BE), sizes)
+
+
+def advance(
+    model: Sparse,
+    state: State,
+    plan: Plan | None,
+    keys: jax.Array,
+    sampling: SamplingConfig = SamplingConfig(temperature=0),
+) -> tuple[State, jax.Array, jax.Array]:
+    """Draws len(keys) tokens per row under one plan: the new state, ids [B, T], logits [B, T, V].
+
+    keys: [T, B] random keys. The last id drawn has been read too. The given state is used up.
+    """
+    static = (model.config, model.options, model.policy.sizes, sampling)
+    return _advance(static, model.params, plan, state, keys)
+
+
+def generate(
+    model: Sparse,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 128,
+    sampling: SamplingConfig = SamplingConfig(temperature=0),
+    *,
+    stop_ids: Sequence[int] = (),
+    seed: int = 0,
+    with_logits: bool = False,
+) -> list[Answer]:
+    """Continues the prompts together: row i's t-th token has the key fold_in(fold_in(seed, i), t).
+
+    with_logits keeps the logits of every token, [T, V] per row.
+
+    InputError: an empty prompt, an unknown id, no room in the model's context.
+    """
+    check_prompts(model.config, prompts)
+    budget = min(max_new_tokens, context_length(model.config) - max(map(len, prompts)))
+    state = start(model, prompts, budget)
+    plan = decide(model, state.context_BE)
+    rows = [jax.random.fold_in(jax.random.key(seed), row) for row in range(len(prompts))]
+    drawn_BT: list[list[int]] = [[] for _ in prompts]
+    logits: list[np.ndarray] = []
+    chunk = model.policy.refresh_every or CHUNK
+    for first in range(0, budget, chunk):
+        if first and model.policy.refresh_every:
+            plan = decide(model, state.context_BE)
+        keys = _keys(jnp.stack(rows), first, chunk)
+        state, ids_BT, logits_BTV = advance(model, state, plan, keys, sampling)
+        if with_logits:
+            logits.append(np.asarray(logits_BTV))
+        for drawn, ids in zip(drawn_BT, np.asarray(ids_BT).tolist(), strict=True):
+            drawn += ids
+        if all(set(drawn[:budget]) & set(stop_ids) for drawn in drawn_BT):
+            break
+    found = []
+    for row, drawn in enumerate(drawn_BT):
+        ends = [t for t, i in enumerate(drawn[:budget]) if i in stop_ids]
+        ids = drawn[: ends[0] if ends else budget]
+        kept = np.concatenate(logits, axis=1)[row, : len(ids)] if with_logits else None
+        found.append(Answer(ids, bool(ends), kept))
+    return found
+
+
+# -- inside ----------------------------------------------------------------------------------------
+
+
+def _seeing(contexts: list[jax.Array]) -> Inserted:
+    """Notes what each layer's heads mixed, the first one's first; layers are walked one by one."""
+
+    def heads(_, x_BTHC):
+        contexts.append(x_BTHC)
+        return x_BTHC, None
+
+    return Inserted(heads=heads)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _prefill(config, options, num_slots: int, params, tokens_BT, start_B) -> State:
+    dtype = options.compute_dtype
+    cache = init_cache(config, start_B, num_slots, dtype=dtype, split=True)
+    return _read(config, options, params, cache, tokens_BT)
+
+
+def _read(config, options, params, cache: KVCache, tokens_BT) -> State:
+    contexts: list[jax.Array] = []
+    output = forward(
+        params, config, tokens_BT, cache=cache, options=options, inserted=_seeing(contexts)
+    )
+    last_BD = output.hidden_BTD[:, -1]
+    context_BE = contexts[0][:, -1].reshape(last_BD.shape[0], -1)
+    assert isinstance(output.cache, KVCache)
+    return State(output.cache, unembed(params, config, last_BD), context_BE)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _advance(static, params, plan: Plan | None, state: State, keys):
+    config, options, sizes, sampling = static
+    params = params if plan is None else with_plan(params, config, sizes, plan)
+
+    def step(state: State, keys_B):
+        ids_B = sample(state.logits_BV, keys_B, sampling)
+        new = _read(config, options, params, state.cache, ids_B[:, None])
+        return new, (ids_B, state.logits_BV)
+
+    state, (ids_TB, logits_TBV) = jax.lax.scan(step, state, keys)
+    return state, ids_TB.T, jnp.swapaxes(logits_TBV, 0, 1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _predicted(sizes: Sizes, sparsity, predictor, context_BE) -> Kept:
+    return kept_by_scores(predict(predictor, context_BE, sizes), sizes, sparsity)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _keys(keys_B: jax.Array, first: Any, num: int) -> jax.Array:
+    """[T, B] keys of tokens first, first + 1, ..."""
+    fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+    return jax.vmap(lambda t: fold(keys_B, t))(first + jnp.arange(num))

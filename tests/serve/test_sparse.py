@@ -1,0 +1,144 @@
+"""Decoding that skips heads and neurons, against the masked model over the same texts."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.core.precision import TOLERANCE
+from moejax.methods import shadow_decode as decode
+from moejax.methods import shadow_mask as masks
+from moejax.methods import shadow_predictor as predictors
+from moejax.models import transformer
+from moejax.models.cache import init_cache
+from moejax.models.config import AttentionConfig, ModelConfig
+from moejax.serve import sparse
+
+LLAMA = ModelConfig("llama", 61, 3, 32, 48, 4, 2, 8, initializer_range=0.2)
+OPT = dataclasses.replace(
+    LLAMA, gated=False, activation="relu", mlp_bias=True, attention_bias=True, num_kv_heads=4
+)
+NORMED = dataclasses.replace(LLAMA, attention=AttentionConfig(qk_norm="all"))
+CASES = {
+    "opt": (OPT, "query"),
+    "gqa_groups": (LLAMA, "group"),
+    "gqa_heads": (LLAMA, "query"),
+    "norm_of_all_heads": (NORMED, "group"),
+}
+PROMPTS = [[5, 17, 3, 60, 8, 1, 44], [9, 2, 2, 31]]
+HALF = (0.5, 0.5)
+
+
+@functools.cache
+def model_of(case, refresh_every=0, sparsity=HALF):
+    config, unit = CASES[case]
+    params = transformer.init_params(config, jax.random.key(0))
+    biases = jax.random.split(jax.random.key(7), 64)
+
+    def moved(path, w):  # biases that are not zero
+        name = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")[2]
+        key = biases[sum(map(ord, name)) % 64]
+        return 0.3 * jax.random.normal(key, w.shape) if name.startswith("b_") else w
+
+    params = jax.tree_util.tree_map_with_path(moved, params)
+    sizes = masks.sizes_of(config, 8, unit)
+    draw = np.random.default_rng(0)
+    shapes = [(sizes.num_layers, n) for n in (sizes.heads, sizes.blocks)]
+    static = masks.Mask(*(jnp.asarray(draw.random(s), jnp.float32) for s in shapes))
+    predictor = predictors.init(jax.random.key(3), config.num_heads * 8, 16, static)
+    for name in ("w_out_heads", "w_out_blocks"):  # inputs matter
+        predictor[name] = jax.random.normal(jax.random.key(4), predictor[name].shape)
+    policy = sparse.Policy(sizes, sparsity, refresh_every)
+    laid_out = decode.lay_out(params, config, sizes)
+    return params, sparse.Sparse(config, laid_out, policy, predictor, static)
+
+
+def masked_text(params, model, prompt, num_tokens):
+    """Greedy text of the masked path: the prompt dense, then a mask, made anew where asked for."""
+    config, policy = model.config, model.policy
+    split = transformer.split_layers(params)
+    cache = init_cache(config, jnp.zeros(1, jnp.int32), len(prompt) + num_tokens, split=True)
+    mask, ids, found, tokens = None, [], [], list(prompt)
+    for step in range(num_tokens + 1):
+        contexts = []
+        masking = None if mask is None else masks.inserted_of(mask, config, policy.sizes)
+
+        def heads(part, x, masking=masking, contexts=contexts):
+            contexts.append(x[:, -1].reshape(1, -1))
+            return x if masking is None else masking.heads(part, x)[0], None
+
+        inserted = dataclasses.replace(masking or sparse.Inserted(), heads=heads)
+        new = jnp.asarray([tokens])
+        out = transformer.forward(split, config, new, cache=cache, inserted=inserted)
+        cache, logits = out.cache, transformer.unembed(split, config, out.hidden_BTD[0, -1])
+        if step == 0 or (policy.refresh_every and step % policy.refresh_every == 0):
+            scores = predictors.predict(model.predictor, contexts[0], policy.sizes)
+            mask = masks.select(jax.tree.map(lambda x: x[0], scores), policy.sizes, HALF)
+        tokens = [int(jnp.argmax(logits))]
+        ids += tokens
+        found.append(logits)
+    return ids[:num_tokens], np.stack(found[:num_tokens])
+
+
+def close(got, wanted):
+    bound = TOLERANCE["float32"] * np.abs(wanted).max()
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize(("case", "refresh"), [(c, 0) for c in CASES] + [("gqa_groups", 3)])
+def test_the_fast_path_is_the_masked_model(case, refresh):
+    """Also where the mask changes on the way: keys and values of skipped heads are there."""
+    params, model = model_of(case, refresh)
+    (answer,) = sparse.generate(model, PROMPTS[:1], 6, with_logits=True)
+    ids, logits = masked_text(params, model, PROMPTS[0], 6)
+    assert answer.ids == ids
+    close(answer.logits_TV, logits)
+    dense = dataclasses.replace(model, policy=dataclasses.replace(model.policy, sparsity=None))
+    (whole,) = sparse.generate(dense, PROMPTS[:1], 6, with_logits=True)
+    assert np.abs(whole.logits_TV[1:] - answer.logits_TV[1:]).max() > 0.1
+
+
+def test_a_refresh_changes_the_mask():
+    _, model = model_of("gqa_groups", 3)
+    state = sparse.start(model, PROMPTS[:1], 8)
+    before = sparse.decide(model, state.context_BE)
+    keys = jnp.zeros((3, 1), jnp.uint32)
+    state, _, _ = sparse.advance(model, state, before, keys)
+    after = sparse.decide(model, state.context_BE)
+    assert not np.array_equal(before.kept.blocks, after.kept.blocks)
+
+
+@pytest.mark.parametrize("case", ["opt", "gqa_groups"])
+def test_rows_of_a_batch_are_the_rows_alone(case):
+    """The union of what two rows keep, each row under its own factors."""
+    _, model = model_of(case, 4)
+    together = sparse.generate(model, PROMPTS, 6, with_logits=True)
+    state = sparse.start(model, PROMPTS, 6)
+    plan = sparse.decide(model, state.context_BE)
+    assert plan.blocks_BLK.shape[0] == 2
+    assert not np.array_equal(plan.blocks_BLK[0], plan.blocks_BLK[1])
+    for prompt, row in zip(PROMPTS, together, strict=True):
+        (alone,) = sparse.generate(model, [prompt], 6, with_logits=True)
+        assert alone.ids == row.ids
+        close(row.logits_TV, alone.logits_TV)
+
+
+def test_nothing_skipped_is_the_dense_model():
+    params, model = model_of("opt", 0, (0.0, 0.0))
+    (answer,) = sparse.generate(model, PROMPTS[:1], 6, with_logits=True)
+    text = [*PROMPTS[0], *answer.ids]
+    wanted = transformer.logits(params, model.config, jnp.asarray([text]))
+    close(answer.logits_TV, np.asarray(wanted)[0, len(PROMPTS[0]) - 1 : -1])
+
+
+def test_lists_on_the_device_are_those_of_the_mask():
+    sizes = masks.sizes_of(LLAMA, 8)
+    draw = np.random.default_rng(1)
+    shapes = [(2, sizes.num_layers, n) for n in (sizes.heads, sizes.blocks)]
+    scores = masks.Mask(*(jnp.asarray(draw.integers(0, 3, s), jnp.float32) for s in shapes))
+    wanted = masks.kept_of(masks.select(scores, sizes, (0.25, 0.4)), sizes)
+    got = decode.kept_by_scores(scores, sizes, (0.25, 0.4))
+    assert np.array_equal(got.heads, wanted.heads) and np.array_equal(got.blocks, wanted.blocks)
