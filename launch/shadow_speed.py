@@ -1,0 +1,237 @@
+"""How fast decoding is that skips heads and neurons, beside dense decoding and transformers.
+
+All candidates take turns: a round is a few tokens of each, one row, and a ratio is that of two
+times of one round. What is timed is all that a token costs, with the predictor where lists are made
+anew. The byte bound is what a machine would gain that does nothing but read weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.core import tree
+from moejax.methods import shadow_decode as decode
+from moejax.methods import shadow_predictor as predictors
+from moejax.methods.shadow_mask import Mask, Sizes, sizes_of
+from moejax.models.config import ModelConfig
+from moejax.models.families import by_name
+from moejax.models.params import init_params
+from moejax.models.transformer import split_layers
+from moejax.serve import sparse
+
+NUM_TOKENS, NUM_ROUNDS, PROMPT = 8, 7, 64
+SHARE = 0.01  # of the model's parameters, that a predictor of random weights takes at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A model to be timed.
+
+    plain: split layers, as dense decoding reads them; laid_out: by rows; predictor: its weights.
+    """
+
+    name: str
+    config: ModelConfig
+    plain: tree.Tree
+    laid_out: tree.Tree
+    sizes: Sizes
+    predictor: dict[str, Any]
+    refresh_every: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """What was measured at one sparsity; ratios are the other's time by ours, one per round.
+
+    read_bytes: weights read per token, the predictor's part included; bound: dense ones by these.
+    """
+
+    model: str
+    sparsity: float
+    block: int
+    unit: str
+    refresh_every: int
+    tokens_per_s: float
+    read_bytes: int
+    bound: float
+    against_dense: list[float]
+    against_dense_by_rows: list[float]
+    against_transformers: list[float]
+
+    def to_json(self) -> dict[str, Any]:
+        """A row for a report; medians beside the rounds."""
+        row = dataclasses.asdict(self)
+        for name in ("against_dense", "against_dense_by_rows", "against_transformers"):
+            row[name] = statistics.median(row[name]) if row[name] else None
+            row[f"{name}_rounds"] = getattr(self, name)
+        row["share_of_bound"] = row["against_dense"] / self.bound
+        return row
+
+
+def random_setup(
+    name: str, config: ModelConfig, distinct: int, block: int, refresh_every: int = 0
+) -> Setup:
+    """A model of random weights whose layers repeat `distinct` ones: as much is read, less kept.
+
+    The distinct layers have to be far larger than the processor's cache.
+    """
+    few = init_params(dataclasses.replace(config, num_layers=distinct), jax.random.key(0))
+    unit = "query" if config.num_kv_heads == config.num_heads else "group"
+    sizes = sizes_of(config, block, unit)
+    few = split_layers(few)
+    laid_out = decode.lay_out(
+        few, few_config(config, distinct), dataclasses.replace(sizes, first=0)
+    )
+
+    def whole(part, first):
+        (run,) = config.runs
+        layers = [part["layers"][run.name][i % distinct] for i in range(config.num_layers)]
+        layers[:first] = few["layers"][run.name][:first]
+        return part | {"layers": {run.name: tuple(layers)}}
+
+    predictor = random_predictor(config, sizes)
+    return Setup(
+        name, config, whole(few, 0), whole(laid_out, sizes.first), sizes, predictor, refresh_every
+    )
+
+
+def few_config(config: ModelConfig, num_layers: int) -> ModelConfig:
+    return dataclasses.replace(config, num_layers=num_layers)
+
+
+def random_predictor(config: ModelConfig, sizes: Sizes) -> dict[str, Any]:
+    """A network of the trained one's shape, as large as may be, of random weights."""
+    abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    hidden = predictors.hidden_within(config, sizes, SHARE, tree.num_params(abstract))
+    shapes = [(sizes.num_layers, n) for n in (sizes.heads, sizes.blocks)]
+    zeros = Mask(*(jnp.zeros(shape) for shape in shapes))
+    size = config.num_heads * predictors.value_size(config)
+    params = predictors.init(jax.random.key(1), size, hidden, zeros)
+    for part in ("w_out_heads", "w_out_blocks"):
+        params[part] = jax.random.normal(jax.random.key(2), params[part].shape)
+    return params
+
+
+def measure(
+    setup: Setup, sparsities: list[float], peer: bool, rounds: int = NUM_ROUNDS
+) -> list[Speed]:
+    """Times dense decoding, each sparsity, and with `peer` transformers, in turns."""
+    runs: dict[Any, Callable[[], None]] = {
+        "dense": ours(setup, None, setup.plain, rounds),
+        "dense by rows": ours(setup, None, setup.laid_out, rounds),
+    }
+    runs |= {s: ours(setup, s, setup.laid_out, rounds) for s in sparsities}
+    if peer:
+        runs["transformers"] = transformers_run(setup)
+    times: dict[Any, list[float]] = {name: [] for name in runs}
+    for run in runs.values():  # compiled, and once warm
+        run()
+        run()
+    for number in range(rounds):
+        names = list(runs)
+        for name in names if number % 2 else reversed(names):
+            started = time.perf_counter()
+            runs[name]()
+            times[name].append(time.perf_counter() - started)
+    dense_bytes = decode.num_read_bytes(setup.plain, setup.config, None, setup.sizes)
+    found = []
+    for s in sparsities:
+        read = read_bytes(setup, s)
+
+        def against(name, s=s):
+            return [a / b for a, b in zip(times.get(name, []), times[s], strict=False)]
+
+        rate = NUM_TOKENS / statistics.median(times[s])
+        sizes = setup.sizes
+        about = (setup.name, s, sizes.block, sizes.unit, setup.refresh_every, rate, read)
+        ratios = (against(name) for name in ("dense", "dense by rows", "transformers"))
+        found.append(Speed(*about, dense_bytes / read, *ratios))
+    return found
+
+
+def read_bytes(setup: Setup, sparsity: float) -> int:
+    """Bytes of weights that a token reads at this sparsity, with its part of the predictor's."""
+    state_size = setup.config.num_heads * predictors.value_size(setup.config)
+    plan = sparse.decide(_model(setup, sparsity, setup.laid_out), jnp.zeros((1, state_size)))
+    read = decode.num_read_bytes(setup.laid_out, setup.config, plan, setup.sizes)
+    if setup.refresh_every:
+        read += tree.num_bytes(setup.predictor) // setup.refresh_every
+    return read
+
+
+def ours(
+    setup: Setup, sparsity: float | None, params: tree.Tree, rounds: int
+) -> Callable[[], None]:
+    """Decodes NUM_TOKENS more tokens of one text at each call; None: dense."""
+    model = _model(setup, sparsity, params)
+    prompt = np.random.default_rng(0).integers(0, setup.config.vocab_size, PROMPT).tolist()
+    held: dict[str, Any] = {}
+    held["state"] = sparse.start(model, [prompt], NUM_TOKENS * (rounds + 3))
+    held["plan"] = sparse.decide(model, held["state"].context_BE)
+    every = NUM_TOKENS
+    if sparsity is not None and setup.refresh_every:
+        every = min(NUM_TOKENS, setup.refresh_every)
+    keys = jax.random.split(jax.random.key(0), (every, 1))
+
+    def run() -> None:
+        for _ in range(NUM_TOKENS // every):
+            held["state"], ids, _ = sparse.advance(model, held["state"], held["plan"], keys)
+            if sparsity is not None and setup.refresh_every:
+                held["plan"] = sparse.decide(model, held["state"].context_BE)
+        ids.block_until_ready()
+
+    return run
+
+
+def _model(setup: Setup, sparsity: float | None, params: tree.Tree) -> sparse.Sparse:
+    shares = None if sparsity is None else (sparsity, sparsity)
+    policy = sparse.Policy(setup.sizes, shares, setup.refresh_every)
+    return sparse.Sparse(setup.config, params, policy, setup.predictor)
+
+
+def transformers_run(setup: Setup) -> Callable[[], None]:
+    """The same by transformers on torch, with as many threads, greedy, its own cache."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    config, (run,) = setup.config, setup.config.runs
+    distinct = len({id(layer["attn"]["w_k"]) for layer in setup.plain["layers"][run.name]})
+    family = by_name(config.family)
+    fields = json.loads(json.dumps(family.config_to_hf(few_config(config, distinct))))
+    fields.pop("model_type", None)
+    with torch.no_grad():
+        known = AutoConfig.for_model(family.model_type, **fields)
+        model = AutoModelForCausalLM.from_config(known, dtype=torch.float32).eval()
+        body = getattr(model.model, "decoder", model.model)
+        layers = list(body.layers)
+        for number in range(distinct, config.num_layers):
+            layer = layers[number % distinct]
+            shared = copy.deepcopy(layer, {id(p): p for p in layer.parameters()})
+            shared.self_attn.layer_idx = number
+            layers.append(shared)
+        body.layers = torch.nn.ModuleList(layers)
+        model.config.num_hidden_layers = config.num_layers
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, config.vocab_size, (1, PROMPT), generator=generator)
+        out = model(ids, use_cache=True)
+        held = {"cache": out.past_key_values, "ids": out.logits[:, -1:].argmax(-1)}
+
+    def go_on() -> None:
+        with torch.no_grad():
+            for _ in range(NUM_TOKENS):
+                out = model(held["ids"], past_key_values=held["cache"], use_cache=True)
+                held["cache"], held["ids"] = out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+    return go_on
