@@ -12,7 +12,9 @@ train     orders neurons by co-activation, trains the unified predictor and Deja
 evaluate  perplexity and multiple choice under masks decided from the prompt: static, predicted,
           DejaVu, oracle, random, and training-free rivals; RUN/evaluation. Goes on where it
           stopped.
-report    tables, paired intervals and plots of all that is there; RUN/report.html.
+report    tables, paired intervals and plots of all that is there; RUN/report.html. Speed is read
+          from RUN/bench.json, {"rows": [{"model", "sparsity", "against_dense", "bound", ...}]};
+          beside a row with "same_predictor" stands what RUN/predictor costs in quality.
 
 `configs/shadow/smollm2.py:tiny` goes through all stages in about two minutes.
 """

@@ -37,7 +37,8 @@ def main(values: dict[str, Any]) -> None:
     report["paired"] = tables.paired_rows(records)
     report["causes"] = tables.cause_rows(records, report["heldout"])
     bench = workdir / "bench.json"
-    report["speed"] = atomic.read_json(bench) if bench.exists() else {}
+    speed = atomic.read_json(bench)["rows"] if bench.exists() else []
+    report["speed"] = tables.quality_and_speed(speed, records)
     folder = workdir / "plots"
     folder.mkdir(exist_ok=True)
     figures = _figures(records, report, workdir)
@@ -91,10 +92,8 @@ def _figures(records: tables.Records, report: dict[str, Any], workdir: Path) -> 
                 f"heldout_{part}", plots.heldout_plot(per_layer, part)
             )  # fmt: skip
     found |= _maps(workdir)
-    if report["speed"].get("rows"):
-        rows = report["speed"]["rows"]
-        title = report["speed"].get("title", "decoding, batch 1")
-        found["Speed"] = ("speed", plots.speed_plot(rows, title))
+    if report["speed"]:
+        found["Speed"] = ("speed", plots.speed_plot(report["speed"]))
     return found
 
 
@@ -136,8 +135,8 @@ def _page(report: dict[str, Any], paths: dict[str, Path]) -> str:
     ):
         if rows:
             parts += [f"<h2>{title}</h2>", _rows_table(rows)]
-    if report["speed"].get("rows"):
-        parts += ["<h2>Quality and speed, one mask</h2>", _rows_table(report["speed"]["rows"])]
+    if report["speed"]:
+        parts += ["<h2>Quality and speed, one mask</h2>", _rows_table(report["speed"])]
     parts += [_figure(title, path) for title, path in paths.items()]
     if report["arms"]:
         parts += ["<h2>Every arm</h2>", _rows_table(report["arms"])]

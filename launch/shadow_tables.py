@@ -113,6 +113,27 @@ def cause_rows(records: Records, heldout: dict[str, Any]) -> list[dict[str, Any]
     return rows
 
 
+def quality_and_speed(speed: list[dict[str, Any]], records: Records) -> list[dict[str, Any]]:
+    """Rows of RUN/bench.json with what predicted masks of the same sparsity cost in quality.
+
+    The figures of quality are of this run's model, block size and predictor; a row of another
+    model's speed (random weights, say) has none.
+    """
+    found = []
+    for row in speed:
+        mine = {k: v for k, v in row.items() if not k.endswith("_rounds")}
+        if row.get("same_predictor", False):
+            for name in dict.fromkeys(name for name, _ in records):
+                arm = records.get((name, f"predicted-both-{row['sparsity']:g}-local"))
+                dense = records.get((name, "dense-both-0-local"))
+                if arm is not None and dense is not None:
+                    unit = "accuracy" if "passed" in arm else "perplexity"
+                    mine[f"{name} {unit}"] = value_of(arm)
+                    mine[f"{name} {unit}, dense"] = value_of(dense)
+        found.append(mine)
+    return found
+
+
 def lines(records: Records, name: str, place: str, field: str) -> dict[str, list]:
     """Of local budgets: method -> (sparsity, value) in order, for a plot."""
     found: dict[str, list] = {}

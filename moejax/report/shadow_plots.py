@@ -120,22 +120,25 @@ def maps_plot(maps: Mapping[str, Any], units: str) -> Figure:
     return figure
 
 
-def speed_plot(rows: Sequence[Mapping[str, float]], title: str) -> Figure:
-    """Tokens per second against sparsity, dense as a level; rows of `bench.json`."""
-    figure, axes = _figure(6.8, 4.0)
-    axes.plot(
-        [row["sparsity"] for row in rows],
-        [row["tokens_per_s"] for row in rows],
-        color=LINE_COLORS[0],
-        marker="o",
-        label="sparse, predictor included",
-    )
-    axes.axhline(rows[0]["dense_tokens_per_s"], color="#777777", label="dense")
+def speed_plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """How many times faster than dense decoding, and the byte bound, against sparsity.
+
+    rows: "model", "sparsity", "against_dense" (a ratio), "bound"; a line of each model.
+    """
+    figure, axes = _figure(6.8, 4.2)
+    for at, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        mine = sorted((r for r in rows if r["model"] == model), key=lambda r: r["sparsity"])
+        shares = [row["sparsity"] for row in mine]
+        color = LINE_COLORS[at % len(LINE_COLORS)]
+        ratios = [row["against_dense"] for row in mine]
+        axes.plot(shares, ratios, color=color, marker=MARKERS[at % len(MARKERS)], label=model)
+        bounds = [row["bound"] for row in mine]
+        axes.plot(shares, bounds, color=color, linestyle=":", label=f"{model}, byte bound")
+    axes.axhline(1, color="#777777", linewidth=1, label="dense")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_ylim(bottom=0)
     axes.set_xlabel("share of units not computed")
-    axes.set_ylabel("tokens per second")
-    axes.set_title(title, fontsize=10)
+    axes.set_ylabel("dense time / sparse time, predictor included")
+    axes.set_title("Speed of decoding against sparsity, batch 1", fontsize=10)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure

@@ -1,0 +1,112 @@
+"""All stages of launch.shadow on a tiny model; going on; what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs.shadow import smollm2
+from launch import shadow_collect, shadow_evaluate, shadow_report, shadow_train
+from moejax.core.errors import InputError
+from moejax.io.load import save_any
+from moejax.io.loaded import Loaded
+from moejax.io.tokenizer import Tokenizer
+from moejax.methods import shadow_traces
+from moejax.models import transformer
+from moejax.models.config import ModelConfig
+from tests.tiny_tokenizer import gguf_fields
+
+ROOT = Path(__file__).parents[2]
+
+
+def write(folder: Path, seed: int = 0, layers: int = 3) -> None:
+    """folder/model, and folder/data with a few texts under the study's names."""
+    tokenizer = Tokenizer.from_gguf_metadata(gguf_fields())
+    config = ModelConfig("llama", tokenizer.vocab_size, layers, 32, 64, 4, 2, 8, max_position=512)
+    params = jax.device_get(transformer.init_params(config, jax.random.key(seed)))
+    save_any(Loaded(params, config, tokenizer), folder / "model", "hf")
+    data = folder / "data"
+    data.mkdir()
+    rows = [{"question": f"What is {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(12)]
+    (data / "gsm8k_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, count in (("valid", 60), ("test", 80)):
+        text = " ".join(f"hello {i * 37 % 101} ab" for i in range(count))
+        (data / f"wikitext2_{name}.tokens.txt").write_text(text)
+    rows = [
+        {"goal": f"count to {i}", "sol1": f"say {i}", "sol2": "hello", "label": i % 2}
+        for i in range(6)
+    ]
+    (data / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def settings(folder: Path):
+    config = smollm2.get_config("tiny")
+    config.model.update(source=str(folder / "model"), layers=0)
+    config.data.update(folder=str(folder / "data"), slots=64, prompt=32)
+    config.data.texts = {"gsm8k": 12, "wikitext": 6}
+    config.mask.block = 8
+    config.train.update(share=0.2, dejavu_hidden=8)
+    config.evaluate.update(window=64, window_prompt=16, windows=3, questions=4)
+    return config
+
+
+def values(folder: Path, **more):
+    return {"config": settings(folder), "workdir": str(folder / "run"), "dry_run": False, **more}
+
+
+@pytest.mark.slow
+def test_all_stages_and_going_on(tmp_path, capsys):
+    write(tmp_path)
+    flags, run = values(tmp_path), tmp_path / "run"
+    with pytest.raises(InputError, match="run --stage=collect"):
+        shadow_train.main(flags)
+    shadow_collect.main(flags)
+    (last,) = list(shadow_traces.parts(run / "traces"))[-1:]
+    before = np.load(last)["neurons/plainact"]
+    last.unlink()
+    shadow_collect.main(flags)  # only the missing part
+    assert capsys.readouterr().out.count("collect  ") == 4
+    assert np.array_equal(np.load(last)["neurons/plainact"], before)
+    shadow_train.main(flags)
+    heldout = json.loads((run / "heldout.json").read_text())
+    assert heldout["unified"]["share"] <= 0.2
+    assert set(heldout["dejavu"]["blocks"]) >= {"spearman", "overlap", "gain", "static_spearman"}
+    shadow_evaluate.main(flags)
+    arm = run / "evaluation/wikitext/predicted-both-0.5-local.json"
+    record = json.loads(arm.read_text())
+    assert record["kept_heads"] == 0.5 and record["counts"] == [48] * 3
+    arm.unlink()
+    shadow_evaluate.main(flags)
+    again = json.loads(arm.read_text())
+    np.testing.assert_allclose(again["nats"], record["nats"], rtol=1e-6)
+    names = {path.stem for path in (run / "evaluation/piqa").glob("*-*.json")}
+    assert {"dense-both-0-local", "oracle-both-0.5-local", "teal-both-0.5-local"} <= names
+    shadow_report.main(flags)
+    report = json.loads((run / "report.json").read_text())
+    assert {row["minus"] for row in report["paired"]} >= {"static", "dejavu", "random", "oracle"}
+    assert "data:image/png" in (run / "report.html").read_text()
+    other = values(tmp_path)
+    other["config"].mask.block = 16
+    with pytest.raises(InputError, match=r"another config: mask\.block"):
+        shadow_evaluate.main(other)
+
+
+def test_bad_input_is_one_line(tmp_path):
+    def said(*flags: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "launch.shadow", *flags],
+            cwd=ROOT, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+
+    assert "needs --config" in said("--stage=train")
+    config = "--config=configs/shadow/smollm2.py:tiny"
+    assert "needs --workdir" in said("--stage=collect", config)
+    assert "nothing to report" in said("--stage=report", config, f"--workdir={tmp_path}")
