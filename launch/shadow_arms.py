@@ -14,10 +14,12 @@ import numpy as np
 from launch.shadow_collect import pooled
 from launch.shadow_data import Model, load_samples
 from launch.shadow_train import DEJAVU, FOLDERS, load_dejavu, static_scores
+from moejax.core.errors import InputError
 from moejax.evals import masked
 from moejax.methods import shadow_dejavu, shadow_predictor, shadow_rivals
-from moejax.methods.shadow_mask import Mask, Sizes, full_mask, select
+from moejax.methods.shadow_mask import BUDGETS, Mask, Sizes, check_sparsity, full_mask, select
 from moejax.methods.shadow_measure import Asked, Text, measure
+from moejax.methods.shadow_scores import CRITERIA, FOR_HEADS, FOR_NEURONS
 
 # What each method is: README has it for users.
 METHODS: tuple[str, ...] = (
@@ -29,6 +31,7 @@ METHODS: tuple[str, ...] = (
     "oracle",
 )
 METHODS += ("random",)
+PLACES = ("both", "heads", "neurons")
 SINGLE = ("static_single", "oracle_single")  # neurons chosen one by one, not in blocks
 RIVALS = ("griffin", "cats", "teal")
 
@@ -55,8 +58,18 @@ class Arm:
 
 
 def arms_of(config: Any, texts: bool) -> Iterator[Arm]:
-    """Every arm for texts, or for multiple choice, dense first."""
+    """Every arm for texts, or for multiple choice, dense first.
+
+    InputError for a sparsity outside [0, 1), a place, budget or criterion that is none.
+    """
     judged = config.evaluate
+    for sparsity in judged.sparsities:
+        check_sparsity(sparsity)
+    known = {"places": PLACES, "task_places": PLACES, "budgets": BUDGETS}
+    for key, names in (known | {"static_criteria": CRITERIA}).items():
+        for name in judged[key]:
+            if name not in names:
+                raise InputError(f"evaluate.{key}: {name!r} is unknown: use {', '.join(names)}")
     places = judged.places if texts else judged.task_places
     yield Arm("dense")
     for sparsity in judged.sparsities:
@@ -70,8 +83,11 @@ def arms_of(config: Any, texts: bool) -> Iterator[Arm]:
         yield Arm("griffin", "neurons", sparsity)
         yield Arm("cats", "neurons", sparsity)
         yield Arm("teal", "both", sparsity)
-    yield Arm("static_fisher", "both", 0.5)
     if texts:
+        for name in judged.static_criteria:
+            heads, neurons = name in FOR_HEADS, name in FOR_NEURONS
+            place = "both" if heads and neurons else "heads" if heads else "neurons"
+            yield Arm(f"static_{name}", place, 0.5)
         for method in (*SINGLE, "static", "oracle", "predicted"):
             arm = Arm(method, "neurons", 0.5)
             if method in SINGLE or "neurons" not in places or 0.5 not in judged.sparsities:
@@ -100,17 +116,17 @@ class Decider:
         )
 
     def nll(self, arm: Arm, batch: masked.Batch, signal: dict[str, Any]):
-        """Nats per token [B, T], and the shares of heads and neurons that were kept."""
+        """Nats per token [B, T], and the shares of rows that keep each head and block."""
         params, config = self.model.loaded.params, self.model.loaded.config
         if arm.method in shadow_rivals.PLACES:
             limits = self._thresholds(arm)
-            kept = (1 - arm.shares[0], 1 - arm.shares[1])  # by the quantile, where it was taken
+            kept = [np.array(1 - share) for share in arm.shares]  # by the quantile it was set to
             return masked.thresholded_nll(params, config, batch, limits), kept
         mask, sizes = self.mask(arm, batch, signal)
         first = sizes.first
         real = slice(0, len(batch.rows))
-        shares = [float(np.asarray(m)[real, first:].mean()) for m in (mask.heads, mask.blocks)]
-        return masked.masked_nll(params, config, batch, mask, sizes), tuple(shares)
+        shares = [np.asarray(m)[real, first:].mean(0) for m in (mask.heads, mask.blocks)]
+        return masked.masked_nll(params, config, batch, mask, sizes), shares
 
     def mask(self, arm: Arm, batch: masked.Batch, signal: dict[str, Any]) -> tuple[Mask, Sizes]:
         """Bool [B, L, units] of a batch, and of which units."""
@@ -147,7 +163,14 @@ class Decider:
 
     def _static(self, method: str, count: int) -> Mask:
         t = self.config.train
-        names = ("fisher", "fisher") if method == "static_fisher" else (t.heads, t.neurons)
+        names = (t.heads, t.neurons)
+        if method.removeprefix("static_") in CRITERIA:
+            name = method.removeprefix("static_")
+            # Of a criterion of one kind only, the other kind is not pruned: any score will do.
+            names = (
+                name if name in FOR_HEADS else t.heads,
+                name if name in FOR_NEURONS else t.neurons,
+            )
         if method == "static_single":
             flat = self.pooled.mean(f"neurons/{names[1]}")
             singles = shadow_dejavu.in_blocks(flat, self.order, self.single)

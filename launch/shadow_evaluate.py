@@ -108,8 +108,8 @@ def _judge(one: Judged, arms: list[Arm], model: Model, config, place) -> None:
         for batch, signal in zip(batches, said, strict=True):
             nll_BT, share = decider.nll(arm, batch, signal)
             nll.append((batch, nll_BT))
-            kept.append(share)
-        record = _record(one, arm, masked.nats(nll, len(one.pairs)), np.mean(kept, axis=0))
+            kept.append((share, len(batch.rows)))
+        record = _record(one, arm, masked.nats(nll, len(one.pairs)), _mean_kept(kept))
         atomic.write_json(folder / f"{arm.name}.json", record)
         left = (time.perf_counter() - began) / done * (len(missing) - done)
         print(
@@ -119,10 +119,25 @@ def _judge(one: Judged, arms: list[Arm], model: Model, config, place) -> None:
         )
 
 
-def _record(one: Judged, arm: Arm, nats: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
+def _mean_kept(kept: list) -> tuple[np.ndarray, np.ndarray]:
+    """Per pruned layer and unit, the share of rows that kept it."""
+    rows = sum(count for _, count in kept)
+    heads, neurons = (sum(share[i] * n for share, n in kept) / rows for i in range(2))
+    return heads, neurons
+
+
+def _record(
+    one: Judged, arm: Arm, nats: np.ndarray, kept: tuple[np.ndarray, np.ndarray]
+) -> dict[str, Any]:
     record: dict[str, Any] = {**dataclasses.asdict(arm), "nats": nats.tolist()}
     record["counts"] = [len(rest) for _, rest in one.pairs]
-    record |= {"kept_heads": float(kept[0]), "kept_neurons": float(kept[1])}
+    record |= {"kept_heads": kept[0].mean(), "kept_neurons": kept[1].mean()}
+    if arm.method in ("predicted", "oracle") and arm.place == "both":
+        # How often each unit is kept, layer by layer.
+        record["kept_maps"] = {
+            "heads": kept[0].round(4).tolist(),
+            "blocks": kept[1].round(4).tolist(),
+        }
     if one.gold is not None:
         assert one.item is not None
         record["passed"], record["gold_margin"] = [], []

@@ -91,6 +91,11 @@ def _figures(records: tables.Records, report: dict[str, Any], workdir: Path) -> 
             found[f"Held-out texts: {part}"] = (
                 f"heldout_{part}", plots.heldout_plot(per_layer, part)
             )  # fmt: skip
+    for method in ("predicted", "oracle"):
+        record = records.get((WINDOWS, f"{method}-both-0.5-local"), {})
+        if "kept_maps" in record:
+            title = f"How often each is kept, {method}, half of a layer (WikiText)"
+            found[title] = (f"kept_{method}", plots.maps_plot(record["kept_maps"], "unit", False))
     found |= _maps(workdir)
     if report["speed"]:
         found["Speed"] = ("speed", plots.speed_plot(report["speed"]))

@@ -21,6 +21,7 @@ from moejax.methods.shadow_coactivation import coactivation_order, explained
 from moejax.methods.shadow_dejavu import DejavuConfig, in_blocks
 from moejax.methods.shadow_mask import Mask, num_kept
 from moejax.methods.shadow_predictor import Predictor, PredictorInfo
+from moejax.methods.shadow_scores import FOR_HEADS, FOR_NEURONS
 from moejax.methods.shadow_training import FitConfig, fit
 from moejax.models.masked import one_neuron_shape
 from moejax.train.folder import claim_folder
@@ -50,6 +51,7 @@ class Collected:
 def main(values: dict[str, Any]) -> None:
     """Trains what is missing of RUN and measures it."""
     config = values["config"]
+    check_criteria(config)
     model = load_model(config)
     samples = load_samples(config, model.tokenizer)
     params = tree.num_params(model.loaded.params)
@@ -87,6 +89,18 @@ def main(values: dict[str, Any]) -> None:
         _say(name, report[name], began)
     atomic.write_json(workdir / "heldout.json", report)
     print(f"written  {workdir}/heldout.json, {', '.join(FOLDERS.values())}, dejavu*.npz, order.npy")
+
+
+def check_criteria(config) -> None:
+    """InputError unless what is to be predicted is defined there and collected per text."""
+    for part, table in (("heads", FOR_HEADS), ("neurons", FOR_NEURONS)):
+        name = config.train[part]
+        able = [n for n in table if table[n] != "curvature" and n in config.collect.criteria]
+        if name not in able:
+            raise InputError(
+                f"train.{part} {name!r} has no scores of {part} per text: use one of "
+                f"{', '.join(able)}"
+            )
 
 
 def collected(folder: Path, samples: list[Sample], config, model: Model) -> Collected:

@@ -61,6 +61,11 @@ def get_config(size: str = "full") -> ConfigDict:
                 "budgets": ("global", "hybrid"),  # besides local, at 0.5
                 "places": ("both", "heads", "neurons"),
                 "windows": 48,  # of WikiText-2 test
+                # Mean scores under other criteria, at 0.5 on texts.
+                "static_criteria": (
+                    *("l2_norm", "act_grad", "fisher", "grad_norm", "snip", "grasp", "nwot"),
+                    *("jacov", "epenas"),
+                ),
                 "window": 512,
                 "window_prompt": 128,
                 "tasks": ("piqa", "arc_easy"),
@@ -79,13 +84,14 @@ def get_config(size: str = "full") -> ConfigDict:
         config.train.update(epochs=4, batch_size=8, dejavu_hidden=32, dejavu_epochs=2)
         config.evaluate.update(windows=4, window=96, window_prompt=32, questions=6)
         config.evaluate.update(sparsities=(0.5,), budgets=(), places=("both",), tasks=("piqa",))
-        config.evaluate.calibration_texts = 2
+        config.evaluate.update(calibration_texts=2, static_criteria=("fisher", "jacov"))
     elif size == "reduced":
         config.data.texts = ConfigDict({"gsm8k": 80, "stdlib": 64, "wikitext": 56})
         config.data.update(slots=160, prompt=80)
         config.collect.curvature_texts = 6
         config.train.update(dejavu_epochs=10)
         config.evaluate.update(windows=12, questions=40, places=("both",), sparsities=(0.3, 0.5))
+        config.evaluate.static_criteria = ("l2_norm", "fisher")
     elif size != "full":
         raise ValueError(f"size {size!r} is unknown: use full, reduced or tiny")
     return config

@@ -89,8 +89,8 @@ def heldout_plot(per_layer: Mapping[str, Mapping[str, Sequence[float]]], part: s
     return figure
 
 
-def maps_plot(maps: Mapping[str, Any], units: str) -> Figure:
-    """One heat map per name, layer x unit, each layer scaled to its largest value."""
+def maps_plot(maps: Mapping[str, Any], units: str, scaled: bool = True) -> Figure:
+    """One heat map per name, layer x unit, each layer scaled to its range or shares as they are."""
     names = list(maps)
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
@@ -99,10 +99,11 @@ def maps_plot(maps: Mapping[str, Any], units: str) -> Figure:
     image: Any = None
     for axes, name in zip(grid.flat, names, strict=False):
         values = np.asarray(maps[name], np.float64)
-        low = values.min(1, keepdims=True)
-        spread = np.maximum(values.max(1, keepdims=True) - low, 1e-30)
+        if scaled:
+            low = values.min(1, keepdims=True)
+            values = (values - low) / np.maximum(values.max(1, keepdims=True) - low, 1e-30)
         image = axes.imshow(
-            (values - low) / spread,
+            values,
             aspect="auto",
             cmap="Blues",
             vmin=0,
@@ -116,7 +117,12 @@ def maps_plot(maps: Mapping[str, Any], units: str) -> Figure:
         axes.set_visible(False)
     figure.supxlabel(units, fontsize=9)
     figure.supylabel("layer", fontsize=9)
-    figure.colorbar(image, ax=list(grid.flat), label="of the layer's range", shrink=0.7)
+    figure.colorbar(
+        image,
+        ax=list(grid.flat),
+        label="of the layer's range" if scaled else "share of rows",
+        shrink=0.7,
+    )
     return figure
 
 
