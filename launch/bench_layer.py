@@ -1,59 +1,93 @@
-"""Rows of the layer on a mesh: memory of a DeepSeek-V2-Lite-like MoE layer, compiled for TPUs.
+"""Rows of the layer on a mesh: a DeepSeek-V2-Lite-like MoE layer, compiled for TPUs and GPUs.
 
 64 experts of width 1,408, top 6, model width 2,048, bfloat16; expert axis 8, 4,096 tokens per
 device, forward and backward, strategy `chunked` (exact, dropless whatever the imbalance). Nothing
-runs: the figure is XLA's own account of temporary memory per device.
+runs: memory is XLA's own account of temporary memory per device, overlap is read off the scheduled
+program, spills are what ptxas says of the kernels. The work is counted (`launch.bench_work`).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
+from launch import bench_work
 from launch.bench_row import Row, Wanted, measure_in_process
-from moejax.aot import topology
+from launch.bench_work import FFN, NUM_EXPERTS, NUM_TOKENS, SHARDS, TOP_K, WIDTH
+from moejax.aot import ptx, topology
+from moejax.core.errors import InputError
 
-TOPOLOGY = "v5p:2x2x2"
-LAYER = f"layer {TOPOLOGY} chunked, forward + backward"
-FIGURE = f"{LAYER}, HBM temp per device"
-OVERLAP = f"{LAYER}, all-to-alls of rows beside a matmul, outside loops"
-WORK = f"{LAYER}, products done / model FLOPs, any load"
+LAYER = "layer {} chunked, forward + backward, {}"
+MEMORY, OVERLAP = "HBM temp per device", "all-to-alls of rows beside a matmul, outside loops"
+SPILLS = "bytes that its kernels spill"
 # Without it libtpu 0.0.42 runs no all-to-all beside anything; LIBTPU_INIT_ARGS takes it too.
 OPTIONS: dict[str, str | bool] = {"xla_tpu_enable_async_all_to_all": "true"}
 ROW_BYTES = 1 << 20  # smaller exchanges carry weights and counts
-NUM_EXPERTS, TOP_K, WIDTH, FFN, NUM_TOKENS = 64, 6, 2048, 1408, 4096
+PEER = "ragged_dot"
+
+
+class Target(NamedTuple):
+    """A topology, our implementation there, the goal in MB, and which figures it has."""
+
+    topology: str
+    implementation: str
+    goal: str
+    figures: tuple[str, ...]
+
+
+TARGETS = (
+    Target("v5p:2x2x2", "tpu", "<= 700", (MEMORY, OVERLAP)),
+    Target("h100x8", "gpu", "<= 1,000", (MEMORY, SPILLS)),
+)
 
 
 def rows(peer: bool, wanted: Wanted) -> Iterator[Row]:
-    """With our TPU kernel inside; the peer is the same layer with jax's ragged_dot inside."""
-    if wanted(WORK):
-        # Gate, up and down; gate and up again; two products each backward. Only rows that are
-        # there are multiplied, in further rounds too, so that no imbalance changes it. A kernel's
-        # partial tiles come on top.
-        how = "counted: 3 + 2 again + 6 of 9 products on the routed rows; no partial tiles"
-        yield Row(WORK, (3 + 2 + 6) / 9, "x", "<= 1.30", how=how)
-    if not wanted(FIGURE) and not wanted(OVERLAP):
+    """With our kernel inside; the peer is the same layer with jax's ragged_dot inside."""
+    yield from bench_work.rows(wanted)
+    for target in TARGETS:
+        names = {figure: LAYER.format(target.topology, figure) for figure in target.figures}
+        if any(wanted(name) for name in names.values()):
+            yield from _compiled(target, names, peer, wanted)
+
+
+def _compiled(target: Target, names: dict[str, str], peer: bool, wanted: Wanted) -> Iterator[Row]:
+    found = {}
+    try:
+        environment = topology.environment(target.topology)
+        for name in (target.implementation, PEER)[: 2 if peer else 1]:
+            arguments = (target.topology, name)
+            found[name] = measure_in_process(
+                "launch.bench_layer", *arguments, environment=environment, timeout_s=1800
+            )
+    except InputError as error:
+        for name in filter(wanted, names.values()):
+            yield Row(name, None, "", how=f"not measured: {error}")
         return
-    environment = topology.environment(TOPOLOGY)
-    found = {
-        name: measure_in_process(
-            "launch.bench_layer", name, environment=environment, timeout_s=1800
-        )
-        for name in ("tpu", "ragged_dot")[: 2 if peer else 1]
-    }
-    ours, other = found["tpu"], found.get("ragged_dot", {})
-    who = "ragged_dot inside" if peer else ""
-    how = "compiled ahead of time, " + " ".join(f"--{k}={v}" for k, v in OPTIONS.items())
-    if wanted(FIGURE):
-        yield Row(FIGURE, ours["temp_mb"], "MB", "<= 700", other.get("temp_mb"), who, how)
-    if wanted(OVERLAP):
+    ours, other = found[target.implementation], found.get(PEER, {})
+    who = f"{PEER} inside" if peer else ""
+    how = "compiled ahead of time"
+    if target.implementation == "tpu":
+        how += ", " + " ".join(f"--{k}={v}" for k, v in OPTIONS.items())
+    if wanted(names[MEMORY]):
+        temp = ours["temp_mb"], "MB", target.goal, other.get("temp_mb")
+        yield Row(names[MEMORY], *temp, who, how)
+    if OVERLAP in names and wanted(names[OVERLAP]):
         how = f"of {ours['exchanges']:.0f}; the scheduled program's text"
-        yield Row(OVERLAP, ours["beside"], "of all", "", other.get("beside"), who, how)
+        yield Row(names[OVERLAP], ours["beside"], "of all", "", other.get("beside"), who, how)
+    if SPILLS in names and wanted(names[SPILLS]):
+        how = f"ptxas, {ours['kernels']:.0f} kernels; with wgmma: {ours['wgmma']:.0f}"
+        yield Row(names[SPILLS], ours["spilled"], "bytes", "<= 0", how=how)
 
 
-def measure(implementation: str) -> dict[str, float]:
+def measure(name: str, implementation: str, dump: Path) -> dict[str, float]:
     """Compiles the layer's gradient with one implementation of the grouped matmul."""
+    if implementation == "gpu":
+        os.environ["XLA_FLAGS"] = ptx.dump_flags(dump)
     import jax
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec
@@ -64,8 +98,8 @@ def measure(implementation: str) -> dict[str, float]:
     from moejax.core import tree
     from moejax.moe.expert_parallel import Parallel
 
-    axes = {"data": 1, "fsdp": 1, "expert": 8, "tensor": 1}
-    mesh = topology.mesh(TOPOLOGY, axes)
+    axes = {"data": 1, "fsdp": 1, "expert": SHARDS, "tensor": 1}
+    mesh = topology.mesh(name, axes)
     config = moe.MoEConfig(NUM_EXPERTS, TOP_K, expert_ffn=FFN, **moe.CONVENTIONS["deepseek_v2"])
     shapes = jax.eval_shape(lambda key: moe.init_moe(key, WIDTH, FFN, config), jax.random.key(0))
 
@@ -75,7 +109,7 @@ def measure(implementation: str) -> dict[str, float]:
 
     params = tree.map_with_path(placed, shapes)
     tokens = PartitionSpec(("data", "fsdp", "expert"))
-    x_BTD = aot.abstract((8, NUM_TOKENS, WIDTH), jnp.bfloat16, mesh, tokens)
+    x_BTD = aot.abstract((SHARDS, NUM_TOKENS, WIDTH), jnp.bfloat16, mesh, tokens)
     parallel = Parallel(mesh, "chunked")
 
     def gradient(params, x_BTD):
@@ -87,18 +121,24 @@ def measure(implementation: str) -> dict[str, float]:
 
         return jax.grad(loss, (0, 1))(params, x_BTD)
 
-    compiled = aot.compile_for(gradient, params, x_BTD, options=OPTIONS)
+    options = OPTIONS if ":" in name else None
+    compiled = aot.compile_for(gradient, params, x_BTD, options=options)
     exchanges = [
         one
         for one in hlo.collectives(compiled.as_text() or "")
         if one.kind == "all-to-all" and not one.in_loop and one.bytes > ROW_BYTES
     ]
+    kernels = ptx.kernels(dump, "grouped_").values() if implementation == "gpu" else []
     return {
         "temp_mb": round(aot.memory(compiled).temp_bytes / 1e6, 1),
         "exchanges": len(exchanges),
         "beside": sum(one.with_matmul for one in exchanges),
+        "kernels": len(kernels),
+        "wgmma": sum(kernel.wgmma > 0 for kernel in kernels),
+        "spilled": sum(kernel.spilled for kernel in kernels),
     }
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1])))
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(measure(sys.argv[1], sys.argv[2], Path(folder))))

@@ -24,7 +24,7 @@ from moejax.ops.gated_ffn import Activation
 # Exchanges that run whatever the load. They do not depend on each other, so one's may run beside
 # another's matrix products; and each holds a share of the rows only. Compiled for a v5p (4,096
 # tokens, top 6, 2048 x 1408, 8 experts a device), forward + backward: 769 MB in 4 parts, 643 in 6.
-MAX_PARTS = 6
+MAX_PARTS = 5
 # But two at least, and no more than leave so many pairs in each: less would fill no matrix unit.
 MIN_PAIRS = 4096
 # Names the loops over further rounds in a compiled program: of a balanced load they run none.

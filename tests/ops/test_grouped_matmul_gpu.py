@@ -114,13 +114,14 @@ def test_arrays_past_int32_offsets_are_refused_with_the_number(shape):
 
 
 PROGRAM = """
-import os, re, subprocess, sys
+import os, sys
 from pathlib import Path
 
+from moejax.aot import ptx
+
 dump, dtype, shape = Path(sys.argv[1]), sys.argv[2], [int(n) for n in sys.argv[3].split(",")]
-os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_hlo_as_text=false"
+os.environ["XLA_FLAGS"] = ptx.dump_flags(dump)
 import jax
-import nvidia.cuda_nvcc
 from jax.sharding import PartitionSpec as P
 
 from moejax.aot import compile, topology
@@ -137,15 +138,8 @@ def both(x, w, sizes, d_out):
 shapes = [((rows, k), dtype), ((experts, k, n), dtype), ((experts,), "int32"), ((rows, n), dtype)]
 compiled = compile.compile_for(both, *(compile.abstract(*each, mesh, P()) for each in shapes))
 print("temp", compile.memory(compiled).temp_bytes)
-ptxas = Path(nvidia.cuda_nvcc.__path__[0]) / "bin" / "ptxas"
-for path in dump.glob("*.ptx"):
-    ptx = path.read_text()
-    if "grouped_matmul" in ptx:
-        name = re.search(r"entry (grouped_matmul\\w*)", ptx)[1]
-        command = [ptxas, "-v", "-arch=sm_90a", path, "-o", dump / "out.cubin"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        spills = sum(int(b) for b in re.findall(r"(\\d+) bytes spill", said))
-        print("kernel", name, ptx.count("wgmma.mma_async"), spills)
+for name, kernel in ptx.kernels(dump, "grouped_matmul").items():
+    print("kernel", name, *kernel)
 """
 
 

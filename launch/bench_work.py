@@ -1,0 +1,105 @@
+"""How many rows the layer's products go through for the rows there are, whatever the load.
+
+The layer of `launch.bench_layer`, forward and backward: its own schedule on 8 devices, exchange by
+exchange and round by round, and the TPU kernel's own visits of the groups that each exchange
+brings. Eleven products per row where nine are the model's (gate and up are computed again), and
+the rows that only fill a visit or that two groups share.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from launch.bench_row import Row
+from moejax.core.platform import compiling_for
+from moejax.moe import chunked
+from moejax.moe.turns import turn
+from moejax.ops import tpu_tiles, tpu_visits
+
+# Experts, shards, experts of a token, width, width of an expert, tokens of a device.
+NUM_EXPERTS, SHARDS, TOP_K, WIDTH, FFN, NUM_TOKENS = 64, 8, 6, 2048, 1408, 4096
+FACTOR = 1.25
+# Products with rows on the left, and those summed over rows; of the model, three are again three.
+ROW_PRODUCTS, SUMS, MODEL_PRODUCTS = 3 + 2 + 3, 3, 9
+LOADS = {"balanced": "<= 1.30", "2x skew": "", "all to one": ""}
+FIGURE = "layer chunked on 8 devices, rows multiplied / model's, {}"
+
+
+def rows(wanted) -> Iterator[Row]:
+    """A row for each load."""
+    for load, goal in LOADS.items():
+        figure = FIGURE.format(load)
+        if wanted(figure):
+            share, rounds = work(load)
+            how = f"counted: {rounds} rounds beyond those of the parts; TPU v5p visits"
+            yield Row(figure, share, "x", goal, how=how)
+
+
+def choices(load: str) -> np.ndarray:
+    """Experts [P, N, K], distinct per token: uniform, one shard's twice as likely, the first K."""
+    if load == "all to one":
+        return np.broadcast_to(np.arange(TOP_K), (SHARDS, NUM_TOKENS, TOP_K)).astype(np.int32)
+    odds = np.ones(NUM_EXPERTS)
+    if load == "2x skew":
+        # Shard 0 gets twice the mean: K / P of a token's choices become 2 K / P.
+        odds[: NUM_EXPERTS // SHARDS] = 2 * (SHARDS - 1) / (SHARDS - 2)
+    drawn = np.random.default_rng(0).gumbel(size=(SHARDS, NUM_TOKENS, NUM_EXPERTS))
+    order = np.argsort(-(drawn + np.log(odds)), axis=-1)
+    return order[..., :TOP_K].astype(np.int32)
+
+
+def work(load: str) -> tuple[float, int]:
+    """Rows through products over rows of the model's, and rounds beyond the parts' own."""
+    slots = chunked.slots_per_exchange(NUM_TOKENS, TOP_K, SHARDS, FACTOR)
+    exchange = chunked.Exchange("expert", SHARDS, slots, True, jax.nn.silu, None)
+    plan = functools.partial(
+        chunked.schedule, num_experts=NUM_EXPERTS, exchange=exchange, axis_names=("expert",)
+    )
+    experts = jnp.asarray(choices(load))
+    moves = jax.vmap(plan, axis_name="expert")(experts)
+    num_rounds = int(moves.num_rounds[0])
+    one = jax.jit(jax.vmap(lambda pairs, number: turn(pairs, number, slots).sizes_E, (0, None)))
+    brought = [one(pairs, 0) for pairs in moves.parts]
+    brought += [one(moves.rest, number) for number in range(num_rounds)]
+    sizes = np.concatenate([np.asarray(each) for each in brought])  # [exchanges * P, E / P]
+    assert sizes.sum() == experts.size, "a row travelled twice, or not at all"
+    multiplied, summed = (np.sum(each) for each in _visited(sizes, SHARDS * slots))
+    done = ROW_PRODUCTS * multiplied + SUMS * summed
+    return float(done / (MODEL_PRODUCTS * experts.size)), num_rounds
+
+
+def _visited(sizes: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the visits of each exchange: of products with rows, and of sums over them."""
+    dtype = jnp.dtype("bfloat16")
+    with compiling_for("tpu", "TPU v5"):
+        tpu_tiles.outer_tiles.cache_clear()
+        tiles = tpu_tiles.rows_tiles(num_rows // sizes.shape[1], WIDTH, FFN, dtype)
+        outer = tpu_tiles.outer_tiles(WIDTH, FFN, dtype)
+        tpu_tiles.outer_tiles.cache_clear()
+    padded = -(-num_rows // tpu_visits.BLOCK) * tpu_visits.BLOCK
+
+    def of_rows(sizes_E):
+        visits = tpu_visits.row_visits(sizes_E, padded, tiles.heights)
+        return visits.kind, visits.num
+
+    def of_sums(sizes_E):
+        visits = tpu_visits.outer_visits(sizes_E, None, padded, outer.heights)
+        return visits.kind, visits.num
+
+    # A group's earlier visits are of the tallest height, and of nothing there is no row.
+    return (
+        _heights(jax.vmap(of_rows)(jnp.asarray(sizes)), (*tiles.heights, 0)),
+        _heights(jax.vmap(of_sums)(jnp.asarray(sizes)), (*outer.heights, outer.heights[0], 0)),
+    )
+
+
+def _heights(visits: tuple[jax.Array, jax.Array], heights: tuple[int, ...]) -> np.ndarray:
+    """Kinds [X, cores, V] of visits, of which the first `num` count: rows of each exchange [X]."""
+    kind, num = (np.asarray(each) for each in visits)
+    counts = np.arange(kind.shape[-1]) < num[..., None]
+    return np.where(counts, np.asarray(heights)[kind], 0).sum(axis=(1, 2))
