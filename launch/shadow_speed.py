@@ -63,6 +63,7 @@ class Speed:
     unit: str
     refresh_every: int
     tokens_per_s: float
+    dense_tokens_per_s: float
     read_bytes: int
     bound: float
     against_dense: list[float]
@@ -152,9 +153,9 @@ def measure(
         def against(name, s=s):
             return [a / b for a, b in zip(times.get(name, []), times[s], strict=False)]
 
-        rate = NUM_TOKENS / statistics.median(times[s])
+        rates = (NUM_TOKENS / statistics.median(times[name]) for name in (s, "dense"))
         sizes = setup.sizes
-        about = (setup.name, s, sizes.block, sizes.unit, setup.refresh_every, rate, read)
+        about = (setup.name, s, sizes.block, sizes.unit, setup.refresh_every, *rates, read)
         ratios = (against(name) for name in ("dense", "dense by rows", "transformers"))
         found.append(Speed(*about, dense_bytes / read, *ratios))
     return found
@@ -200,12 +201,17 @@ def _model(setup: Setup, sparsity: float | None, params: tree.Tree) -> sparse.Sp
     return sparse.Sparse(setup.config, params, policy, setup.predictor)
 
 
+def num_threads() -> int:
+    """Of ours and of torch's."""
+    return len(os.sched_getaffinity(0))
+
+
 def transformers_run(setup: Setup) -> Callable[[], None]:
     """The same by transformers on torch, with as many threads, greedy, its own cache."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(num_threads())
     config, (run,) = setup.config, setup.config.runs
     distinct = len({id(layer["attn"]["w_k"]) for layer in setup.plain["layers"][run.name]})
     family = by_name(config.family)

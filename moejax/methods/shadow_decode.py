@@ -138,7 +138,8 @@ def check_plan(config: ModelConfig, sizes: Sizes) -> None:
 def num_read_bytes(params: tree.Tree, config: ModelConfig, plan: Plan | None, sizes: Sizes) -> int:
     """Bytes of weights that one token reads, of a laid out or plain split tree.
 
-    Embedding tables count their one row; a tied head reads the table.
+    Embedding tables count their one row; a tied head reads the table. Of experts those of one
+    token count, and at most the kept blocks.
     """
     flat = tree.flatten({k: v for k, v in params.items() if k not in ("layers", "embed")})
     total: float = sum(_bytes(w) for w in flat.values())
@@ -148,16 +149,18 @@ def num_read_bytes(params: tree.Tree, config: ModelConfig, plan: Plan | None, si
     number = -sizes.first
     for run in config.runs:
         for layer in params["layers"][run.name]:
-            share = (1.0, 1.0) if plan is None or number < 0 else _shares(plan, sizes)
+            skips = plan is not None and number >= 0
+            heads = plan.kept.heads.shape[-1] / sizes.heads if plan and skips else 1.0
+            blocks = plan.kept.blocks.shape[-1] / sizes.blocks if plan and skips else 1.0
             for path, w in tree.flatten(layer).items():
-                by_row = path.rpartition("/")[2].startswith("rows_")
-                total += _bytes(w) * (share[0 if path.startswith("attn") else 1] if by_row else 1)
+                share = 1.0
+                if path.rpartition("/")[2].startswith("rows_"):
+                    share = heads if path.startswith("attn") else blocks
+                if config.moe is not None and path.startswith("moe/experts/"):
+                    share = min(share, config.moe.top_k / config.moe.num_experts)
+                total += _bytes(w) * share
             number += 1
     return round(total)
-
-
-def _shares(plan: Plan, sizes: Sizes) -> tuple[float, float]:
-    return plan.kept.heads.shape[-1] / sizes.heads, plan.kept.blocks.shape[-1] / sizes.blocks
 
 
 def _bytes(w: Any) -> int:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.models.config import ModelConfig
+from moejax.models.sparse import sparse_feed_forward
 from moejax.ops.gated_ffn import Activation, ffn_shapes, gated_ffn
 from moejax.ops.norm import layer_norm, rms_norm, rms_norm_delta
 
@@ -54,7 +55,12 @@ def feed_forward(
     activation: Activation,
     on_neurons: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """`gated_ffn`, or ``act(x W_up + b_up) W_down + b_down`` where there is no gate."""
+    """`gated_ffn`, or ``act(x W_up + b_up) W_down + b_down`` where there is no gate.
+
+    Weights by rows are `moejax.models.sparse.sparse_feed_forward`'s.
+    """
+    if "rows_up" in params:
+        return sparse_feed_forward(params, x, activation, on_neurons)
     if "w_gate" in params:
         return gated_ffn(params, x, activation, on_neurons)
 

@@ -2,7 +2,8 @@
 
 A unit of heads is one query head, or all that share a group of keys and values; R are its channels.
 `by_rows` makes such a layer out of a plain one: attn has rows_q and rows_o [U, R, D] in place of
-w_q and w_o, mlp has rows_gate, rows_up and rows_down [M, P, D]. Where attn or mlp also has
+w_q and w_o, mlp has rows_gate, rows_up and rows_down [M, P, D], of experts `moejax.moe.sparse`.
+Where attn, mlp or moe also has
 
     kept    int32 [K], which units or blocks of neurons are computed; and maybe
     weight  [B, K], factors per row, 0 for what only another row of the batch keeps
@@ -22,6 +23,7 @@ from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.models.attend import attend
 from moejax.models.mha import AttentionInputs, Extend, OnHeads, finished, project
+from moejax.moe.sparse import rows_of_experts
 from moejax.ops.attention import Window
 from moejax.ops.gated_ffn import Activation
 from moejax.ops.rope import apply_rope
@@ -41,6 +43,8 @@ def by_rows(layer: tree.Tree, num_units: int, block: int) -> tree.Tree:
     made["attn"] = attn
     if "mlp" in layer:
         made["mlp"] = _rows_of_neurons(layer["mlp"], block)
+    else:
+        made["moe"] = layer["moe"] | {"experts": rows_of_experts(layer["moe"]["experts"], block)}
     return made
 
 

@@ -26,11 +26,12 @@ from moejax.models.mha import AttentionInputs, mha
 from moejax.models.mla import mla
 from moejax.models.options import BLOCK_INPUT, REMAT_POLICIES, ForwardOptions
 from moejax.models.params import abstract_params, init_leaf, init_params
-from moejax.models.sparse import sparse_feed_forward, sparse_mha
+from moejax.models.sparse import sparse_mha
 from moejax.moe.changed import changed_moe
 from moejax.moe.expert_parallel import split_rows, whole_columns
 from moejax.moe.layer import MoEStats, moe_layer
 from moejax.moe.losses import pooled_balance
+from moejax.moe.sparse import sparse_moe
 from moejax.ops.attention import AttentionSpec, Visible, Window, cudnn_can, shared_mask, soft_capped
 from moejax.ops.rope import frequencies, rotation
 
@@ -294,12 +295,13 @@ def _block(layer, x_BTD, rng, extend, context: _Context, window: Window):
     def feed(x):
         x = changed(at("mlp_in"), x)
         if "mlp" in cast:
-            layer = sparse_feed_forward if "rows_up" in cast["mlp"] else feed_forward
-            return layer(cast["mlp"], x, activation, on_neurons), None
+            return feed_forward(cast["mlp"], x, activation, on_neurons), None
         assert config.moe is not None
         how: dict[str, Any] = {"activation": activation, "rng": rng}
         how |= {"mask_BT": context.mask_BT, "trace": options.trace_routing}
         how |= {"parallel": options.parallel}
+        if "rows_up" in cast["moe"]["experts"]:
+            return sparse_moe(cast["moe"], x, config.moe, **how)
         if on_neurons is not None:
             return changed_moe(cast["moe"], x, config.moe, on_neurons, **how)
         how["implementation"] = options.moe_implementation

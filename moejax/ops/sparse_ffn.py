@@ -37,19 +37,15 @@ def sparse_ffn(
             f"sparse_ffn takes x [B, D] and rows of one shape [M, P, D], got {x_BD.shape} and "
             f"{', '.join(f'{name} {list(params[name].shape)}' for name in names)}"
         )
-    biases: dict[str, jax.Array] = {
-        name: params[name][chosen_K] for name in ("b_gate", "b_up") if name in params
-    }
     if chosen(implementation, params["rows_up"].dtype) == "tpu":
         from moejax.ops.sparse_matmul_tpu import sparse_ffn_tpu  # Pallas is slow to import
 
-        rows = {name: params[name] for name in names}
-        out_BD = sparse_ffn_tpu(rows | biases, x_BD, chosen_K, activation, weight_BK)
+        out_BD = sparse_ffn_tpu(params, x_BD, chosen_K, activation, weight_BK)
         return out_BD + params["b_down"].astype(x_BD.dtype) if "b_down" in params else out_BD
 
     def into(name: str) -> jax.Array:
         y = sparse_matmul(x_BD, params[f"rows_{name}"], chosen_K, implementation=implementation)
-        return y + biases[f"b_{name}"].astype(y.dtype) if f"b_{name}" in biases else y
+        return y + params[f"b_{name}"][chosen_K].astype(y.dtype) if f"b_{name}" in params else y
 
     h_BKP = (
         activation(into("gate")) * into("up") if "rows_gate" in params else activation(into("up"))

@@ -57,8 +57,9 @@ def sparse_matmul(
     "Deja Vu", section 4.3). w [M, P, D]; chosen: integers in [0, M), any order, repeats allowed.
     Sums are at least float32, the result has x's dtype; no gradient. implementation: a name of
     IMPLEMENTATIONS, never replaced by another. None takes `native` on a CPU (a C++ kernel, compiled
-    on first use) where it can be had and the arrays are float32, else `cpu`; on a TPU or GPU `ref`,
-    which gathers the blocks, since our kernels have not run there yet.
+    on first use) where it can be had and the arrays are float32, else `cpu`; on a TPU or GPU the
+    kernel for it, though they have only been compiled for such devices and have not run there:
+    `ref` would copy the blocks and save nothing.
 
     Errors:
       InputError: shapes that do not fit, an unknown implementation, `native` without a compiler.
@@ -89,7 +90,7 @@ def chosen(implementation: str | None, dtype: jnp.dtype) -> str:
 
 @functools.lru_cache
 def _choose(backend: str, is_float32: bool) -> str:
-    name, why = "ref", ""
+    name, why = backend, ""
     if backend == "cpu":
         why = native.missing() or ""
         name = "native" if is_float32 and not why else "cpu"

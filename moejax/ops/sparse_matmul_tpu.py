@@ -98,7 +98,7 @@ def sparse_ffn_tpu(
 ) -> jax.Array:
     """See `moejax.ops.sparse_ffn.sparse_ffn`, without b_down: all products in one kernel.
 
-    The hidden neurons of a block never leave VMEM. Biases are those of the chosen blocks, [K, P].
+    The hidden neurons of a block never leave VMEM.
     """
     names: list[str] = [name for name in ("rows_gate", "rows_up", "rows_down") if name in params]
     _check(params["rows_down"])
@@ -132,10 +132,7 @@ def sparse_ffn_tpu(
         [
             _whole(padded),
             *(_blocks(params[name], 1)[0] for name in names),
-            *(
-                pl.BlockSpec((1, *e.shape[1:]), lambda i, chosen: (i, 0, 0))
-                for e in extras.values()
-            ),
+            *(_in_turn(e) if name == "weight" else _blocks(e, 1)[0] for name, e in extras.items()),
         ],
         pl.BlockSpec(shape, lambda i, chosen: (0, 0)),
         (chosen_K, padded, *(params[name] for name in names), *extras.values()),
@@ -169,6 +166,11 @@ def _blocks(w_MPD: jax.Array, step: int) -> list[pl.BlockSpec]:
     return [pl.BlockSpec(shape, functools.partial(at, which)) for which in range(step)]
 
 
+def _in_turn(x_KBP: jax.Array) -> pl.BlockSpec:
+    """The step's own part of what has one for each chosen block."""
+    return pl.BlockSpec((1, *x_KBP.shape[1:]), lambda i, chosen: (i, 0, 0))
+
+
 def _whole(x: jax.Array) -> pl.BlockSpec:
     return pl.BlockSpec(x.shape, lambda i, chosen: (0,) * x.ndim)
 
@@ -193,15 +195,8 @@ def _dot(x, w, dims=(((1,), (0,)), ((), ()))):
 
 
 def _add(out, part) -> None:
-    """The sum over the grid's steps."""
-
-    @pl.when(pl.program_id(0) == 0)
-    def _first():
-        out[...] = part
-
-    @pl.when(pl.program_id(0) > 0)
-    def _later():
-        out[...] += part
+    """The sum over the grid's steps, without a branch: the compiler counts cycles of no other."""
+    out[...] = part + jnp.where(pl.program_id(0) == 0, 0.0, out[...])
 
 
 def _check(w_MPD: jax.Array) -> None:

@@ -168,6 +168,15 @@ def generate(
     return found
 
 
+def dense_logits(model: Sparse, prompt: Sequence[int], ids: Sequence[int]) -> np.ndarray:
+    """What the dense model says at the places where `ids` were drawn: [len(ids), V]."""
+    text = [*prompt, *ids]
+    tokens_1T = np.zeros((1, bucket(len(text))), np.int32)  # what follows a token does not move it
+    tokens_1T[0, : len(text)] = text
+    found = _dense_logits(model.config, model.options, model.params, tokens_1T)
+    return np.asarray(found[len(prompt) - 1 : len(text) - 1])
+
+
 # -- inside ----------------------------------------------------------------------------------------
 
 
@@ -223,3 +232,9 @@ def _keys(keys_B: jax.Array, first: Any, num: int) -> jax.Array:
     """[T, B] keys of tokens first, first + 1, ..."""
     fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
     return jax.vmap(lambda t: fold(keys_B, t))(first + jnp.arange(num))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _dense_logits(config, options, params, tokens_1T) -> jax.Array:
+    hidden_TD = forward(params, config, tokens_1T, options=options).hidden_BTD[0]
+    return unembed(params, config, hidden_TD)

@@ -15,6 +15,7 @@ from moejax.methods import shadow_predictor as predictors
 from moejax.models import transformer
 from moejax.models.cache import init_cache
 from moejax.models.config import AttentionConfig, ModelConfig
+from moejax.moe.config import MoEConfig
 from moejax.serve import sparse
 
 LLAMA = ModelConfig("llama", 61, 3, 32, 48, 4, 2, 8, initializer_range=0.2)
@@ -22,11 +23,13 @@ OPT = dataclasses.replace(
     LLAMA, gated=False, activation="relu", mlp_bias=True, attention_bias=True, num_kv_heads=4
 )
 NORMED = dataclasses.replace(LLAMA, attention=AttentionConfig(qk_norm="all"))
+MOE = dataclasses.replace(LLAMA, moe=MoEConfig(4, 2))
 CASES = {
     "opt": (OPT, "query"),
     "gqa_groups": (LLAMA, "group"),
     "gqa_heads": (LLAMA, "query"),
     "norm_of_all_heads": (NORMED, "group"),
+    "experts": (MOE, "group"),
 }
 PROMPTS = [[5, 17, 3, 60, 8, 1, 44], [9, 2, 2, 31]]
 HALF = (0.5, 0.5)
@@ -111,7 +114,7 @@ def test_a_refresh_changes_the_mask():
     assert not np.array_equal(before.kept.blocks, after.kept.blocks)
 
 
-@pytest.mark.parametrize("case", ["opt", "gqa_groups"])
+@pytest.mark.parametrize("case", ["opt", "experts"])
 def test_rows_of_a_batch_are_the_rows_alone(case):
     """The union of what two rows keep, each row under its own factors."""
     _, model = model_of(case, 4)

@@ -1,0 +1,93 @@
+"""Rows of contextual sparsity: decoding that skips heads and neurons, on CPUs and counted for TPUs.
+
+Models of OPT-1.3B's and Llama-3.2-1B's shapes with random weights decode one text in float32, with
+lists from a predictor of random weights that runs again for every token. The weights are far larger
+than any cache; layers repeat two distinct ones, so that all candidates fit in memory side by side.
+`launch.shadow_speed` says how times are taken.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator
+
+from launch.bench_row import Row, Wanted, measure_in_process
+from launch.shadow_speed import NUM_TOKENS, Speed, measure, num_threads, random_setup
+from moejax.aot import cycles, topology
+from moejax.core.chips import chip_of
+from moejax.models.families import by_name
+
+SHAPES = {"opt-1.3b": "opt", "llama-3.2-1b": "llama"}
+DISTINCT, BLOCK = 2, 64
+GOALS = {0.5: ("", ">= 1.1"), 0.75: (">= 0.75", "")}  # sparsity -> share of the bound, ratio
+TOPOLOGY = "v5e:2x2"
+CLOCK_HZ = 1.5e9  # of a v5e: 197 TFLOP/s over 131,072 operations per cycle
+
+
+def rows(peer: bool, wanted: Wanted) -> Iterator[Row]:
+    """Per shape and sparsity the ratio to our dense decoding, the bound, and with `peer` theirs."""
+    for shape, family in SHAPES.items():
+        name = f"cpu {shape} f32 batch 1"
+        if not wanted(name) and not any(wanted(f"{name}, {1 - s:.0%} kept") for s in GOALS):
+            continue
+        can = bool(importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"))
+        setup = random_setup(shape, by_name(family).presets[shape], DISTINCT, BLOCK, 1)
+        for speed in measure(setup, list(GOALS), peer and can):
+            yield from _of(name, speed, "transformers + torch" if peer else "")
+
+
+def _of(name: str, speed: Speed, peer: str) -> Iterator[Row]:
+    figure, one = f"{name}, {1 - speed.sparsity:.0%} kept", speed.to_json()
+    share_goal, ratio_goal = GOALS[speed.sparsity]
+    rounds = speed.against_dense
+    how = (
+        f"{NUM_TOKENS} tokens in turns, median of {len(rounds)} ratios ({min(rounds):.2f} to "
+        f"{max(rounds):.2f}), predictor for every token included; {num_threads()} threads, load "
+        f"average {os.getloadavg()[0]:.1f}"
+    )
+    by_rows = statistics.median(speed.against_dense_by_rows)
+    yield Row(figure, speed.tokens_per_s, "tokens/s", how=how)
+    also = f"{by_rows:.2f} times dense decoding by rows"
+    yield Row(f"{figure}, times our dense", one["against_dense"], "x", ratio_goal, how=also)
+    bound = f"bytes of weights allow {speed.bound:.2f}x"
+    yield Row(
+        f"{figure}, share of the byte bound", one["share_of_bound"], "", share_goal, how=bound
+    )
+    if peer:
+        ours = one["against_transformers"]
+        how = "as above" if ours else "not measured: pip install -e .[parity]"
+        yield Row(f"{figure}, times transformers", ours, "x", "", 1.0 if ours else None, peer, how)
+
+
+def tpu_rows(peer: bool, wanted: Wanted) -> Iterator[Row]:
+    """A sparse layer's time on a v5e against XLA's dense one: the compiler's cycles, and bytes."""
+    del peer
+    for shape in SHAPES:
+        figure = f"v5e {shape} layer bf16 batch 1, 50% kept, of XLA's dense layer's time"
+        if not wanted(figure):
+            continue
+        found = {kind: _count(kind, shape) for kind in ("dense", "sparse")}
+        times = {kind: layer_s(one) for kind, one in found.items()}
+        dense, ours = found["dense"], found["sparse"]
+        how = (
+            f"max(cycles / clock, bytes / bandwidth): {times['sparse'] * 1e6:.1f} of "
+            f"{times['dense'] * 1e6:.1f} us; cycles {ours['cycles']:,} and {dense['cycles']:,}, "
+            f"{ours['bytes'] / 1e6:.1f} and {dense['bytes'] / 1e6:.1f} MB, the layer's part of the "
+            "predictor and of its top-k included; compiled, not run"
+        )
+        yield Row(figure, times["sparse"] / times["dense"], "", "<= 0.6", how=how)
+
+
+def layer_s(count: dict[str, float]) -> float:
+    """Seconds that a layer takes at least: it computes while it reads."""
+    return max(count["cycles"] / CLOCK_HZ, count["bytes"] / chip_of(TOPOLOGY).hbm_bytes_per_s)
+
+
+def _count(kind: str, shape: str) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        environment = topology.environment(TOPOLOGY) | cycles.environment(folder)
+        module = "launch.bench_shadow_count"
+        return measure_in_process(module, kind, shape, environment=environment, timeout_s=3600)

@@ -1,0 +1,61 @@
+"""`launch.shadow --stage=bench`: speed under the masks that --stage=evaluate judges.
+
+The same model, predictor file, block size, unit of heads and sparsities; RUN/bench.json, which
+--stage=report puts beside perplexity.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from launch.shadow_data import load_model
+from launch.shadow_generate import read_predictor
+from launch.shadow_speed import NUM_ROUNDS, NUM_TOKENS, Setup, measure, num_threads
+from moejax.io import atomic
+from moejax.methods.shadow_decode import check_plan, lay_out
+from moejax.methods.shadow_order import reordered
+from moejax.serve.prepare import prepare
+
+
+def main(values: dict[str, Any]) -> None:
+    """Times decoding, dense and at every sparsity of the config, and writes RUN/bench.json."""
+    config = values["config"]
+    model = load_model(config)
+    predictor = read_predictor(values, model)
+    sparsities = [float(s) for s in config.evaluate.sparsities]
+    print(
+        f"bench    {', '.join(f'{s:.0%}' for s in sparsities)} not computed, {NUM_ROUNDS} rounds "
+        f"of {NUM_TOKENS} tokens, batch 1, float32, {num_threads()} threads"
+    )
+    check_plan(model.loaded.config, predictor.info.sizes)
+    if values["dry_run"]:
+        print("dry run: nothing timed, nothing written")
+        return
+    sizes = predictor.info.sizes
+    params = reordered(model.loaded.params, model.loaded.config, predictor.order_LF)
+    setup = Setup(
+        model.loaded.config.family,
+        model.loaded.config,
+        prepare(params),
+        lay_out(params, model.loaded.config, sizes),
+        sizes,
+        jax.device_put(predictor.params),
+        values["refresh_every"],
+    )
+    rows = [speed.to_json() for speed in measure(setup, sparsities, values["peer"])]
+    for row in rows:
+        theirs = row["against_transformers"]
+        print(
+            f"{row['sparsity']:.0%}      {row['tokens_per_s']:.1f} tokens/s, "
+            f"{row['against_dense']:.2f}x our dense decoding (bytes allow {row['bound']:.2f}x)"
+            + (f", {theirs:.2f}x transformers" if theirs else "")
+        )
+    title = f"decoding, batch 1, float32, {num_threads()} threads, lists "
+    often = values["refresh_every"]
+    title += f"made anew every {often} tokens" if often else "decided by the prompt"
+    target = Path(values["workdir"]) / "bench.json"
+    atomic.write_json(target, {"title": title, "rows": rows})
+    print(f"written  {target}")
