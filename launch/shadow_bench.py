@@ -45,7 +45,10 @@ def main(values: dict[str, Any]) -> None:
         jax.device_put(predictor.params),
         values["refresh_every"],
     )
-    rows = [speed.to_json() for speed in measure(setup, sparsities, values["peer"])]
+    rows: list[dict[str, Any]] = [
+        speed.to_json() | {"same_predictor": True}
+        for speed in measure(setup, sparsities, values["peer"])
+    ]
     for row in rows:
         theirs = row["against_transformers"]
         print(
