@@ -153,11 +153,22 @@ def measure(
         def against(name, s=s):
             return [a / b for a, b in zip(times.get(name, []), times[s], strict=False)]
 
-        rates = (NUM_TOKENS / statistics.median(times[name]) for name in (s, "dense"))
-        sizes = setup.sizes
-        about = (setup.name, s, sizes.block, sizes.unit, setup.refresh_every, *rates, read)
-        ratios = (against(name) for name in ("dense", "dense by rows", "transformers"))
-        found.append(Speed(*about, dense_bytes / read, *ratios))
+        found.append(
+            Speed(
+                model=setup.name,
+                sparsity=s,
+                block=setup.sizes.block,
+                unit=setup.sizes.unit,
+                refresh_every=setup.refresh_every,
+                tokens_per_s=NUM_TOKENS / statistics.median(times[s]),
+                dense_tokens_per_s=NUM_TOKENS / statistics.median(times["dense"]),
+                read_bytes=read,
+                bound=dense_bytes / read,
+                against_dense=against("dense"),
+                against_dense_by_rows=against("dense by rows"),
+                against_transformers=against("transformers"),
+            )
+        )
     return found
 
 
@@ -213,7 +224,7 @@ def transformers_run(setup: Setup) -> Callable[[], None]:
 
     torch.set_num_threads(num_threads())
     config, (run,) = setup.config, setup.config.runs
-    distinct = len({id(layer["attn"]["w_k"]) for layer in setup.plain["layers"][run.name]})
+    distinct = len({id(layer) for layer in setup.plain["layers"][run.name]})
     family = by_name(config.family)
     fields = json.loads(json.dumps(family.config_to_hf(few_config(config, distinct))))
     fields.pop("model_type", None)

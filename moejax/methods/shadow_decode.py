@@ -1,8 +1,8 @@
 """ShadowLLM's decoding: weights laid out for it, and lists of what is kept put into them.
 
-`lay_out` is done once. It takes one more copy of the layers that may be pruned (queries, output
-projection and feed-forward layer by rows, which replace the ones by columns), after which the tree
-it came from can be dropped: what decodes is as large as the dense model.
+`lay_out` is done once. It takes one more copy of the layers that may be pruned (their projections
+and feed-forward layers by rows, which replace the ones by columns), after which the tree it came
+from can be dropped: what decodes is as large as the dense model.
 
 `plan` chooses units from scores, as `shadow_mask.select` with a local budget does, and where rows
 of a batch keep different ones makes their union: every unit that some row keeps is read once, and
@@ -117,6 +117,8 @@ def _union(kept_BLK: np.ndarray, num_units: int) -> tuple[jax.Array, jax.Array]:
     any_LU = np.asarray(has_BLU.any(axis=0))
     step = -(-num_units // UNION_STEPS)
     length = min(num_units, -(-int(any_LU.sum(-1).max()) // step) * step)
+    if length == num_units:  # all units, in order
+        any_LU = np.ones_like(any_LU)
     lists = np.zeros((any_LU.shape[0], length), np.int32)
     factors = np.zeros((has_BLU.shape[0], *lists.shape), np.float32)
     for at, any_U in enumerate(any_LU):
@@ -154,8 +156,10 @@ def num_read_bytes(params: tree.Tree, config: ModelConfig, plan: Plan | None, si
             blocks = plan.kept.blocks.shape[-1] / sizes.blocks if plan and skips else 1.0
             for path, w in tree.flatten(layer).items():
                 share = 1.0
-                if path.rpartition("/")[2].startswith("rows_"):
-                    share = heads if path.startswith("attn") else blocks
+                if path in ("attn/rows_q", "attn/rows_o"):
+                    share = heads
+                elif "rows_" in path and not path.startswith("attn/"):
+                    share = blocks
                 if config.moe is not None and path.startswith("moe/experts/"):
                     share = min(share, config.moe.top_k / config.moe.num_experts)
                 total += _bytes(w) * share

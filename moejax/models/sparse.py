@@ -1,15 +1,16 @@
 """Blocks whose weights lie by rows, so that chosen heads and neurons are computed alone.
 
 A unit of heads is one query head, or all that share a group of keys and values; R are its channels.
-`by_rows` makes such a layer out of a plain one: attn has rows_q and rows_o [U, R, D] in place of
-w_q and w_o, mlp has rows_gate, rows_up and rows_down [M, P, D], of experts `moejax.moe.sparse`.
-Where attn, mlp or moe also has
+`by_rows` makes such a layer out of a plain one: attn has rows_q and rows_o [U, R, D] and rows_k and
+rows_v [G, C, D] in place of w_*, mlp has rows_gate, rows_up and rows_down [M, P, D], moe has the
+experts of `moejax.moe.sparse`. Where attn, mlp or moe also has
 
     kept    int32 [K], which units or blocks of neurons are computed; and maybe
     weight  [B, K], factors per row, 0 for what only another row of the batch keeps
 
-one token per row is computed with those alone; without, any number of tokens with everything. Keys
-and values are computed and kept for every head, so a later token may use heads that this one skips.
+one token per row is computed with those alone; without, any number of tokens with everything (one
+token by the same kernels). Keys and values are computed and kept for every head, so a later token
+may use heads that this one skips.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.models.attend import attend
-from moejax.models.mha import AttentionInputs, Extend, OnHeads, finished, project
+from moejax.models.mha import AttentionInputs, Extend, OnHeads, finished
 from moejax.moe.sparse import rows_of_experts
 from moejax.ops.attention import Window
 from moejax.ops.gated_ffn import Activation
@@ -39,6 +40,7 @@ def by_rows(layer: tree.Tree, num_units: int, block: int) -> tree.Tree:
     w_q, d_model = attn.pop("w_q"), attn["w_o"].shape[-1]
     rows = (num_units, -1, d_model)
     attn["rows_q"] = jnp.transpose(w_q, (1, 2, 0)).reshape(rows)
+    attn |= {f"rows_{name}": jnp.transpose(attn.pop(f"w_{name}"), (1, 2, 0)) for name in "kv"}
     attn["rows_o"] = attn.pop("w_o").reshape(rows)
     made["attn"] = attn
     if "mlp" in layer:
@@ -76,18 +78,18 @@ def sparse_mha(
     kept, (num_batch, num_tokens, d_model) = params.get("kept"), x_BTD.shape
     if kept is not None and num_tokens != 1:
         raise ValueError(f"heads are skipped for one token at a time, not {num_tokens}")
-    q_BTHC, k_BTGC = _queries(params, x_BTD, inputs), project(params, "k", x_BTD, inputs)
+    q_BTHC, k_BTGC, v_BTGC = (_projected(params, name, x_BTD, inputs) for name in "qkv")
     if inputs.turn is not None:
         q_BTHC, k_BTGC = (apply_rope(x, *inputs.turn) for x in (q_BTHC, k_BTGC))
-    v_BTGC = project(params, "v", x_BTD, inputs)
     k_BGSC, v_BGSC, state = extend(jnp.swapaxes(k_BTGC, 1, 2), jnp.swapaxes(v_BTGC, 1, 2))
     mixed_BTHC = _attend_kept(params, q_BTHC, (k_BGSC, v_BGSC), inputs, window)
     mixed_BTHC = mixed_BTHC if on_heads is None else on_heads(mixed_BTHC)
     rows_o = params["rows_o"]
-    if kept is None:
+    if num_tokens > 1:
         mixed = mixed_BTHC.reshape(num_batch, num_tokens, -1)
         out_BTD = mixed @ rows_o.reshape(-1, d_model)
     else:
+        kept = jnp.arange(rows_o.shape[0]) if kept is None else kept
         mixed_BKR = mixed_BTHC.reshape(num_batch, kept.shape[0], rows_o.shape[1])
         if "weight" in params:
             mixed_BKR = mixed_BKR * params["weight"][:, :, None].astype(mixed_BKR.dtype)
@@ -95,33 +97,37 @@ def sparse_mha(
     return (out_BTD + params["b_o"] if "b_o" in params else out_BTD), state
 
 
-def _queries(params: dict[str, Any], x_BTD: jax.Array, inputs: AttentionInputs) -> jax.Array:
-    """Queries [B, T, H, C], normed; of the kept units alone where there is a list."""
-    kept, rows, size = params.get("kept"), params["rows_q"], params["w_k"].shape[-1]
+def _projected(
+    params: dict[str, Any], name: str, x_BTD: jax.Array, inputs: AttentionInputs
+) -> jax.Array:
+    """`moejax.models.mha.project`; of queries those of the kept units where there is a list."""
+    rows, size = params[f"rows_{name}"], params["rows_k"].shape[1]
+    kept = params.get("kept") if name == "q" else None
+    norm = params.get(f"{name}_norm")
+    # A norm of all heads together reads those of skipped ones too.
+    together = norm is not None and norm["scale"].ndim > 1
+    chosen = jnp.arange(rows.shape[0]) if kept is None or together else kept
     lead = x_BTD.shape[:2]
-    # A norm of all heads' queries together reads those of skipped ones too.
-    together = "q_norm" in params and params["q_norm"]["scale"].ndim > 1
-    if kept is not None and not together:
-        q = sparse_matmul(x_BTD[:, 0], rows, kept).reshape(*lead, -1, size)
-        bias = params["b_q"].reshape(rows.shape[0], -1)[kept] if "b_q" in params else None
+    if lead[1] == 1:
+        y = sparse_matmul(x_BTD[:, 0], rows, chosen)
     else:
-        q = jnp.einsum("btd,urd->btur", x_BTD, rows).reshape(*lead, -1, size)
-        bias = params.get("b_q")
-    q = q if bias is None else q + bias.reshape(-1, size)
-    q = finished(params, "q", q, inputs)
+        y = jnp.einsum("btd,rd->btr", x_BTD, rows.reshape(-1, rows.shape[-1]))
+    y = y.reshape(*lead, -1, size)
+    if f"b_{name}" in params:
+        y = y + params[f"b_{name}"].reshape(rows.shape[0], -1)[chosen].reshape(-1, size)
+    y = finished(params, name, y, inputs)
     if kept is None or not together:
-        return q
-    return q.reshape(*lead, rows.shape[0], -1)[:, :, kept].reshape(*lead, -1, size)
+        return y
+    return y.reshape(*lead, rows.shape[0], -1)[:, :, kept].reshape(*lead, -1, size)
 
 
 def _attend_kept(params, q_BTHC, keys_values, inputs: AttentionInputs, window: Window) -> jax.Array:
     """What the heads of `q_BTHC` mix: all heads, or those of the kept units."""
     kept, num_units = params.get("kept"), params["rows_q"].shape[0]
     k_BGSC, v_BGSC = keys_values
-    if kept is None:
+    if kept is None or kept.shape[0] == num_units:
         return attend(q_BTHC, k_BGSC, v_BGSC, inputs, window, inputs.spec)
-    num_groups = params["w_k"].shape[-2]
-    if num_units == num_groups and inputs.visible.pages_BP is None:
+    if num_units == params["rows_k"].shape[0] and inputs.visible.pages_BP is None:
         k_BKSC, v_BKSC = k_BGSC[:, kept], v_BGSC[:, kept]
         return attend(q_BTHC, k_BKSC, v_BKSC, inputs, window, inputs.spec)
     num_batch, num_tokens, _, size = q_BTHC.shape
@@ -141,6 +147,8 @@ def sparse_feed_forward(
 ) -> jax.Array:
     """`moejax.models.layers.feed_forward` over weights by rows, of the kept blocks if listed."""
     kept = params.get("kept")
+    if kept is None and x_BTD.shape[1] == 1 and on_neurons is None:
+        kept = jnp.arange(params["rows_up"].shape[0])
     if kept is not None:
         assert on_neurons is None and x_BTD.shape[1] == 1
         weight_BK = params.get("weight")
