@@ -108,57 +108,57 @@ class Decider:
         samples = load_samples(config, model.tokenizer)
         self.pooled = pooled(workdir / "traces", samples, config.collect.part)
         self.samples = [sample.text for sample in samples if not sample.heldout]
-        self.oracle: Mask | None = None  # heads [N, L, H'], neurons one by one [N, L, F]
         self._limits: dict[tuple[str, float], Any] = {}
         self._values: dict[str, Any] = {}
         self.single = dataclasses.replace(
             model.sizes, block=1, blocks=model.sizes.blocks * model.sizes.block
         )
 
-    def nll(self, arm: Arm, batch: masked.Batch, signal: dict[str, Any]):
-        """Nats per token [B, T], and the shares of rows that keep each head and block."""
+    def read(self, batch: masked.Batch) -> masked.Read:
+        """A batch's prompts, read densely."""
+        return masked.read_prompts(self.model.loaded.params, self.model.loaded.config, batch)
+
+    def judge(
+        self, arm: Arm, batch: masked.Batch, read: masked.Read, oracle: Mask | None
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Nats [B], and the shares of rows that keep each head and block of later layers."""
         params, config = self.model.loaded.params, self.model.loaded.config
         if arm.method in shadow_rivals.PLACES:
-            limits = self._thresholds(arm)
-            kept = [np.array(1 - share) for share in arm.shares]  # by the quantile it was set to
-            return masked.thresholded_nll(params, config, batch, limits), kept
-        mask, sizes = self.mask(arm, batch, signal)
-        first = sizes.first
-        real = slice(0, len(batch.rows))
-        shares = [np.asarray(m)[real, first:].mean(0) for m in (mask.heads, mask.blocks)]
-        return masked.masked_nll(params, config, batch, mask, sizes), shares
-
-    def mask(self, arm: Arm, batch: masked.Batch, signal: dict[str, Any]) -> tuple[Mask, Sizes]:
-        """Bool [B, L, units] of a batch, and of which units."""
-        sizes, count = self.model.sizes, len(batch.tokens_BT)
+            nats = masked.thresholded_nats(params, config, batch, read, self._thresholds(arm))
+            return nats, [np.array(1 - share) for share in arm.shares]  # as the quantile was set
+        count = len(batch.length_B)
+        sizes = self.single if arm.method in SINGLE else self.model.sizes
         if arm.method == "dense":
             full = full_mask(sizes)
-            return jax.tree.map(lambda m: jnp.broadcast_to(m, (count, *m.shape)), full), sizes
-        sizes = self.single if arm.method in SINGLE else sizes
-        return select(self._scores(arm, batch, signal), sizes, arm.shares, arm.budget), sizes
+            mask = jax.tree.map(lambda m: jnp.broadcast_to(m, (count, *m.shape)), full)
+        else:
+            scores = oracle if arm.method.startswith("oracle") else None
+            if scores is None:
+                scores = self._scores(arm.method, batch, read.signals)
+            elif arm.method == "oracle":
+                scores = Mask(scores.heads, _summed(scores.blocks, sizes))
+            mask = select(scores, sizes, arm.shares, arm.budget)
+        real = slice(0, len(batch.rows))
+        kept = [np.asarray(m)[real, sizes.first :].mean(0) for m in (mask.heads, mask.blocks)]
+        return masked.masked_nats(params, config, batch, read, mask, sizes), kept
 
-    def _scores(self, arm: Arm, batch: masked.Batch, signal: dict[str, Any]) -> Mask:
-        method, sizes, count = arm.method, self.model.sizes, len(batch.tokens_BT)
+    def _scores(self, method: str, batch: masked.Batch, signal: dict[str, Any]) -> Mask:
+        sizes, count = self.model.sizes, len(batch.length_B)
         if method in ("predicted", "predicted_per_layer"):
             variant = "unified" if method == "predicted" else "per_layer_normalised"
-            return shadow_predictor.predict(
-                self.predictors[variant].params, signal["context"], sizes
-            )
+            params = self.predictors[variant].params
+            return shadow_predictor.predict(params, signal["context"], sizes)
         if method in self.dejavu:
             return shadow_dejavu.predict(self.dejavu[method], signal, self.order, sizes)
-        if method.startswith("oracle"):
-            assert self.oracle is not None
-            rows = np.zeros(count, int)
-            rows[: len(batch.rows)] = batch.rows
-            heads, neurons = self.oracle.heads[rows], self.oracle.blocks[rows]
-            return Mask(heads, neurons if method in SINGLE else _summed(neurons, sizes))
         if method == "random":
-            draws = [np.random.default_rng([7, row]) for row in (*batch.rows, *range(count))]
+            rows = [*batch.rows, *range(count)][:count]
+            draws = [np.random.default_rng([7, row]) for row in rows]
             shapes = [(sizes.num_layers, n) for n in (sizes.heads, sizes.blocks)]
-            return Mask(*(np.stack([d.random(s) for d in draws[:count]]) for s in shapes))
+            return Mask(*(np.stack([d.random(s) for d in draws]) for s in shapes))
         if method == "griffin":
             heads = np.zeros((count, sizes.num_layers, sizes.heads))
-            return Mask(heads, _summed(np.swapaxes(signal["griffin"], 0, 1), sizes))
+            neurons = np.swapaxes(np.asarray(signal["griffin"]), 0, 1)
+            return Mask(heads, _summed(neurons, sizes))
         return self._static(method, count)
 
     def _static(self, method: str, count: int) -> Mask:
@@ -180,35 +180,25 @@ class Decider:
             static = static_scores(self.pooled, names, self.order, self.model)
         return jax.tree.map(lambda m: np.broadcast_to(m, (count, *m.shape)), static)
 
-    def measure_oracle(self, pairs, gold, item, path: Path) -> None:
-        """The true scores of every row; of a question those of its right answer, for all its rows.
+    def oracle(self, batch: masked.Batch, pairs: Any, gold: dict[int, int]) -> Mask:
+        """The true scores of every row: heads [B, L, units], neurons one by one [B, L, F].
 
-        Read back if `path` has them.
+        gold: per row of a question the one with its right answer, whose scores all of them get.
         """
-        if path.exists():
-            with np.load(path) as arrays:
-                self.oracle = Mask(arrays["heads"], arrays["neurons"].astype(np.float32))
-            return
         t, loaded, sizes = self.config.train, self.model.loaded, self.model.sizes
         asked = Asked(tuple(dict.fromkeys((t.heads, t.neurons))))
-        chosen = range(len(pairs)) if gold is None else gold
-        slots = -(-max(sum(map(len, pairs[row])) for row in chosen) // 64) * 64
-        heads, neurons = [], []
-        for row in chosen:
+        found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for row in {gold.get(row, row) for row in batch.rows}:
             prompt, rest = pairs[row]
             tokens = np.array([*prompt, *rest], np.int32)
             text = Text(tokens, np.arange(len(tokens)) >= len(prompt), len(prompt))
-            width = min(slots, -(-len(tokens) // 64) * 64)
+            width = -(-len(tokens) // 64) * 64
             one = jax.device_get(measure(loaded.params, loaded.config, text, asked, width))
-            of_heads = one["heads"][t.heads]
-            heads.append(of_heads.reshape(sizes.num_layers, sizes.heads, -1).sum(-1))
-            neurons.append(one["neurons"][t.neurons])
-        back = slice(None) if item is None else item
-        found = Mask(np.stack(heads)[back], np.stack(neurons)[back])
-        with open(path.with_suffix(".part"), "wb") as file:
-            np.savez(file, heads=found.heads, neurons=found.blocks)
-        path.with_suffix(".part").replace(path)
-        self.oracle = found
+            heads = one["heads"][t.heads].reshape(sizes.num_layers, sizes.heads, -1).sum(-1)
+            found[row] = heads, one["neurons"][t.neurons]
+        rows = [gold.get(row, row) for row in batch.rows]
+        rows += rows[:1] * (len(batch.length_B) - len(rows))
+        return Mask(*(np.stack([found[row][i] for row in rows]) for i in range(2)))
 
     def _thresholds(self, arm: Arm) -> dict[str, jax.Array]:
         key = (arm.method, arm.sparsity)

@@ -11,7 +11,7 @@ import numpy as np
 
 from launch.shadow_data import Model, Sample, identity, load_model, load_samples
 from moejax.core.errors import InputError
-from moejax.methods import shadow_scores, shadow_traces
+from moejax.methods import shadow_traces
 from moejax.methods.shadow_measure import Asked, measure
 from moejax.train.folder import claim_folder
 
@@ -112,5 +112,5 @@ def _report(folder: Path, model: Model) -> None:
     print(
         f"kept     {total / 1e6:.1f} MB in {len(files)} files; a text {traces / 1e3:.1f} kB of "
         f"{kept} criteria ({plain / 1e3:.0f} kB in float32) and {rows / 1e3:.0f} kB that DejaVu "
-        f"learns from\npooled   {len(shadow_scores.CRITERIA)} criteria are defined; {folder}"
+        f"learns from\nwritten  {folder}"
     )

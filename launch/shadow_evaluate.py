@@ -20,132 +20,155 @@ from moejax.io import atomic
 from moejax.methods.shadow_order import reordered
 from moejax.train.folder import claim_folder
 
-WINDOWS = "wikitext"
+WINDOWS, SET, PART = "wikitext", "set.json", "part_{:05d}.json"
+# What may differ when a run goes on: it changes no figure of an arm.
+_FREE = ("sparsities", "budgets", "places", "task_places", "tasks", "static_criteria")
+FREE = tuple(f"evaluate.{name}" for name in _FREE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
     """A set to judge on: rows of (prompt, what is scored), and of multiple choice whose they are.
 
-    item: per row the number of its question, and gold, per question, the number of its right row;
-    None for texts.
+    groups: rows of one question, or of one text. gold: per question the number of its right row.
     """
 
     name: str
-    pairs: list[tuple[list[int], list[int]]]
-    item: np.ndarray | None = None
-    gold: np.ndarray | None = None
+    pairs: list[masked.Pair]
+    groups: list[list[int]]
+    gold: list[int] | None = None
 
 
 def main(values: dict[str, Any]) -> None:
-    """Judges every arm that RUN/evaluation does not have yet."""
+    """Judges every arm on every batch that RUN/evaluation does not have yet."""
     config = values["config"]
-    judged = config.evaluate
+    plans = {texts: list(arms_of(config, texts)) for texts in (True, False)}
     model = load_model(config)
-    sets = [_windows(config, model), *(_choices(config, model, name) for name in judged.tasks)]
-    plan = {one.name: list(arms_of(config, one.name == WINDOWS)) for one in sets}
+    names = config.evaluate.tasks
+    sets = [_windows(config, model), *(_choices(config, model, name) for name in names)]
     for one in sets:
         tokens = sum(len(a) + len(b) for a, b in one.pairs)
-        print(f"{one.name:9} {len(one.pairs)} rows, {tokens:,} tokens, {len(plan[one.name])} arms")
+        arms = plans[one.gold is None]
+        print(f"{one.name:9} {len(one.pairs)} rows, {tokens:,} tokens, {len(arms)} arms")
     if values["dry_run"]:
         print("dry run: nothing judged, nothing written")
         return
     workdir = Path(values["workdir"])
     claim_folder(workdir, identity(config, SECTIONS, model), "train.json")
-    claim_folder(workdir / "evaluation", identity(config, ("evaluate",), model), "evaluate.json")
+    mine = identity(config, ("evaluate",), model)
+    claim_folder(workdir / "evaluation", mine, "evaluate.json", FREE)
     order = read_order(workdir, config, model)
     params = jax.jit(lambda p: reordered(p, model.loaded.config, order))(model.loaded.params)
     loaded = dataclasses.replace(model.loaded, params=params)
     model = dataclasses.replace(model, loaded=loaded)
+    decider = Decider(model, config, workdir, order)
     for one in sets:
-        _judge(one, plan[one.name], model, config, (workdir, order))
+        _judge(one, plans[one.gold is None], decider, config, workdir / "evaluation" / one.name)
+    for name, record in read(workdir):
+        if record["budget"] == "local":
+            print(f"{name:9} {record['arm']:36} {_figure(record)}")
     print(f"written  {workdir}/evaluation; --stage=report makes tables and plots of it")
 
 
 def _windows(config, model: Model) -> Judged:
     texts = data.load_windows(config, model.tokenizer)
-    return Judged(
-        WINDOWS, [(t.tokens[: t.prompt].tolist(), t.tokens[t.prompt :].tolist()) for t in texts]
-    )
+    pairs = [(t.tokens[: t.prompt].tolist(), t.tokens[t.prompt :].tolist()) for t in texts]
+    return Judged(WINDOWS, pairs, [[row] for row in range(len(pairs))])
 
 
 def _choices(config, model: Model, name: str) -> Judged:
-    items = data.load_items(config, name)
     encoding = data.encoding(model)
-    pairs: list[tuple[list[int], list[int]]] = []
-    item, gold = [], []
-    for number, one in enumerate(items):
+    pairs: list[masked.Pair] = []
+    groups, gold = [], []
+    for one in data.load_items(config, name):
         gold.append(len(pairs) + one.gold)
+        groups.append(list(range(len(pairs), len(pairs) + len(one.contexts))))
         for context, continuation in zip(one.contexts, one.continuations, strict=True):
             pairs.append(encoding.pair(context, " " + continuation))
-            item.append(number)
-    return Judged(name, pairs, np.array(item), np.array(gold))
+    return Judged(name, pairs, groups, gold)
 
 
-def _judge(one: Judged, arms: list[Arm], model: Model, config, place) -> None:
-    workdir, order = place
-    folder = workdir / "evaluation" / one.name
+def _judge(one: Judged, arms: list[Arm], decider: Decider, config, folder: Path) -> None:
+    """All arms on a batch, then the next batch: a run cut short has all arms on the same rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [arm for arm in arms if not (folder / f"{arm.name}.json").exists()]
-    if not missing:
-        return
-    loaded = model.loaded
-    batches = masked.batches(one.pairs, config.evaluate.batch_tokens)
-    decider = Decider(model, config, workdir, order)
-    began = time.perf_counter()
-    said = [
-        jax.device_get(
-            masked.signals(loaded.params, loaded.config, batch.tokens_BT, batch.prompt_B)
-        )
-        for batch in batches
-    ]
-    if any(arm.method.startswith("oracle") for arm in missing):
-        decider.measure_oracle(one.pairs, one.gold, one.item, folder / "oracle.npz")
-    print(f"{one.name:9} prompts read and measured in {time.perf_counter() - began:.0f} s")
-    for done, arm in enumerate(missing, 1):
-        start = time.perf_counter()
-        nll, kept = [], []
-        for batch, signal in zip(batches, said, strict=True):
-            nll_BT, share = decider.nll(arm, batch, signal)
-            nll.append((batch, nll_BT))
-            kept.append((share, len(batch.rows)))
-        record = _record(one, arm, masked.nats(nll, len(one.pairs)), _mean_kept(kept))
-        atomic.write_json(folder / f"{arm.name}.json", record)
-        left = (time.perf_counter() - began) / done * (len(missing) - done)
+    about = {"counts": [len(rest) for _, rest in one.pairs], "groups": one.groups}
+    atomic.write_json(folder / SET, about | {"gold": one.gold})
+    batches = masked.batches(one.pairs, config.evaluate.batch_tokens, one.groups)
+    began, judged, left = time.perf_counter(), 0, len(batches)
+    gold = {row: g for rows, g in zip(one.groups, one.gold or [], strict=False) for row in rows}
+    for number, batch in enumerate(batches):
+        path = folder / PART.format(number)
+        done: dict[str, Any]
+        done = atomic.read_json(path) if path.exists() else {"rows": batch.rows, "arms": {}}
+        missing = [arm for arm in arms if arm.name not in done["arms"]]
+        if not missing:
+            left -= 1
+            continue
+        read = decider.read(batch)
+        oracle = None
+        if any(arm.method.startswith("oracle") for arm in missing):
+            oracle = decider.oracle(batch, one.pairs, gold)
+        for arm in missing:
+            nats, kept = decider.judge(arm, batch, read, oracle)
+            done["arms"][arm.name] = _entry(arm, nats[: len(batch.rows)], kept)
+        atomic.write_json(path, done)
+        judged += 1
+        each = (time.perf_counter() - began) / judged
         print(
-            f"{one.name:9} {arm.name:44} {_figure(record)} "
-            f"({time.perf_counter() - start:.1f} s, {left / 60:.0f} min left)",
+            f"{one.name:9} batch {number + 1}/{len(batches)}: {len(batch.rows)} rows, "
+            f"{len(missing)} arms, {each / len(missing):.1f} s an arm, "
+            f"{each * (left - judged) / 60:.0f} min left",
             flush=True,
         )
 
 
-def _mean_kept(kept: list) -> tuple[np.ndarray, np.ndarray]:
-    """Per pruned layer and unit, the share of rows that kept it."""
-    rows = sum(count for _, count in kept)
-    heads, neurons = (sum(share[i] * n for share, n in kept) / rows for i in range(2))
-    return heads, neurons
+def _entry(arm: Arm, nats: np.ndarray, kept: list[np.ndarray]) -> dict[str, Any]:
+    entry: dict[str, Any] = dataclasses.asdict(arm) | {"nats": nats.tolist()}
+    entry |= {"kept_heads": float(kept[0].mean()), "kept_neurons": float(kept[1].mean())}
+    if arm.name in ("predicted-both-0.5-local", "oracle-both-0.5-local"):
+        entry["kept_maps"] = [k.round(3).tolist() for k in kept]  # how often each unit is kept
+    return entry
 
 
-def _record(
-    one: Judged, arm: Arm, nats: np.ndarray, kept: tuple[np.ndarray, np.ndarray]
-) -> dict[str, Any]:
-    record: dict[str, Any] = {**dataclasses.asdict(arm), "nats": nats.tolist()}
-    record["counts"] = [len(rest) for _, rest in one.pairs]
-    record |= {"kept_heads": kept[0].mean(), "kept_neurons": kept[1].mean()}
-    if arm.method in ("predicted", "oracle") and arm.place == "both":
-        # How often each unit is kept, layer by layer.
-        record["kept_maps"] = {
-            "heads": kept[0].round(4).tolist(),
-            "blocks": kept[1].round(4).tolist(),
-        }
-    if one.gold is not None:
-        assert one.item is not None
+def read(workdir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A record of each set and arm, over the rows that all arms of the set have.
+
+    "nats" and "counts" per row; of questions "passed" and "gold_margin" in nats.
+    """
+    for folder in sorted(path.parent for path in (workdir / "evaluation").glob(f"*/{SET}")):
+        about = atomic.read_json(folder / SET)
+        parts = [atomic.read_json(path) for path in sorted(folder.glob("part_*.json"))]
+        names = dict.fromkeys(name for part in parts for name in part["arms"])
+        parts = [part for part in parts if len(part["arms"]) == len(names)]
+        for name in names if parts else ():
+            yield folder.name, _record(name, parts, about)
+
+
+def _record(name: str, parts: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
+    entries = [part["arms"][name] for part in parts]
+    rows = [row for part in parts for row in part["rows"]]
+    nats = dict(zip(rows, (n for entry in entries for n in entry["nats"]), strict=True))
+    fields = ("method", "place", "sparsity", "budget")
+    record: dict[str, Any] = {"arm": name} | {f: entries[0][f] for f in fields}
+    weights = [len(part["rows"]) for part in parts]
+    for field in ("kept_heads", "kept_neurons"):
+        record[field] = float(np.average([entry[field] for entry in entries], weights=weights))
+    if "kept_maps" in entries[0]:
+        maps = [
+            np.average([np.array(e["kept_maps"][i]) for e in entries], axis=0, weights=weights)
+            for i in range(2)
+        ]
+        record["kept_maps"] = {"heads": maps[0].tolist(), "blocks": maps[1].tolist()}
+    order = sorted(rows)
+    record |= {"nats": [nats[r] for r in order], "counts": [about["counts"][r] for r in order]}
+    if about["gold"] is not None:
         record["passed"], record["gold_margin"] = [], []
-        for number, gold in enumerate(one.gold):
-            rows = np.flatnonzero(one.item == number)
-            others = [-nats[row] for row in rows if row != gold]
-            record["gold_margin"].append(float(-nats[gold] - max(others)))
-            record["passed"].append(bool(rows[np.argmax(-nats[rows])] == gold))
+        for group, gold in zip(about["groups"], about["gold"], strict=True):
+            if gold in nats:
+                best = min(group, key=lambda row: nats[row])
+                others = min(nats[row] for row in group if row != gold)
+                record["passed"].append(best == gold)
+                record["gold_margin"].append(others - nats[gold])
     return record
 
 
@@ -154,9 +177,3 @@ def _figure(record: dict[str, Any]) -> str:
         passed, margin = np.mean(record["passed"]), np.mean(record["gold_margin"])
         return f"accuracy {passed:.3f}, gold margin {margin:+.3f} nats"
     return f"perplexity {np.exp(np.sum(record['nats']) / np.sum(record['counts'])):.3f}"
-
-
-def read(workdir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every record of RUN/evaluation, with its set."""
-    for path in sorted((workdir / "evaluation").glob("*/*.json")):
-        yield path.parent.name, atomic.read_json(path)

@@ -28,7 +28,7 @@ def main(values: dict[str, Any]) -> None:
         print("dry run: nothing written")
         return
     workdir = Path(values["workdir"])
-    records = {(name, tables.key_of(record)): record for name, record in read(workdir)}
+    records = {(name, record["arm"]): record for name, record in read(workdir)}
     heldout = workdir / "heldout.json"
     if not records and not heldout.exists():
         raise InputError(f"{workdir} has nothing to report: run --stage=train or evaluate first")

@@ -13,10 +13,9 @@ RIVALS = ("static", "dejavu", "dejavu_equal", "random", "oracle", "predicted_per
 Records = dict[tuple[str, str], dict[str, Any]]  # (set, arm's name) -> its record
 
 
-def key_of(record: dict[str, Any]) -> str:
-    """The arm's name."""
-    r = record
-    return f"{r['method']}-{r['place']}-{r['sparsity']:g}-{r['budget']}"
+def arm_name(method: str, place: str, sparsity: float, budget: str) -> str:
+    """As `launch.shadow_arms.Arm.name`."""
+    return f"{method}-{place}-{sparsity:g}-{budget}"
 
 
 def value_of(record: dict[str, Any]) -> float:
@@ -65,7 +64,8 @@ def paired_rows(records: Records) -> list[dict[str, Any]]:
         if record["method"] != "predicted":
             continue
         for rival in RIVALS:
-            other = records.get((name, key_of(record | {"method": rival})))
+            at = record["place"], record["sparsity"], record["budget"]
+            other = records.get((name, arm_name(rival, *at)))
             if other is not None:
                 row = {"set": name, "minus": rival}
                 row |= {n: record[n] for n in ("place", "sparsity", "budget")}

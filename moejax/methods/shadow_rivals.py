@@ -1,6 +1,6 @@
 """Training-free rivals: thresholds on activations (TEAL, CATS), a choice by the prompt (GRIFFIN).
 
-They run in the same forward pass as the masks, dense on the prompt.
+They run in the same forward pass as the masks, on what follows the prompt.
 """
 
 from __future__ import annotations
@@ -64,31 +64,26 @@ def thresholds(values: dict[str, np.ndarray], sparsity: float) -> dict[str, np.n
     }
 
 
-def thresholding(config: ModelConfig, limits: dict[str, jax.Array], dense_B: jax.Array) -> Inserted:
-    """Zeroes what is smaller than its layer's limit, token by token, past each row's prompt.
+def thresholding(config: ModelConfig, limits: dict[str, jax.Array]) -> Inserted:
+    """Zeroes what is smaller than its layer's limit, token by token.
 
     limits: as `thresholds` gives them. Of "gate", act(gate) is zeroed and with it the neuron.
     """
     layers = by_run(config, limits)
 
     def change(place: str):
-        def cut(part, x):
-            later_BT = jnp.arange(x.shape[1]) >= dense_B[:, None]
-            later = later_BT.reshape(*later_BT.shape, *(1,) * (x.ndim - 2))
-            return jnp.where(later & (jnp.abs(x) < part[place]), 0, x), None
-
-        return cut
+        return lambda part, x: (jnp.where(jnp.abs(x) < part[place], 0, x), None)
 
     return Inserted(layers=layers, **{place: change(place) for place in limits})
 
 
-def griffin(a_BTF: jax.Array, prompt_B: jax.Array) -> jax.Array:
+def griffin(a_BTF: jax.Array, mask_BT: jax.Array) -> jax.Array:
     """GRIFFIN's statistic of a prompt, [B, F] (arXiv 2404.01365, section 4.2).
 
     s_j = || a_j / |a_t| || over the prompt's tokens t, |a_t| the norm of the token's activations.
+    mask_BT: true on the prompt's tokens.
     """
     flat_BTF = a_BTF.reshape(*a_BTF.shape[:2], -1)
     size_BT1 = jnp.linalg.norm(flat_BTF, axis=-1, keepdims=True)
     unit_BTF = flat_BTF / jnp.where(size_BT1 > 0, size_BT1, 1)
-    mask_BT = jnp.arange(a_BTF.shape[1]) < prompt_B[:, None]
     return jnp.sqrt(jnp.sum(jnp.square(unit_BTF) * mask_BT[..., None], axis=1))

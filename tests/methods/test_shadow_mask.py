@@ -28,6 +28,11 @@ def params_of(config):
     )
 
 
+def logits(params, config, tokens=TOKENS, inserted=None):
+    """In one program: op by op takes a compilation each."""
+    return jax.jit(lambda p: transformer.logits(p, config, tokens, inserted=inserted))(params)
+
+
 def random_scores(sizes, *lead):
     draw = np.random.default_rng(0)
     shapes = [(*lead, sizes.num_layers, n) for n in (sizes.heads, sizes.blocks)]
@@ -41,19 +46,19 @@ def test_all_ones_is_the_dense_model_bit_for_bit(config, split):
     params = transformer.split_layers(params) if split else params
     sizes = masks.sizes_of(config, 8)
     ones = masks.inserted_of(masks.full_mask(sizes), config, sizes)
-    dense = transformer.logits(params, config, TOKENS)
-    assert np.array_equal(transformer.logits(params, config, TOKENS, inserted=ones), dense)
+    dense = logits(params, config)
+    assert np.array_equal(logits(params, config, inserted=ones), dense)
 
 
 def test_experts_masks_by_weights_and_inside_agree():
     params, sizes = params_of(MOE), masks.sizes_of(MOE, 8)
-    dense = transformer.logits(params, MOE, TOKENS)
+    dense = logits(params, MOE)
     ones = masks.per_neuron(masks.full_mask(sizes), MOE, sizes)
-    assert np.array_equal(transformer.logits(mask_experts(params, MOE, ones), MOE, TOKENS), dense)
+    assert np.array_equal(logits(mask_experts(params, MOE, ones), MOE), dense)
     mask = masks.select(random_scores(sizes), sizes, (0.0, 0.5))
     cut = mask_experts(params, MOE, masks.per_neuron(mask, MOE, sizes))
-    by_weights = transformer.logits(cut, MOE, TOKENS)
-    inside = transformer.logits(params, MOE, TOKENS, inserted=masks.inserted_of(mask, MOE, sizes))
+    by_weights = logits(cut, MOE)
+    inside = logits(params, MOE, inserted=masks.inserted_of(mask, MOE, sizes))
     np.testing.assert_allclose(inside, by_weights, rtol=1e-5, atol=1e-5)
     assert np.abs(by_weights - dense).max() > 1e-2
 
@@ -62,13 +67,13 @@ def test_a_mask_is_the_model_without_those_weights():
     """Each row under its own mask, against weights cut out by hand."""
     params, sizes = params_of(LLAMA), masks.sizes_of(LLAMA, 8, "group")
     mask = masks.select(random_scores(sizes, 2), sizes, 0.5)
-    got = transformer.logits(params, LLAMA, TOKENS, inserted=masks.inserted_of(mask, LLAMA, sizes))
+    got = logits(params, LLAMA, inserted=masks.inserted_of(mask, LLAMA, sizes))
     for row in range(2):
         cut = jax.tree.map(np.array, params)
         layers = cut["layers"]["0"]
         layers["attn"]["w_o"] *= np.repeat(mask.heads[row], 2, -1)[:, :, None, None]
         layers["mlp"]["w_down"] *= np.repeat(mask.blocks[row], 8, -1)[:, :, None]
-        want = transformer.logits(cut, LLAMA, TOKENS[row : row + 1])
+        want = logits(cut, LLAMA, TOKENS[row : row + 1])
         np.testing.assert_allclose(got[row : row + 1], want, rtol=1e-5, atol=1e-5)
 
 
@@ -101,10 +106,8 @@ def test_neurons_in_another_order_are_the_same_model(config):
     shape = (3, 4, 48) if config.moe else (3, 48)
     order = np.argsort(draw.random(shape), -1)
     moved = reordered(params, config, order)
-    want = transformer.logits(params, config, TOKENS)
-    np.testing.assert_allclose(
-        transformer.logits(moved, config, TOKENS), want, rtol=1e-4, atol=1e-4
-    )
+    want = logits(params, config)
+    np.testing.assert_allclose(logits(moved, config), want, rtol=1e-4, atol=1e-4)
     back = reordered(moved, config, inverse(order))
     assert jax.tree.all(jax.tree.map(np.array_equal, back, params))
 

@@ -52,8 +52,9 @@ def test_masked_logits(tmp_path, sparsity):
         theirs = model(torch.tensor(ids)).logits.numpy()
     moved = reordered(params, CONFIG, order)
     prompts = np.array([7, 7], np.int32)
-    signal = masked.signals(moved, CONFIG, ids, prompts)
-    scores = shadow_predictor.predict(weights, signal["context"], SIZES)
+    pairs = [(row[:7].tolist(), row[7:].tolist()) for row in ids]
+    read = masked.read_prompts(moved, CONFIG, masked.batches(pairs, 200)[0])
+    scores = shadow_predictor.predict(weights, read.signals["context"], SIZES)
     mask = shadow_mask.select(scores, SIZES, sparsity)
     inserted = shadow_mask.inserted_of(mask, CONFIG, SIZES, prompts)
     ours = transformer.logits(moved, CONFIG, ids, inserted=inserted)
