@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+from launch.evaluate_keep import keeping, passed
 from launch.evaluate_settings import (
     CLAIM,
     Outcome,
     Settings,
     about_overlap,
-    bar,
     compared,
     console,
     describe,
@@ -27,6 +28,8 @@ from moejax.serve.generate import context_length
 from moejax.serve.likelihood import log_likelihoods
 from moejax.train.loop import claim_folder
 
+_BATCH_SIZE = 4
+
 
 def evaluate(settings: Settings) -> Outcome | None:
     """Scores choices or texts and prints accuracy or perplexity; None for a dry run."""
@@ -36,6 +39,7 @@ def evaluate(settings: Settings) -> Outcome | None:
     else:
         items = _choices(settings)
         what = f"{len(items)} questions, {settings.shots} shots"
+    shares = overlap_of(settings) if settings.task in CHOICE_TASKS else {}
     loaded = load_model(settings)
     if settings.dry_run:
         console.print(f"{settings.task}: {what}", markup=False)
@@ -48,20 +52,25 @@ def evaluate(settings: Settings) -> Outcome | None:
         "num": settings.num,
         "shots": settings.shots,
         "seed": settings.seed,
+        "batch_size": settings.batch_size or _BATCH_SIZE,
         "form": "text",
     }
     claim_folder(settings.out, asked, CLAIM)
     assert loaded.tokenizer is not None
     encoding = Encoding(loaded.tokenizer, context_length(loaded.config))
-    with bar(settings.task, None) as shown:
-        score = _scorer(loaded, settings, shown)
-        if settings.task == "perplexity":
-            records = choice.judge_texts(texts, encoding, score)
-        else:
-            records = choice.judge_choices(items, encoding, score)
-    shares = overlap_of(settings) if settings.task in CHOICE_TASKS else {}
+    score = _scorer(loaded, settings)
+    if settings.task == "perplexity":
+        total = sum(len(encoding.windows(text)) for _, text in texts)
+        with keeping(settings, total, _perplexity) as (done, keep):
+            records = choice.judge_texts(texts, encoding, score, done=done, on_records=keep)
+    else:
+        with keeping(settings, len(items), passed) as (done, keep):
+            records = choice.judge_choices(items, encoding, score, done=done, on_records=keep)
+    how = {name: asked[name] for name in ("model", "shots", "batch_size")}
     records = [
-        {"task": settings.task, "form": "text", "overlap": shares.get(record["id"])} | record
+        {"task": settings.task, "form": "text", "overlap": shares.get(record["id"])}
+        | record
+        | {"settings": how}
         for record in records
     ]
     if settings.task == "perplexity":
@@ -84,17 +93,18 @@ def evaluate(settings: Settings) -> Outcome | None:
     return asked, records, result
 
 
-def _scorer(loaded: Loaded, settings: Settings, shown):
+def _scorer(loaded: Loaded, settings: Settings):
+    most = 512 * (settings.batch_size or _BATCH_SIZE)
+
     def score(pairs):
-        return log_likelihoods(
-            loaded.params,
-            loaded.config,
-            pairs,
-            max_batch_tokens=512 * (settings.batch_size or 4),
-            progress=lambda done, total: shown.update(done, total=total),
-        )
+        return log_likelihoods(loaded.params, loaded.config, pairs, max_batch_tokens=most)
 
     return score
+
+
+def _perplexity(records: list[dict[str, Any]]) -> str:
+    nats, tokens = (sum(r[name] for r in records) for name in ("nll_sum", "num_tokens"))
+    return f"perplexity {math.exp(nats / tokens):.4f}"
 
 
 def _choices(settings: Settings):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from launch.evaluate_settings import CLAIM, Outcome, Settings, bar, console, describe, load_model
+from launch.evaluate_keep import bar
+from launch.evaluate_settings import CLAIM, Outcome, Settings, console, describe, load_model
 from moejax.core.errors import InputError
 from moejax.data.examples import encode_records
 from moejax.data.load import DataConfig, load_data

@@ -6,15 +6,13 @@ import dataclasses
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
 from moejax.core import tree
 from moejax.core.errors import InputError
@@ -27,6 +25,7 @@ from moejax.io.atomic import read_json, write_json
 from moejax.io.load import Loaded, find_source, load_any
 
 CLAIM = "evaluate.json"  # in the folder: whose it is
+PARTIAL = "samples.partial.jsonl"  # in the folder while the run goes on
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -76,7 +75,6 @@ def write_run(settings: Settings, outcome: Outcome, began: float) -> None:
     console.print(f"results: {settings.out / 'result.json'}", markup=False)
 
 
-PARTIAL = "samples.partial.jsonl"
 FORMS = "prompt_forms.json"  # in a model's folder: how it wants to be asked
 
 
@@ -192,43 +190,3 @@ def describe(loaded: Loaded) -> None:
         f"{tree.num_bytes(loaded.params) / 2**30:.2f} GiB in float32",
         markup=False,
     )
-
-
-class Bar:
-    """Progress with a running score and the time left: a bar on a terminal, else a line a while."""
-
-    def __init__(self, name: str, total: int | None, progress: Progress | None) -> None:
-        self.name, self.total, self.progress = name, total, progress
-        self.began = self.said = time.monotonic()
-        self.skipped = 0  # done by an earlier run, which says nothing about this one's rate
-        self.id = progress.add_task(name, total=total, score="") if progress else None
-
-    def update(self, done: int, score: str = "", total: int | None = None) -> None:
-        """Says that `done` are done."""
-        self.total = total or self.total
-        if self.progress is not None and self.id is not None:
-            self.progress.update(self.id, completed=done, total=self.total, score=score)
-            return
-        now = time.monotonic()
-        if now - self.said < 10 or not self.total or done >= self.total:
-            return
-        self.said, rate = now, (done - self.skipped) / (now - self.began)
-        left = f", about {(self.total - done) / rate:.0f} s left" if rate > 0 else ""
-        console.print(
-            f"{self.name}: {done} of {self.total}, {rate:.2g}/s{left}; {score}", markup=False
-        )
-
-
-@contextmanager
-def bar(name: str, total: int | None) -> Iterator[Bar]:
-    """A Bar."""
-    if not console.is_terminal:
-        yield Bar(name, total, None)
-        return
-    columns = (
-        *Progress.get_default_columns()[:3],
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[score]}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        yield Bar(name, total, progress)

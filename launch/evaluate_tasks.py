@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from launch.evaluate_keep import keeping, passed
 from launch.evaluate_settings import (
     CLAIM,
-    PARTIAL,
     Outcome,
     Settings,
     about_overlap,
-    bar,
     compared,
     console,
     describe,
@@ -23,7 +22,7 @@ from launch.evaluate_settings import (
 )
 from moejax.evals import sandbox
 from moejax.evals.run import RunConfig, grade_samples, require_grader, run
-from moejax.evals.samples import append_samples, read_partial, read_samples, write_samples
+from moejax.evals.samples import read_samples, write_samples
 from moejax.evals.scores import UNSCORED, check_ks, summary
 from moejax.evals.tasks import TASKS, Grading, Item, Task, load_items, with_shots
 from moejax.evals.tasks.own import GRADERS
@@ -94,7 +93,7 @@ def _grade_file(settings: Settings, task: Task, items: Sequence[Item], config: R
         "form": config.form,
     }
     claim_folder(settings.out, asked, CLAIM)
-    with _keeping(settings, len(samples), task.name) as (done, keep):
+    with keeping(settings, len(samples), passed) as (done, keep):
         records = grade_samples(samples, task, items, config, done=done, on_records=keep)
     if len(per_item) < len(items):
         asked["num_missing"] = len(items) - len(per_item)
@@ -122,36 +121,8 @@ def _ask(
         return generate(params, loaded.config, prompts, dataclasses.replace(drawing, seed=seed))
 
     total = len(items) * config.num_samples
-    with _keeping(settings, total, task.name) as (done, keep):
+    with keeping(settings, total, passed) as (done, keep):
         return run(answer, tokenizer, task, items, config, done=done, on_records=keep)
-
-
-class _keeping:  # noqa: N801
-    """Appends records to the run's partial file and shows how far it is; yields what was there."""
-
-    def __init__(self, settings: Settings, total: int, name: str) -> None:
-        self.settings, self.bar = settings, bar(name, total)
-        self.num_done = self.num_passed = 0
-
-    def __enter__(self) -> tuple[list[Record], Callable[[list[Record]], None]]:
-        folder = self.settings.out
-        whole = folder / "samples.jsonl"
-        done = read_partial(whole) if whole.is_file() else read_partial(folder / PARTIAL)
-        write_samples(folder / PARTIAL, done)
-        self.known = {(record["id"], record["sample"]) for record in done}
-        self.shown = self.bar.__enter__()
-        return done, self.keep
-
-    def keep(self, new: list[Record]) -> None:
-        fresh = [record for record in new if (record["id"], record["sample"]) not in self.known]
-        append_samples(self.settings.out / PARTIAL, fresh)
-        self.num_done += len(new)
-        self.shown.skipped += len(new) - len(fresh)
-        self.num_passed += sum(bool(record["passed"]) for record in new)
-        self.shown.update(self.num_done, f"passed {self.num_passed} of {self.num_done}")
-
-    def __exit__(self, *error: Any) -> None:
-        self.bar.__exit__(*error)
 
 
 def _asked(settings: Settings, task: Task, items: Sequence[Item], form: str) -> Record:

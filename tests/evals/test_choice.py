@@ -139,6 +139,38 @@ def test_the_likeliest_choice_is_taken_plain_and_per_character(tmp_path, encodin
     assert json.loads(json.dumps(records)) == records
 
 
+def test_what_an_earlier_run_scored_is_not_scored_again(tmp_path, encoding, monkeypatch):
+    """As if the run had been killed after any chunk: the same records, in the same chunks."""
+    monkeypatch.setattr("moejax.evals.choice.CHUNK_TOKENS", 16)
+    rows = [{"query": "ab " * n, "choices": ["ab", "12 ab"], "gold": n % 2} for n in range(5)]
+    items = load_choices(CHOICE_TASKS["choice"], write(tmp_path / "rows.jsonl", *rows))
+    texts = [("a", "hello ab 12 hello ab 345"), ("b", "12"), ("c", "hello ab " * 9)]
+    for judge, asked in ((judge_choices, items), (judge_texts, texts)):
+        kept, calls = [], []
+
+        def score(pairs, calls=calls):
+            calls.append(pairs)
+            return likely(lambda pair: -0.1 * sum(pair[0]) - len(pair[1]))(pairs)
+
+        whole = judge(asked, encoding, score, on_records=kept.append)
+        assert len(kept) == len(calls) > 2
+        for stop in range(len(kept) + 1):
+            before = [record for part in kept[:stop] for record in part]
+            chunks = list(calls)
+            calls.clear()
+            again = []
+            found = judge(asked, encoding, score, done=before, on_records=again.append)
+            assert calls == chunks[stop:] and len(again) == len(kept)
+            assert [timeless(r) for r in found] == [timeless(r) for r in whole]
+            calls[:0] = chunks[:stop]
+        calls.clear()
+        assert judge(asked, encoding, score, done=whole) == whole and not calls
+
+
+def timeless(record):
+    return {name: value for name, value in record.items() if not name.endswith("_s")}
+
+
 def test_perplexity_is_of_tokens_words_and_bytes(encoding):
     records = judge_texts([("a", "hello ab"), ("b", "12")], encoding, likely(lambda p: -len(p[1])))
     summary = text_summary(records)
