@@ -10,6 +10,7 @@
   python -m launch.bench --suite=serve --peer              tokens per second beside transformers
   python -m launch.bench --suite=shadow --peer             decoding that skips heads and neurons:
                                                            timed on the CPU, counted for a TPU v5e
+  python -m launch.bench --suite=sandbox                   programs graded per second
 
 A figure that cannot be measured here (a peer that is not installed, or needs more memory) stands in
 the table without a number and with the reason. Run kernels and train on an idle machine. What is
@@ -26,12 +27,21 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 
-from launch import bench_cpu, bench_layer, bench_serve, bench_shadow, bench_tpu, bench_train, cli
+from launch import (
+    bench_cpu,
+    bench_layer,
+    bench_sandbox,
+    bench_serve,
+    bench_shadow,
+    bench_tpu,
+    bench_train,
+    cli,
+)
 from launch.bench_table import Rows, matcher, measure, record, table
 from moejax.core.errors import InputError
 from moejax.io.atomic import write_json
 
-SUITE = flags.DEFINE_string("suite", None, "kernels, layer, train, serve or shadow.")
+SUITE = flags.DEFINE_string("suite", None, "kernels, layer, train, serve, shadow or sandbox.")
 PEER = flags.DEFINE_bool("peer", False, "Also measure the peers, with the same formula.")
 ONLY = flags.DEFINE_string("only", None, "Measure only figures that match this regular expression.")
 OUT = flags.DEFINE_string("out", None, "JSON file for the rows, the machine and the versions.")
@@ -42,6 +52,7 @@ SUITES: dict[str, dict[str, Rows]] = {
     "train": {"cpu": bench_train.rows},
     "serve": {"cpu": bench_serve.rows},
     "shadow": {"cpu": bench_shadow.rows, "tpu": bench_shadow.tpu_rows},
+    "sandbox": {"cpu": bench_sandbox.rows},
 }
 
 

@@ -21,12 +21,12 @@ from launch.evaluate_settings import (
     overlap_of,
 )
 from moejax.evals import sandbox
-from moejax.evals.run import RunConfig, grade_samples, require_grader, run
+from moejax.evals.run import RunConfig, answer_fn, grade_samples, require_grader, run
 from moejax.evals.samples import read_samples, write_samples
 from moejax.evals.scores import UNSCORED, check_ks, summary
 from moejax.evals.tasks import TASKS, Grading, Item, Task, load_items, with_shots
 from moejax.evals.tasks.own import GRADERS
-from moejax.serve.generate import GenerateConfig, generate, prepare
+from moejax.serve.generate import GenerateConfig
 from moejax.serve.sampling import SamplingConfig
 from moejax.train.loop import claim_folder
 
@@ -107,20 +107,17 @@ def _ask(
     claim_folder(settings.out, asked, CLAIM)
     tokenizer = loaded.tokenizer
     assert tokenizer is not None
-    params = prepare(loaded.params)
+    total = len(items) * config.num_samples
     drawing = GenerateConfig(
         max_new_tokens=settings.max_new_tokens,
         sampling=SamplingConfig(temperature=settings.temperature, top_p=settings.top_p),
         stop_ids=tuple(tokenizer.eos_ids),
-        batch_size=config.chunk_size,
+        seed=settings.seed,
+        batch_size=min(config.chunk_size, total),
     )
     kept = {name: asked[name] for name in ("max_new_tokens", "temperature", "top_p", "model")}
     config = dataclasses.replace(config, settings=kept)
-
-    def answer(prompts, seed):
-        return generate(params, loaded.config, prompts, dataclasses.replace(drawing, seed=seed))
-
-    total = len(items) * config.num_samples
+    answer = answer_fn(loaded.params, loaded.config, tokenizer, drawing)
     with keeping(settings, total, passed) as (done, keep):
         return run(answer, tokenizer, task, items, config, done=done, on_records=keep)
 
@@ -134,7 +131,7 @@ def _asked(settings: Settings, task: Task, items: Sequence[Item], form: str) -> 
         "form": form,
         "shots": settings.shots,
         "num_samples": settings.num_samples,
-        "chunk_size": settings.batch_size or 32,
+        "batch_size": settings.batch_size or 32,
         "seed": settings.seed,
         "max_new_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,

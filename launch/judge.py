@@ -18,12 +18,12 @@ from moejax.data.packing import Packed
 from moejax.evals import nll, sandbox, scores
 from moejax.evals.bootstrap import Interval
 from moejax.evals.nll import NllResult
-from moejax.evals.run import Record, RunConfig, run
+from moejax.evals.run import Record, RunConfig, answer_fn, run
 from moejax.evals.tasks import Grading, load_items
 from moejax.evals.tasks.functions import FUNCTIONS
 from moejax.io.atomic import read_json, write_json
 from moejax.report import difference
-from moejax.serve.generate import GenerateConfig, generate, prepare
+from moejax.serve.generate import GenerateConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +111,8 @@ class Judge:
 
     def _run_form(self, model: Model, form: str) -> list[Record]:
         stop = tuple(model.tokenizer.eos_ids)
-        params = prepare(_on_device(model))
-
-        def complete(prompts, seed):
-            config = GenerateConfig(self._config.max_new_tokens, stop_ids=stop, seed=seed)
-            return generate(params, model.config, prompts, config)
-
+        drawing = GenerateConfig(self._config.max_new_tokens, stop_ids=stop)
+        complete = answer_fn(_on_device(model), model.config, model.tokenizer, drawing)
         grading = Grading(allow_code_execution=self._config.execute)
         config = RunConfig(form, grading=grading)
         return run(complete, model.tokenizer, FUNCTIONS, self._items, config)

@@ -1,4 +1,4 @@
-"""A task from prompts to records: asked, answered, judged, in chunks that a later run can skip."""
+"""A task from prompts to records: asked, answered, judged; a later run goes on where one ended."""
 
 from __future__ import annotations
 
@@ -7,16 +7,77 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.evals import sandbox
 from moejax.evals.scores import UNSCORED
 from moejax.evals.tasks.base import Grading, Item, Prompt, Task, cut
 from moejax.io.tokenizer import Tokenizer
-from moejax.serve.generate import Completion
+from moejax.models.config import ModelConfig
+from moejax.serve.engine import Engine
+from moejax.serve.generate import Completion, GenerateConfig
+from moejax.serve.prepare import bucket, check_prompts, context_length, power_of_two, prepare
+from moejax.serve.request import EngineConfig, Request
 
 Record = dict[str, Any]
-# Prompts as ids, and a seed, to completions in their order.
-GenerateFn = Callable[[Sequence[Sequence[int]], int], Sequence[Completion]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What a generator is asked.
+
+    Attributes:
+      ids: the prompt.
+      stop: texts that end an answer.
+      index: the first sample's number in the whole run, which makes its random key.
+      num_samples: answers wanted.
+    """
+
+    ids: tuple[int, ...]
+    stop: tuple[str, ...] = ()
+    index: int = 0
+    num_samples: int = 1
+
+
+# Questions, and the tokens of the longest prompt of the whole run, answered before or not, to
+# (place of the question, sample, completion) as they are done. A sample may depend on its prompt,
+# its index and the longest prompt; not on what else is asked.
+AnswerFn = Callable[[Sequence[Question], int], Iterable[tuple[int, int, Completion]]]
+
+
+def answer_fn(
+    params: tree.Tree, config: ModelConfig, tokenizer: Tokenizer, drawing: GenerateConfig
+) -> AnswerFn:
+    """Answers by the engine, with the same `batch_size` slots whatever is left to be answered."""
+    params = prepare(params, drawing.options.compute_dtype)
+
+    def answer(questions: Sequence[Question], longest: int):
+        check_prompts(config, [question.ids for question in questions])
+        most = min(longest + drawing.max_new_tokens, context_length(config))
+        settings = EngineConfig(
+            num_slots=drawing.batch_size,
+            max_length=bucket(most),
+            max_stop_ids=power_of_two(len(drawing.stop_ids) or 1, least=8),
+            options=drawing.options,
+        )
+        engine = Engine(params, config, settings, tokenizer.decode)
+        requests = [
+            Request(
+                question.ids,
+                drawing.max_new_tokens,
+                drawing.sampling,
+                drawing.seed,
+                question.index,
+                question.num_samples,
+                drawing.stop_ids,
+                question.stop,
+            )
+            for question in questions
+        ]
+        for place, sample, found in engine.answers(requests):
+            yield place, sample, Completion.of(found)
+
+    return answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +88,8 @@ class RunConfig:
       form: one of the task's prompt forms, the same for all models that are compared; None: its
         first.
       num_samples: answers per item.
-      chunk_size: answers generated, judged and reported together; with `seed` it fixes the samples.
-      seed: chunk c is generated with seed + c.
+      chunk_size: answers judged and reported together.
+      seed: of the answers, for the records.
       grading: how programs are run.
       settings: how answers were drawn, for the records.
       overlap: per item, its share of n-grams that training data has (decontaminate.py).
@@ -44,7 +105,7 @@ class RunConfig:
 
 
 def run(
-    generate: GenerateFn,
+    answer: AnswerFn,
     tokenizer: Tokenizer,
     task: Task,
     items: Sequence[Item],
@@ -55,63 +116,80 @@ def run(
 ) -> list[Record]:
     """Returns one record per item and sample: the reply, what was extracted, and its verdict.
 
+    Samples of one item are numbered together, so that its prompt is read once for all of them.
+
     Args:
       done: records of an earlier run with the same config, which are not made again.
-      on_records: called with each chunk's new records.
+      on_records: called first with those of them that belong here, then with each chunk's new ones.
 
     Raises:
       InputError: a task that runs programs, without allow_code_execution; nothing is generated.
     """
     if task.executes:
         sandbox.require_permission(config.grading.allow_code_execution)
-    form = task.form(config.form)
-    wanted = [(item, sample) for sample in range(config.num_samples) for item in items]
-    known = {(record["id"], record["sample"]): record for record in done}
-    records: list[Record] = []
-    for chunk, start in enumerate(range(0, len(wanted), config.chunk_size)):
-        part = wanted[start : start + config.chunk_size]
-        kept = [known.get((item.id, sample)) for item, sample in part]
-        if all(record is not None for record in kept):
-            records += [record for record in kept if record is not None]
-            continue
-        samples = _generate(generate, tokenizer, task, part, form, config.seed + chunk)
-        new = grade(samples, task, items, config)
-        records += new
-        if on_records is not None:
-            on_records(new)
-    return records
+    report = on_records or (lambda _: None)
+    prompts = [task.forms[task.form(config.form)](item) for item in items]
+    ids = [tuple(encode_prompt(tokenizer, prompt)) for prompt in prompts]
+    wanted = [(item.id, sample) for item in items for sample in range(config.num_samples)]
+    there = {(record["id"], record["sample"]): record for record in done}
+    records = {key: there[key] for key in wanted if key in there}
+    if records:
+        report(list(records.values()))
+    questions, owners = _questions(items, prompts, ids, config.num_samples, records)
+    if not questions:
+        return [records[key] for key in wanted]
+    new, began = [], time.perf_counter()
+
+    def judge() -> None:
+        seconds = round((time.perf_counter() - began) / len(new), 4)
+        judged = grade([{**one, "generate_s": seconds} for one in new], task, items, config)
+        records.update({(record["id"], record["sample"]): record for record in judged})
+        report(judged)
+
+    for place, sample, completion in answer(questions, max(map(len, ids))):
+        number, first = owners[place]
+        key = {"id": items[number].id, "sample": first + sample, "seed": config.seed}
+        new.append(key | _reply(tokenizer, prompts[number], completion))
+        if len(new) == config.chunk_size:
+            judge()
+            new, began = [], time.perf_counter()
+    if new:
+        judge()
+    return [records[key] for key in wanted]
 
 
-def _generate(
-    generate: GenerateFn,
-    tokenizer: Tokenizer,
-    task: Task,
-    part: Sequence[tuple[Item, int]],
-    form: str,
-    seed: int,
-) -> list[Record]:
-    prompts = [task.forms[form](item) for item, _ in part]
-    began = time.perf_counter()
-    completions = generate([encode_prompt(tokenizer, prompt) for prompt in prompts], seed)
-    seconds = time.perf_counter() - began
-    records = []
-    for (item, sample), prompt, completion in zip(part, prompts, completions, strict=True):
-        whole = tokenizer.decode(completion.ids)
-        text = cut(whole, prompt.stop)
-        chat = prompt.message is not None
-        records.append(
-            {
-                "id": item.id,
-                "sample": sample,
-                "seed": seed,
-                "prompt": prompt.message if chat else prompt.prefix,
-                "completion": prompt.prefix + text if chat else text,
-                "num_tokens": len(completion.ids),
-                "finished": completion.finished or len(text) < len(whole),
-                "generate_s": round(seconds / len(part), 4),
-            }
-        )
-    return records
+def _questions(items, prompts, ids, num_samples: int, there):
+    """What is left to be asked, and of each question its item's number and first sample."""
+    questions, owners = [], []
+    for number, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
+        left = [sample for sample in range(num_samples) if (item.id, sample) not in there]
+        for first, length in _stretches(left):
+            index = number * num_samples + first
+            questions.append(Question(ids[number], prompt.stop, index, length))
+            owners.append((number, first))
+    return questions, owners
+
+
+def _stretches(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, length) of each stretch of neighbours in ascending numbers."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and sum(found[-1]) == number:
+            found[-1] = found[-1][0], found[-1][1] + 1
+        else:
+            found.append((number, 1))
+    return found
+
+
+def _reply(tokenizer: Tokenizer, prompt: Prompt, completion: Completion) -> Record:
+    whole = completion.text or tokenizer.decode(completion.ids)
+    text, chat = cut(whole, prompt.stop), prompt.message is not None
+    return {
+        "prompt": prompt.message if chat else prompt.prefix,
+        "completion": prompt.prefix + text if chat else text,
+        "num_tokens": len(completion.ids),
+        "finished": completion.finished or len(text) < len(whole),
+    }
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,8 @@ class Engine:
         self.max_length = min(self._pages_per_row * self.page_size, context_length(config))
         if settings.max_length is not None:
             self.max_length = min(self.max_length, settings.max_length)
-        num_pages = settings.num_pages or settings.num_slots * self._pages_per_row
+        # One more per slot: samples of one prompt copy the page in which it ends.
+        num_pages = settings.num_pages or settings.num_slots * (self._pages_per_row + 1)
         self._pages = PagePool(num_pages)
         self._num_pages = num_pages
         self._plan = Plan(
@@ -164,38 +165,49 @@ class Engine:
         )
         return self._take(jax.device_get(drawn))
 
-    def run(
+    def answers(
         self,
         requests: Sequence[Request],
         progress: Callable[[int, int, int], None] | None = None,
-    ) -> list[list[Answer]]:
-        """Answers all requests: one `Answer` per sample of each; InputError while it is busy.
+    ) -> Iterator[tuple[int, int, Answer]]:
+        """Answers all and yields (place among the requests, sample, answer) as each is complete.
 
         progress: called after each step with (samples done, samples in all, tokens drawn).
+        InputError while it is busy, and for what `check` refuses, before anything is computed.
         """
         if self.is_busy:
             raise InputError("the engine is busy with other requests: submit these and step")
         for request in requests:
             self.check(request)
-        ids = [self.submit(request) for request in requests]
-        answers = {
-            request_id: [Answer() for _ in range(request.num_samples)]
-            for request_id, request in zip(ids, requests, strict=True)
-        }
+        places = {self.submit(request): place for place, request in enumerate(requests)}
+        parts: dict[tuple[int, int], Answer] = collections.defaultdict(Answer)
         total = sum(request.num_samples for request in requests)
         done = num_tokens = 0
         try:
             while done < total:
                 for update in self.step():
-                    answers[update.request_id][update.sample].add(update)
-                    done += update.finish is not None
+                    key = places[update.request_id], update.sample
+                    parts[key].add(update)
                     num_tokens += len(update.ids)
+                    if update.finish is not None:
+                        done += 1
+                        yield *key, parts.pop(key)
                 if progress is not None:
                     progress(done, total, num_tokens)
         finally:
-            for request_id in ids:  # nothing is left of an interrupted run
+            for request_id in places:  # nothing is left of an interrupted run
                 self.cancel(request_id)
-        return [answers[request_id] for request_id in ids]
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        progress: Callable[[int, int, int], None] | None = None,
+    ) -> list[list[Answer]]:
+        """`answers` in the order of requests and samples."""
+        found = [[Answer()] * request.num_samples for request in requests]
+        for place, sample, answer in self.answers(requests, progress):
+            found[place][sample] = answer
+        return found
 
     # -- slots and pages ---------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ which prompts share its batch (`moejax.serve.engine`).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 from moejax.core import tree
@@ -15,7 +16,7 @@ from moejax.models.config import ModelConfig
 from moejax.models.transformer import ForwardOptions
 from moejax.serve.engine import Engine
 from moejax.serve.prepare import bucket, check_prompts, context_length, power_of_two, prepare
-from moejax.serve.request import EngineConfig, Request
+from moejax.serve.request import Answer, EngineConfig, Request
 from moejax.serve.sampling import SamplingConfig
 
 __all__ = ["Completion", "GenerateConfig", "generate", "stream"]
@@ -51,10 +52,19 @@ class GenerateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """An answer's ids without its stop id; finished: whether a stop id ended it."""
+    """An answer's ids without its stop id; finished: whether a stop id or string ended it.
+
+    text: theirs, up to a stop string, where the engine decodes.
+    """
 
     ids: list[int]
     finished: bool
+    text: str = ""
+
+    @classmethod
+    def of(cls, answer: Answer) -> Completion:
+        """An engine's answer."""
+        return cls(answer.ids, answer.finish == "stop", answer.text)
 
 
 def generate(
@@ -93,9 +103,12 @@ def generate(
     longest = max(map(len, prompts)) + settings.max_new_tokens
     max_length = bucket(min(longest, context_length(config)))
     engine = _engine(params, config, settings, num_slots, max_length)
-    requests = [_request(prompt, settings, row) for row, prompt in enumerate(prompts)]
-    answers = engine.run(requests, progress)
-    return [Completion(answer.ids, answer.finish == "stop") for (answer,) in answers]
+    requests, row = [], 0
+    for prompt, equal in itertools.groupby(map(tuple, prompts)):  # neighbours are read once
+        number = len(list(equal))
+        requests.append(_request(prompt, settings, row, number))
+        row += number
+    return [Completion.of(a) for answers in engine.run(requests, progress) for a in answers]
 
 
 def stream(
@@ -139,12 +152,15 @@ def _engine(
     return Engine(params, config, engine_settings)
 
 
-def _request(prompt: Sequence[int], settings: GenerateConfig, row: int) -> Request:
+def _request(
+    prompt: Sequence[int], settings: GenerateConfig, row: int, num_samples: int = 1
+) -> Request:
     return Request(
         tuple(prompt),
         settings.max_new_tokens,
         settings.sampling,
         settings.seed,
         row,
-        stop_ids=settings.stop_ids,
+        num_samples,
+        settings.stop_ids,
     )

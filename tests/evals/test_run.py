@@ -3,17 +3,29 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 
 from moejax.core.errors import InputError
 from moejax.evals import bootstrap, scores
-from moejax.evals.run import RunConfig, grade, grade_samples, run
+from moejax.evals.run import (
+    Question,
+    RunConfig,
+    answer_fn,
+    encode_prompt,
+    grade,
+    grade_samples,
+    run,
+)
 from moejax.evals.sandbox import Limits
 from moejax.evals.tasks import Grading, load_items
 from moejax.evals.tasks.functions import FUNCTIONS
 from moejax.io.tokenizer import Tokenizer
-from moejax.serve.generate import Completion
+from moejax.models.config import ModelConfig
+from moejax.models.transformer import init_params
+from moejax.serve.generate import Completion, GenerateConfig
+from moejax.serve.sampling import SamplingConfig
 from tests.tiny_tokenizer import gguf_fields
 
 TASKS = load_items(FUNCTIONS, limit=6)
@@ -27,27 +39,28 @@ def tokenizer():
 
 
 class Student:
-    """Generates the reference for the tasks it knows; remembers what it was asked."""
+    """Answers with the reference where `knows(task id, sample)`; remembers what it was asked."""
 
-    def __init__(self, tokenizer, known):
-        self.tokenizer, self.known, self.calls = tokenizer, known, []
+    def __init__(self, tokenizer, knows):
+        self.tokenizer, self.knows, self.asked = tokenizer, knows, []
 
-    def __call__(self, prompts, seed):
-        self.calls.append((len(prompts), seed))
-        completions = []
-        for ids in prompts:
-            text = self.tokenizer.decode(ids, skip_special=False)
+    def __call__(self, questions, longest):
+        assert longest >= max(len(question.ids) for question in questions)
+        for place, question in list(enumerate(questions))[::-1]:  # in any order
+            text = self.tokenizer.decode(question.ids, skip_special=False)
             task = next(task for task in TASKS if f"function {task.row['signature']} that" in text)
-            answer = task.row["solution" if task.id in self.known else "mutant"]
-            if text.endswith(":\n"):  # the answer's start was given
-                answer = answer.split(":\n", 1)[1] + "```"
-            completions.append(Completion(self.tokenizer.encode(answer), True))
-        return completions
+            for sample in range(question.num_samples):
+                self.asked.append(question.index + sample)
+                right = self.knows(task.id, question.index + sample)
+                answer = task.row["solution" if right else "mutant"]
+                if text.endswith(":\n"):  # the answer's start was given
+                    answer = answer.split(":\n", 1)[1] + "```"
+                yield place, sample, Completion(self.tokenizer.encode(answer), True)
 
 
 @pytest.mark.parametrize("form", ["chat", "fence"])
 def test_known_tasks_pass_and_others_do_not(tokenizer, form):
-    student = Student(tokenizer, {"add", "square"})
+    student = Student(tokenizer, lambda task, _: task in {"add", "square"})
     config = RunConfig(form, grading=RUN)
     records = run(student, tokenizer, FUNCTIONS, TASKS, config)
     assert [record["id"] for record in records] == [task.id for task in TASKS]
@@ -65,36 +78,61 @@ def test_known_tasks_pass_and_others_do_not(tokenizer, form):
 
 
 def test_nothing_is_generated_without_permission(tokenizer):
-    student = Student(tokenizer, set())
+    student = Student(tokenizer, lambda *_: True)
     with pytest.raises(InputError, match="allow_code_execution"):
         run(student, tokenizer, FUNCTIONS, TASKS, RunConfig())
-    assert student.calls == []
+    assert student.asked == []
 
 
 def test_a_run_cut_off_and_resumed_equals_the_run_never_cut(tokenizer):
-    student = Student(tokenizer, {"add"})
-    seen = []
-    whole = run(
-        student, tokenizer, FUNCTIONS, TASKS, ALLOWED, on_records=lambda r: seen.append(len(r))
-    )
-    assert student.calls == [(4, 0), (2, 1)] and seen == [4, 2]
-    resumed = Student(tokenizer, {"add"})
-    again = run(resumed, tokenizer, FUNCTIONS, TASKS, ALLOWED, done=whole[:5])
-    assert resumed.calls == [(2, 1)]  # whole chunks, with their own seed
+    def knows(task, index):
+        return task == "add" or index % 2 == 0
+
+    config = RunConfig(num_samples=3, chunk_size=4, grading=RUN)
+    student, seen = Student(tokenizer, knows), []
+    whole = run(student, tokenizer, FUNCTIONS, TASKS, config, on_records=seen.append)
+    assert sorted(student.asked) == list(range(18)) and [len(s) for s in seen] == [4] * 4 + [2]
+    assert [(r["id"], r["sample"]) for r in whole][:4] == [
+        ("add", 0), ("add", 1), ("add", 2), (TASKS[1].id, 0)]  # fmt: skip
+    kept = [*whole[:4], whole[7], whole[17]]
+    resumed, seen = Student(tokenizer, knows), []
+    again = run(resumed, tokenizer, FUNCTIONS, TASKS, config, done=kept, on_records=seen.append)
+    assert sorted(resumed.asked) == [4, 5, 6, *range(8, 17)] and seen[0] == kept
 
     def timeless(records):
         return [{k: v for k, v in r.items() if not k.endswith("_s")} for r in records]
 
     assert timeless(again) == timeless(whole)
-    silent = Student(tokenizer, set())
-    assert run(silent, tokenizer, FUNCTIONS, TASKS, ALLOWED, done=whole) == whole
-    assert silent.calls == []
+    silent = Student(tokenizer, knows)
+    assert run(silent, tokenizer, FUNCTIONS, TASKS, config, done=whole) == whole
+    assert silent.asked == []
+
+
+def test_the_engine_answers_what_is_left_as_if_it_were_asked_all(tokenizer):
+    """Sampled answers of a real, tiny model, with stop strings: the same bits after a stop."""
+    config = ModelConfig("llama", tokenizer.vocab_size, 1, 16, 24, 2, 1, 8, max_position=512)
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    drawing = GenerateConfig(8, SamplingConfig(1.0), seed=3, batch_size=4)
+    answer = answer_fn(params, config, tokenizer, drawing)
+    items = TASKS[:3]
+    asked = RunConfig(num_samples=3, grading=RUN)
+    whole = run(answer, tokenizer, FUNCTIONS, items, asked)
+    again = run(answer, tokenizer, FUNCTIONS, items, asked, done=[whole[1], whole[5]])
+    assert [r["completion"] for r in again] == [r["completion"] for r in whole]
+    assert len({record["completion"] for record in whole}) == 9
+    stop = whole[4]["completion"][2:4]
+    (ids,) = [tuple(encode_prompt(tokenizer, FUNCTIONS.forms["chat"](items[1])))]
+    ((_, _, ended),) = answer([Question(ids, (stop,), 4)], max(len(ids), 64))
+    text = whole[4]["completion"]
+    assert ended.finished and ended.text == text[: text.find(stop)]
 
 
 def test_several_samples_give_pass_at_k(tokenizer):
+    def knows(task, index):
+        return task == "add" or (task == "square" and index % 2)
+
     config = RunConfig(num_samples=2, chunk_size=6, grading=RUN)
-    students = iter([Student(tokenizer, {"add"}), Student(tokenizer, {"add", "square"})])
-    records = run(lambda p, s: next(students)(p, s), tokenizer, FUNCTIONS, TASKS, config)
+    records = run(Student(tokenizer, knows), tokenizer, FUNCTIONS, TASKS, config)
     summary = scores.summary(records, ks=(1, 2))
     assert summary["pass_at_1"] == pytest.approx(3 / 12)
     assert summary["pass_at_k"] == pytest.approx({"1": 3 / 12, "2": 2 / 6})

@@ -80,7 +80,7 @@ def test_samples_share_one_prefill(monkeypatch):
     assert answers == apart
     assert len({tuple(a.ids) for a in answers}) == 5
     assert len(chunks) == 3  # 19 tokens in chunks of 8, for five samples in three slots
-    assert engine.num_free_pages == 36
+    assert engine.num_free_pages == 39
 
 
 def test_slots_are_filled_again_as_rows_end():
@@ -94,7 +94,7 @@ def test_slots_are_filled_again_as_rows_end():
         most_running = max(most_running, engine.num_running)
     ended = [u.request_id for u in updates if u.finish]
     assert sorted(ended) == list(range(1, 9)) and ended[-1] == 2, "the long one ends last"
-    assert most_running == 3 and engine.num_free_pages == 36
+    assert most_running == 3 and engine.num_free_pages == 39
 
 
 def test_few_pages_make_requests_wait():
@@ -135,7 +135,7 @@ def test_a_cancelled_request_frees_its_slots_and_pages():
     while engine.is_busy:
         updates += engine.step()
     assert {u.request_id for u in updates} == {second}
-    assert engine.num_free_pages == 36
+    assert engine.num_free_pages == 39
     assert not engine.is_busy and engine.step() == []
 
 
