@@ -32,7 +32,8 @@ METHODS: tuple[str, ...] = (
 )
 METHODS += ("random",)
 PLACES = ("both", "heads", "neurons")
-SINGLE = ("static_single", "oracle_single")  # neurons chosen one by one, not in blocks
+# Neurons chosen one by one, not in blocks: GRIFFIN as published, and what blocks cost the others.
+SINGLE = ("griffin_single", "static_single", "oracle_single")
 RIVALS = ("griffin", "cats", "teal")
 
 
@@ -81,6 +82,7 @@ def arms_of(config: Any, texts: bool) -> Iterator[Arm]:
             yield Arm(method, "both", 0.5, budget)
     for sparsity in judged.sparsities:
         yield Arm("griffin", "neurons", sparsity)
+        yield Arm("griffin_single", "neurons", sparsity)
         yield Arm("cats", "neurons", sparsity)
         yield Arm("teal", "both", sparsity)
     if texts:
@@ -88,10 +90,11 @@ def arms_of(config: Any, texts: bool) -> Iterator[Arm]:
             heads, neurons = name in FOR_HEADS, name in FOR_NEURONS
             place = "both" if heads and neurons else "heads" if heads else "neurons"
             yield Arm(f"static_{name}", place, 0.5)
-        for method in (*SINGLE, "static", "oracle", "predicted"):
-            arm = Arm(method, "neurons", 0.5)
-            if method in SINGLE or "neurons" not in places or 0.5 not in judged.sparsities:
-                yield arm
+        yield Arm("static_single", "neurons", 0.5)
+        yield Arm("oracle_single", "neurons", 0.5)
+        if "neurons" not in places or 0.5 not in judged.sparsities:  # what those compare with
+            for method in ("static", "oracle", "predicted"):
+                yield Arm(method, "neurons", 0.5)
 
 
 class Decider:
@@ -155,10 +158,10 @@ class Decider:
             draws = [np.random.default_rng([7, row]) for row in rows]
             shapes = [(sizes.num_layers, n) for n in (sizes.heads, sizes.blocks)]
             return Mask(*(np.stack([d.random(s) for d in draws]) for s in shapes))
-        if method == "griffin":
+        if method.startswith("griffin"):
             heads = np.zeros((count, sizes.num_layers, sizes.heads))
             neurons = np.swapaxes(np.asarray(signal["griffin"]), 0, 1)
-            return Mask(heads, _summed(neurons, sizes))
+            return Mask(heads, neurons if method in SINGLE else _summed(neurons, sizes))
         return self._static(method, count)
 
     def _static(self, method: str, count: int) -> Mask:

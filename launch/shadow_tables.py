@@ -139,14 +139,15 @@ def lines(records: Records, name: str, place: str, field: str) -> dict[str, list
     found: dict[str, list] = {}
     for (where, _), record in records.items():
         r = record
-        mine = r["place"] == place or (place == "both" and r["method"] in ("griffin", "cats"))
+        mine = r["place"] == place or (
+            place == "both" and r["method"] in ("griffin_single", "cats")
+        )
         if where != name or r["budget"] != "local" or not mine or r["method"] == "dense":
             continue
         value = value_of(r) if field == "value" else float(np.mean(r["gold_margin"]))
         found.setdefault(r["method"], []).append((r["sparsity"], value))
-    return {
-        m: sorted(points) for m, points in found.items() if not m.endswith(("single", "fisher"))
-    }
+    at_one_sparsity = tuple(m for m in found if m.startswith("static_")) + ("oracle_single",)
+    return {m: sorted(points) for m, points in found.items() if m not in at_one_sparsity}
 
 
 def shown(cell: Any) -> str:

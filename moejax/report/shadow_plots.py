@@ -20,12 +20,12 @@ METHODS: tuple[str, ...] = (
     "dejavu_equal",
     "oracle",
 )
-METHODS += ("random", "griffin", "cats", "teal")
+METHODS += ("random", "griffin_single", "griffin", "cats", "teal")
 
 
 def _style(method: str) -> dict[str, Any]:
     at = METHODS.index(method) if method in METHODS else len(METHODS)
-    dashed = method in ("griffin", "cats", "teal")
+    dashed = method in ("griffin", "griffin_single", "cats", "teal")
     return {
         "color": LINE_COLORS[at % len(LINE_COLORS)],
         "marker": MARKERS[at % len(MARKERS)],
