@@ -111,7 +111,7 @@ def _judge(one: Judged, arms: list[Arm], decider: Decider, config, folder: Path)
         for arm in missing:
             nats, kept = decider.judge(arm, batch, read, oracle)
             done["arms"][arm.name] = _entry(arm, nats[: len(batch.rows)], kept)
-        atomic.write_json(path, done)
+            atomic.write_json(path, done)
         judged += 1
         each = (time.perf_counter() - began) / judged
         print(
