@@ -14,6 +14,7 @@ from absl import app, flags, logging
 
 from launch import out_of_memory
 from moejax.core.errors import InputError
+from moejax.core.memory import keep_freed
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -27,8 +28,11 @@ COMPILE_CACHE = flags.DEFINE_string(
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print shapes, memory and FLOPs, then stop.")
 
 
-def run(main: Callable[[Sequence[str]], int | None]) -> None:
+def run(main: Callable[[Sequence[str]], int | None], streams: bool = False) -> None:
     """Runs an absl main so that whatever the user can mend is one line and an exit code.
+
+    streams: the command reads and writes piece by piece and computes little, so it gives memory
+    back; others keep it (`moejax.core.memory.keep_freed`).
 
     0 done; 2 bad input, bad flags or no space left; 3 out of memory (`launch.out_of_memory`); 130
     interrupted; 75 a training run that saved its state at SIGTERM. Anything else is a bug of ours
@@ -42,6 +46,8 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             return _fail(f"unexpected argument {args[1]!r}: flags are written --name=value", 2)
         try:
             enable_compile_cache()
+            if not streams:
+                keep_freed()
             return main(args) or 0
         except InputError as error:
             return _fail(str(error), EXIT_BAD_INPUT)

@@ -203,4 +203,4 @@ def _transformers_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, streams=True)

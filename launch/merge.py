@@ -258,4 +258,4 @@ def _number(text: str) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, streams=True)

@@ -111,4 +111,4 @@ def show_plan(source: Loaded, config: ModelConfig) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, streams=True)

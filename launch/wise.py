@@ -169,4 +169,4 @@ def _operations(
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, streams=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 from moejax.core.errors import InputError
 
 GIB = 2**30
+# Of glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def available_bytes() -> int:
@@ -31,3 +34,16 @@ def require_memory(num_bytes: int, remedy: str) -> None:
             f"this needs about {num_bytes / GIB:.1f} GiB of memory and {available / GIB:.1f} GiB "
             f"are free: {remedy}"
         )
+
+
+def keep_freed() -> None:
+    """Lets this process keep the memory it frees, for what it allocates next.
+
+    glibc gives every large array back to the system and asks for it again, page by page: on two
+    cores of a virtual machine a product of 8192 x 512 x 1024 took 60 ms so, and 45 ms with pages at
+    hand. The process stays as large as it ever was. Without glibc nothing happens.
+    """
+    change = getattr(ctypes.CDLL(None), "mallopt", None)
+    if change is not None:
+        change(_MMAP_MAX, 0)
+        change(_TRIM_THRESHOLD, -1)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moejax.ops.tpu_rows import blocked, dot, kind_is, when
+from moejax.ops.tpu_rows import blocked, cost, dot, kind_is, when
 from moejax.ops.tpu_tiles import OuterTiles
 from moejax.ops.tpu_visits import BLOCK, Visits, outer_visits
 
@@ -87,6 +87,7 @@ def call(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=tiles.vmem_bytes,
         ),
+        cost_estimate=cost([lhs, d_out], [(num_groups, k, n)], [lhs.shape[0] * BLOCK * k * n]),
         interpret=interpret,
         name="grouped_matmul_dw",
     )(*visits, lhs, d_out)
