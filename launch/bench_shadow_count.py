@@ -85,7 +85,7 @@ def sparse(config: ModelConfig, array: Array) -> dict[str, float]:
 
     parts = [
         _part(sparse_matmul, x, rows, lists[0], skipped=(sizes.heads - heads) / sizes.heads),
-        *[_part(jnp.matmul, x, array(d, g * c))] * 2,
+        *[_part(sparse_matmul, x, array(g, c, d), array(g, dtype="int32"))] * 2,
         _part(_mixed, array(1, 1, heads * wide // c, c), kept, kept),
         {"cycles": 0.0, "bytes": 2.0 * tree.num_bytes((kept, kept))},  # of their gather
         _part(

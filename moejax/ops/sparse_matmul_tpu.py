@@ -2,9 +2,9 @@
 
 The grid walks over the chosen blocks; the index maps read the list, so the next blocks travel from
 HBM while these are multiplied, each in one copy (256 KB for a head of 64 x 2,048 in bfloat16,
-512 KB for 128 neurons of 2,048). A step takes several blocks where one is short. Rows of x are
-padded to what a register holds. Checked in the TPU interpreter with its race detector and compiled
-ahead of time for v5e, v5p and v6e; they have not run on a TPU yet.
+512 KB for 128 neurons of 2,048). A step takes several blocks where one is short. Checked in the TPU
+interpreter with its race detector and compiled ahead of time for v5e and v5p; they have not run on
+a TPU yet.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from moejax.ops.gated_ffn import Activation
 
 Interpret = bool | pltpu.InterpretParams
 STEP_BYTES = 512 << 10  # of one matrix in a step, at least, where there are as many blocks
-SUBLANES = 16  # rows of x are padded to a multiple: a bfloat16 register's
 _NT = (((1,), (1,)), ((), ()))  # both by their columns
 
 
@@ -42,30 +41,29 @@ def _into(x_BD, w_MPD, chosen_K, interpret) -> jax.Array:
     """out [B, K, P] of x [B, D]."""
     num_rows = w_MPD.shape[1]
     num_chosen, step = _steps(chosen_K, w_MPD)
-    padded = _padded(x_BD)
 
     def kernel(_, x, *refs):
         *blocks, out = refs
         for i, block in enumerate(blocks):
             out[i] = _dot(x[...], block[0], _NT).astype(out.dtype)
 
-    shape = (num_chosen, padded.shape[0], num_rows)
+    shape = (num_chosen, x_BD.shape[0], num_rows)
     out_KBP = _call(
         kernel,
         (num_chosen // step, shape, x_BD.dtype),
-        [_whole(padded), *_blocks(w_MPD, step)],
+        [_whole(x_BD), *_blocks(w_MPD, step)],
         pl.BlockSpec((step, *shape[1:]), lambda i, chosen: (i, 0, 0)),
-        (chosen_K, padded, *[w_MPD] * step),
+        (chosen_K, x_BD, *[w_MPD] * step),
         interpret,
         "sparse_matmul_into",
     )
-    return jnp.swapaxes(out_KBP, 0, 1)[: x_BD.shape[0]]
+    return jnp.swapaxes(out_KBP, 0, 1)
 
 
 def _out_of(x_BKP, w_MPD, chosen_K, interpret) -> jax.Array:
     """out [B, D] of x [B, K, P]."""
     num_chosen, step = _steps(chosen_K, w_MPD)
-    x_KBP = _padded(jnp.swapaxes(x_BKP, 0, 1))
+    x_KBP = jnp.swapaxes(x_BKP, 0, 1)
 
     def kernel(_, x, *refs):
         *blocks, out = refs
@@ -85,7 +83,7 @@ def _out_of(x_BKP, w_MPD, chosen_K, interpret) -> jax.Array:
         interpret,
         "sparse_matmul_out_of",
     )
-    return out[: x_BKP.shape[0]].astype(x_BKP.dtype)
+    return out.astype(x_BKP.dtype)
 
 
 def sparse_ffn_tpu(
@@ -103,12 +101,11 @@ def sparse_ffn_tpu(
     names: list[str] = [name for name in ("rows_gate", "rows_up", "rows_down") if name in params]
     _check(params["rows_down"])
     num_rows, num_chosen = params["rows_up"].shape[1], chosen_K.shape[0]
-    padded = _padded(x_BD)
     extras: dict[str, jax.Array] = {
         n: params[n].astype(jnp.float32)[:, None] for n in ("b_gate", "b_up") if n in params
     }
     if weight_BK is not None:  # along lanes, as the hidden neurons lie
-        wide = _padded(jnp.swapaxes(weight_BK, 0, 1)[:, :, None].astype(jnp.float32))
+        wide = jnp.swapaxes(weight_BK, 0, 1)[:, :, None].astype(jnp.float32)
         extras["weight"] = jnp.broadcast_to(wide, (*wide.shape[:2], num_rows))
 
     def kernel(_, x, *refs):
@@ -125,21 +122,21 @@ def sparse_ffn_tpu(
         down = rows["rows_down"][0]
         _add(refs[-1], _dot(h.astype(down.dtype), down))
 
-    shape = padded.shape
+    shape = x_BD.shape
     out = _call(
         kernel,
         (num_chosen, shape, jnp.float32),
         [
-            _whole(padded),
+            _whole(x_BD),
             *(_blocks(params[name], 1)[0] for name in names),
             *(_in_turn(e) if name == "weight" else _blocks(e, 1)[0] for name, e in extras.items()),
         ],
         pl.BlockSpec(shape, lambda i, chosen: (0, 0)),
-        (chosen_K, padded, *(params[name] for name in names), *extras.values()),
+        (chosen_K, x_BD, *(params[name] for name in names), *extras.values()),
         interpret,
         "sparse_ffn",
     )
-    return out[: x_BD.shape[0]].astype(x_BD.dtype)
+    return out.astype(x_BD.dtype)
 
 
 def _call(kernel, grid_shape_dtype, in_specs, out_spec, operands, interpret, name):
@@ -181,12 +178,6 @@ def _steps(chosen_K: jax.Array, w_MPD: jax.Array) -> tuple[int, int]:
     size = w_MPD.shape[1] * w_MPD.shape[2] * w_MPD.dtype.itemsize
     wanted = max(1, min(8, STEP_BYTES // size))
     return num_chosen, max(step for step in range(1, wanted + 1) if num_chosen % step == 0)
-
-
-def _padded(x: jax.Array) -> jax.Array:
-    """More rows (the second dim from the end), of zeros."""
-    more = -x.shape[-2] % SUBLANES
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)])
 
 
 def _dot(x, w, dims=(((1,), (0,)), ((), ()))):
