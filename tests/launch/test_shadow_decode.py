@@ -1,0 +1,148 @@
+"""launch.shadow's generate and bench on a tiny model with a predictor of random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from launch import shadow_bench, shadow_generate, shadow_speed
+from launch.shadow_data import load_model
+from moejax.core.errors import InputError
+from moejax.methods import shadow_decode as decode
+from moejax.methods import shadow_predictor as predictors
+from moejax.methods.shadow_mask import Mask
+from moejax.models.config import ModelConfig
+from moejax.serve import sparse
+from tests.launch.test_shadow import settings, write
+
+ASKED = {
+    "config": None,
+    "workdir": None,
+    "predictor": None,
+    "dry_run": False,
+    "prompt": ["hello ab", "What is 3 and 3?"],
+    "raw": True,
+    "policy": "predicted",
+    "sparsity": 0.5,
+    "refresh_every": 0,
+    "audit_share": 0.0,
+    "audit_limit": 0.5,
+    "max_new_tokens": 5,
+    "batch_size": 1,
+    "temperature": 0.0,
+    "seed": 0,
+    "peer": False,
+}
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """Flags of a run whose predictor is there."""
+    folder = tmp_path_factory.mktemp("shadow")
+    write(folder)
+    flags = ASKED | {"config": settings(folder), "workdir": str(folder / "run")}
+    model = load_model(flags["config"])
+    config, sizes = model.loaded.config, model.sizes
+    draw = np.random.default_rng(0)
+    shapes = [(sizes.num_layers, n) for n in (sizes.heads, sizes.blocks)]
+    static = Mask(*(draw.random(shape).astype(np.float32) for shape in shapes))
+    params = predictors.init(jax.random.key(0), 32, 8, static)
+    params["w_out_blocks"] = jax.random.normal(jax.random.key(1), params["w_out_blocks"].shape)
+    order = np.stack([draw.permutation(64) for _ in range(3)]).astype(np.int32)
+    fields = predictors.fields_of(config)
+    info = predictors.PredictorInfo(model.sha256, fields, sizes, "plainact", "unified", 8)
+    predictors.save(folder / "run" / "predictor", predictors.Predictor(info, params, order, static))
+    return flags
+
+
+def said(asked, capsys, **changes):
+    shadow_generate.main(asked | changes)
+    return capsys.readouterr().out
+
+
+def answers(text):
+    """What stands between the lines that begin an answer."""
+    return [part.split("\n", 1)[1] for part in text.split("--- ")[1:]]
+
+
+def test_nothing_skipped_is_dense_and_half_is_not(asked, capsys):
+    dense = answers(said(asked, capsys, policy="dense"))
+    assert answers(said(asked, capsys, sparsity=0.0)) == dense
+    half = said(asked, capsys)
+    assert answers(half) != dense
+    assert "2 of 4 heads by query, 4 of 8 blocks of 8 neurons" in half
+    assert "audit    0 of 2 requests" in half
+    assert answers(said(asked, capsys, batch_size=2)) == answers(half)
+
+
+def test_an_audit_past_the_limit_turns_to_the_dense_model(asked, capsys):
+    prompts = ["hello ab", "count", "say 1", "say 2", "hello ab"]
+    changes = {"audit_share": 1.0, "audit_limit": 1e-9, "prompt": prompts}
+    out = said(asked, capsys, **changes)
+    assert "4 of 5 requests run dense as well" not in out  # the fifth is counted by nobody
+    assert "--- 4 (dense)" in out and "dense since request 4" in out
+    wanted = answers(said(asked, capsys, policy="dense", prompt=prompts[4:]))[0]
+    assert answers(out)[4].split("\n")[0] == wanted.split("\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": []}, "--prompt is missing"),
+        ({"sparsity": 1.0}, r"lies outside \[0, 1\)"),
+        ({"policy": "some"}, "use predicted, static, dense"),
+        ({"audit_share": 2.0}, r"audit_share 2 lies outside \[0, 1\]"),
+        ({"refresh_every": -1}, "refresh_every must be 0"),
+        ({"predictor": "nowhere"}, "nowhere has no shadow.json"),
+        ({"workdir": None}, "--predictor is missing"),
+    ],
+)
+def test_what_cannot_be_is_one_line(asked, changes, message):
+    with pytest.raises(InputError, match=message) as caught:
+        shadow_generate.main(asked | changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_predictor_of_other_weights_is_refused(asked, tmp_path):
+    write(tmp_path, seed=1)
+    with pytest.raises(InputError, match="a predictor for other weights"):
+        shadow_generate.main(asked | {"config": settings(tmp_path)})
+
+
+def test_bench_writes_rows_that_the_report_joins(asked, monkeypatch):
+    monkeypatch.setattr(shadow_bench, "measure", functools.partial(shadow_speed.measure, rounds=1))
+    shadow_bench.main(asked | {"refresh_every": 4})
+    with open(f"{asked['workdir']}/bench.json") as file:
+        (row,) = json.load(file)["rows"]
+    assert row["sparsity"] == 0.5 and row["block"] == 8 and row["same_predictor"]
+    assert row["against_dense"] > 0 and row["tokens_per_s"] > 0
+    assert row["share_of_bound"] == pytest.approx(row["against_dense"] / row["bound"])
+
+
+def test_bytes_of_a_token_are_those_of_what_is_kept():
+    """By hand: 4 layers of which 1 is dense, half of the heads' and neurons' matrices elsewhere."""
+    config = ModelConfig("opt", 50, 4, 32, 64, 4, 4, 8, gated=False, activation="relu")
+    setup = shadow_speed.random_setup("tiny", config, 2, 8)
+    kept_layer = 2 * 32 * 32 + (2 * 32 * 32 + 2 * 32 * 64) // 2
+    whole_layer = 4 * 32 * 32 + 2 * 32 * 64
+    rest = 50 * 32 + 32  # the head and one row of the table
+    norms = (2 * 4 + 1) * 32
+    wanted = 4 * (whole_layer + 3 * kept_layer + rest + norms)
+    assert shadow_speed.read_bytes(setup, 0.5) == wanted
+    refreshed = dataclasses.replace(setup, refresh_every=2)
+    half = sum(w.size for w in jax.tree.leaves(setup.predictor)) * 4 // 2
+    assert shadow_speed.read_bytes(refreshed, 0.5) == wanted + half
+    dense = decode.num_read_bytes(setup.plain, config, None, setup.sizes)
+    assert dense == 4 * (4 * whole_layer + rest + norms)
+    logits = [
+        sparse.start(shadow_speed._model(setup, None, params), [[1, 2, 3]], 4).logits_BV
+        for params in (setup.plain, setup.laid_out)
+    ]
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
+    assert jnp.isfinite(logits[0]).all()
