@@ -27,7 +27,7 @@ from moejax.models.sparse import by_rows
 from moejax.models.transformer import split_layers
 
 # Unions are rounded up to so many equal parts of a layer, so that few programs are compiled.
-UNION_STEPS = 16
+UNION_STEPS = 8
 
 
 @jax.tree_util.register_dataclass

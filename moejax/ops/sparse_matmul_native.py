@@ -66,7 +66,7 @@ def missing() -> str | None:
     try:
         library = ctypes.cdll.LoadLibrary(str(_compiled(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
-        return f"{compiler} could not build it: {str(error).splitlines()[0]}"
+        return f"{compiler} could not build it: {str(error).partition(chr(10))[0]}"
     for name in _TARGETS.values():
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return None
