@@ -13,7 +13,7 @@ import jax
 
 from launch.shadow_data import load_model
 from launch.shadow_generate import read_predictor
-from launch.shadow_speed import NUM_ROUNDS, NUM_TOKENS, Setup, measure, num_threads
+from launch.shadow_speed import NUM_ROUNDS, NUM_TOKENS, Setup, check_peer, measure, num_threads
 from moejax.io import atomic
 from moejax.methods.shadow_decode import check_plan, lay_out
 from moejax.methods.shadow_order import reordered
@@ -23,6 +23,8 @@ from moejax.serve.prepare import prepare
 def main(values: dict[str, Any]) -> None:
     """Times decoding, dense and at every sparsity of the config, and writes RUN/bench.json."""
     config = values["config"]
+    if values["peer"]:
+        check_peer()
     model = load_model(config)
     predictor = read_predictor(values, model)
     sparsities = [float(s) for s in config.evaluate.sparsities]
@@ -34,6 +36,8 @@ def main(values: dict[str, Any]) -> None:
     if values["dry_run"]:
         print("dry run: nothing timed, nothing written")
         return
+    target = Path(values["workdir"]) / "bench.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
     sizes = predictor.info.sizes
     params = reordered(model.loaded.params, model.loaded.config, predictor.order_LF)
     setup = Setup(
@@ -59,6 +63,5 @@ def main(values: dict[str, Any]) -> None:
     title = f"decoding, batch 1, float32, {num_threads()} threads, lists "
     often = values["refresh_every"]
     title += f"made anew every {often} tokens" if often else "decided by the prompt"
-    target = Path(values["workdir"]) / "bench.json"
     atomic.write_json(target, {"title": title, "rows": rows})
     print(f"written  {target}")

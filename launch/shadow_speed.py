@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import json
 import os
 import statistics
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.core import tree
+from moejax.core.errors import InputError
 from moejax.methods import shadow_decode as decode
 from moejax.methods import shadow_predictor as predictors
 from moejax.methods.shadow_mask import Mask, Sizes, sizes_of
@@ -87,7 +89,7 @@ def random_setup(
 
     The distinct layers have to be far larger than the processor's cache.
     """
-    few = init_params(dataclasses.replace(config, num_layers=distinct), jax.random.key(0))
+    few = init_params(few_config(config, distinct), jax.random.key(0))
     unit = "query" if config.num_kv_heads == config.num_heads else "group"
     sizes = sizes_of(config, block, unit)
     few = split_layers(few)
@@ -108,6 +110,7 @@ def random_setup(
 
 
 def few_config(config: ModelConfig, num_layers: int) -> ModelConfig:
+    """The same model with so many layers."""
     return dataclasses.replace(config, num_layers=num_layers)
 
 
@@ -192,8 +195,9 @@ def ours(
     held["state"] = sparse.start(model, [prompt], NUM_TOKENS * (rounds + 3))
     held["plan"] = sparse.decide(model, held["state"].context_BE)
     every = NUM_TOKENS
-    if sparsity is not None and setup.refresh_every:
-        every = min(NUM_TOKENS, setup.refresh_every)
+    if sparsity is not None and setup.refresh_every:  # as often as asked, or a little oftener
+        often = range(1, min(NUM_TOKENS, setup.refresh_every) + 1)
+        every = max(n for n in often if NUM_TOKENS % n == 0)
     keys = jax.random.split(jax.random.key(0), (every, 1))
 
     def run() -> None:
@@ -210,6 +214,12 @@ def _model(setup: Setup, sparsity: float | None, params: tree.Tree) -> sparse.Sp
     shares = None if sparsity is None else (sparsity, sparsity)
     policy = sparse.Policy(setup.sizes, shares, setup.refresh_every)
     return sparse.Sparse(setup.config, params, policy, setup.predictor)
+
+
+def check_peer() -> None:
+    """InputError unless torch and transformers are there."""
+    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
+        raise InputError("--peer needs torch and transformers: pip install -e .[parity]")
 
 
 def num_threads() -> int:
