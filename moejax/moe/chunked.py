@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.moe.experts import ExpertParams, grouped_ffn
-from moejax.moe.experts_backward import Block, params_backward, rows_backward
+from moejax.moe.experts import ExpertParams, grouped_down, grouped_ffn, grouped_hidden
+from moejax.moe.experts_backward import Block, gate_and_up, params_backward, rows_backward
 from moejax.moe.turns import Part, Turn, count, left_over, part, turn
 from moejax.ops.gated_ffn import Activation
 
@@ -107,12 +107,15 @@ Arrays = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Products:
-    """What happens to rows: `rows` makes what goes back and keeps something for `experts`.
+    """What happens to received rows, in steps, beside each of which other rows may travel.
 
-    experts: gradients of the experts of what was kept, None in a forward pass.
+    begin: of the arrays named in `early`, something for `finish`, which makes what goes back and
+    keeps something for `experts`: gradients of the experts, None in a forward pass.
     """
 
-    rows: Callable[[Arrays, jax.Array], tuple[Arrays, Arrays]]
+    early: tuple[str, ...]
+    begin: Callable[[Arrays, jax.Array], Arrays]
+    finish: Callable[[Arrays, Arrays, jax.Array], tuple[Arrays, Arrays]]
     experts: Callable[[Arrays, jax.Array], ExpertParams | None]
 
 
@@ -131,10 +134,14 @@ def _send(
     return found
 
 
-def _compute(products: Products, got: Arrays, one: Turn) -> tuple[Arrays, Arrays]:
-    """Sorts what was received by expert, and its results back into their slots."""
-    rows = {name: a[one.slot_of_row_S] for name, a in got.items()}
-    out, kept = products.rows(rows, one.sizes_E)
+def _sorted(got: Arrays, one: Turn) -> Arrays:
+    """What was received, by expert."""
+    return {name: a[one.slot_of_row_S] for name, a in got.items()}
+
+
+def _finished(products: Products, rows: Arrays, begun: Arrays, one: Turn) -> tuple[Arrays, Arrays]:
+    """Results, each back in the slot that its row came from; and what the experts need."""
+    out, kept = products.finish(rows, begun, one.sizes_E)
     return {name: a[one.row_of_slot_S] for name, a in out.items()}, kept
 
 
@@ -165,25 +172,36 @@ def _first_exchanges(
 ) -> tuple[Arrays, Any]:
     """The exchange of each part, as a pipeline: what all tokens get, gradients of the experts.
 
-    While part i computes, the rows of part i + 1 are on their way, and so are the results of part
-    i - 1; while the experts' gradients of part i are computed, its own results. Barriers keep it
-    so, and keep more than that from being in memory.
+    While part i begins, the early rows of part i + 1 are on their way, and so may be the results of
+    part i - 1; while it finishes, the other rows of part i + 1; while the experts' gradients of
+    part i are computed, its own results. Barriers keep it so, and keep more than that from being in
+    memory.
     """
     fence = jax.lax.optimization_barrier
     num_tokens, top_k = weights_NK.shape
     cut = bounds(num_tokens, top_k)
     turns = [turn(pairs, 0, exchange.slots) for pairs in moves.parts]
     weights = [weights_NK[first:end] for first, end in cut]
-    found, total, back, coming = [], None, None, None
+    early = {name: a for name, a in operands.items() if name in products.early}
+    late = {name: a for name, a in operands.items() if name not in products.early}
+    found, total, back = [], None, None
     got = _send(exchange, operands, turns[0].pair_S, top_k)
     for i, one in enumerate(turns):
-        if i + 1 < len(turns):
-            got, after_S = fence((got, turns[i + 1].pair_S))
-            coming = _send(exchange, operands, after_S, top_k, cut[i + 1][0])
-        out, kept = _compute(products, got, one)
-        out, kept, back, coming = fence((out, kept, back, coming))
+        coming: Arrays = {}
+        more, first = i + 1 < len(turns), cut[min(i + 1, len(cut) - 1)][0]
+        after_S = turns[min(i + 1, len(turns) - 1)].pair_S
+        if more:
+            got, after_S = fence((got, after_S))
+            coming = _send(exchange, early, after_S, top_k, first)
+        rows = _sorted(got, one)
+        begun = products.begin(rows, one.sizes_E)
+        rows, begun, back, coming, after_S = fence((rows, begun, back, coming, after_S))
         if back is not None:
             found.append(_collect(back, weights[i - 1], turns[i - 1]))
+        if more:
+            coming = coming | _send(exchange, late, after_S, top_k, first)
+        out, kept = _finished(products, rows, begun, one)
+        out, kept, coming = fence((out, kept, coming))
         back = _send_back(exchange, out)
         total = _add(total, products.experts(kept, one.sizes_E))
         total, got, found[-1:] = fence((total, coming, found[-1:]))
@@ -204,7 +222,8 @@ def _every_exchange(
         number, (found, total) = carry
         one = turn(moves.rest, number, exchange.slots)
         got = _send(exchange, operands, one.pair_S, weights_NK.shape[1])
-        out, kept = _compute(products, got, one)
+        rows = _sorted(got, one)
+        out, kept = _finished(products, rows, products.begin(rows, one.sizes_E), one)
         more = _collect(_send_back(exchange, out), weights_NK, one)
         total = _add(total, products.experts(kept, one.sizes_E))
         return number + 1, (jax.tree.map(jnp.add, found, more), total)
@@ -222,12 +241,7 @@ def all_exchanges(
 
     Gradients of the experts are summed over exchanges in float32.
     """
-    kinds = (exchange.activation, exchange.implementation)
-
-    def rows(got, sizes_E):
-        return {"y": grouped_ffn(experts, got["x"], sizes_E, *kinds)}, {}
-
-    products = Products(rows, lambda kept, sizes_E: None)
+    products = _forward_products(exchange, experts)
     return _every_exchange(exchange, products, {"x": x_ND}, weights_NK, moves)[0]["y"]
 
 
@@ -238,26 +252,75 @@ def _all_forward(exchange, x_ND, weights_NK, experts, moves):
 
 def _all_backward(exchange, saved, d_y_ND):
     x_ND, weights_NK, experts, moves = saved
+    # The barrier keeps the float32 original from living on in its place.
+    d_y_ND = jax.lax.optimization_barrier(d_y_ND.astype(x_ND.dtype))
+    operands = {"x": x_ND, "d_y": d_y_ND, "weights": weights_NK}
+    make = _tuned_products if "tuned" in experts else _backward_products
+    found, d_experts = _every_exchange(
+        exchange, make(exchange, experts), operands, weights_NK, moves
+    )
+    cast = lambda d, w: d.astype(w.dtype)  # noqa: E731
+    if "tuned" in experts:  # None is zero: the others are not trained, and numbers never are
+        own = {name: cast(d, experts["tuned"][name]) for name, d in d_experts.items()}
+        d_experts = {name: None for name in experts} | {"tuned": own | {"ids_M": None}}
+    else:
+        d_experts = jax.tree.map(cast, d_experts, experts)
+    return found["d_x"].astype(x_ND.dtype), found["d_weights"], d_experts, None
+
+
+all_exchanges.defvjp(_all_forward, _all_backward)
+
+
+def _forward_products(exchange: Exchange, experts: ExpertParams) -> Products:
+    implementation = exchange.implementation
+    kinds = (exchange.activation, implementation)
+
+    def begin(rows, sizes_E):
+        if "tuned" in experts:
+            return {"y": grouped_ffn(experts, rows["x"], sizes_E, *kinds)}
+        return {"hidden": grouped_hidden(experts, rows["x"], sizes_E, *kinds)}
+
+    def finish(rows, begun, sizes_E):
+        if "tuned" in experts:
+            return begun, {}
+        return {"y": grouped_down(experts, begun["hidden"], sizes_E, implementation)}, {}
+
+    return Products((), begin, finish, lambda kept, sizes_E: None)
+
+
+def _backward_products(exchange: Exchange, experts: ExpertParams) -> Products:
     kinds = (exchange.activation, exchange.implementation)
 
-    def rows(got, sizes_E):
-        block = Block(sizes_E, *kinds)
-        d_x, d_weights, kept = rows_backward(block, experts, got["x"], got["weights"], got["d_y"])
+    def begin(rows, sizes_E):
+        return gate_and_up(Block(sizes_E, *kinds), experts, rows["x"])
+
+    def finish(rows, begun, sizes_E):
+        d_x, d_weights, kept = rows_backward(Block(sizes_E, *kinds), experts, rows, begun)
         return {"d_x": d_x, "d_weights": d_weights}, kept
 
     def of_experts(kept, sizes_E):
         return params_backward(Block(sizes_E, *kinds), experts, kept)
 
-    # The barrier keeps the float32 original from living on in its place.
-    d_y_ND = jax.lax.optimization_barrier(d_y_ND.astype(x_ND.dtype))
-    operands = {"x": x_ND, "d_y": d_y_ND, "weights": weights_NK}
-    products = Products(rows, of_experts)
-    found, d_experts = _every_exchange(exchange, products, operands, weights_NK, moves)
-    d_experts = jax.tree.map(lambda d, w: d.astype(w.dtype), d_experts, experts)
-    return found["d_x"].astype(x_ND.dtype), found["d_weights"], d_experts, None
+    return Products(("x", "weights"), begin, finish, of_experts)
 
 
-all_exchanges.defvjp(_all_forward, _all_backward)
+def _tuned_products(exchange: Exchange, experts: ExpertParams) -> Products:
+    """Of a stack with trained experts in "tuned": gradients of those alone."""
+    ids_M = experts["tuned"]["ids_M"]
+    own = {name: w for name, w in experts["tuned"].items() if name != "ids_M"}
+
+    def finish(rows, begun, sizes_E):
+        def block(own, x_RD):
+            params = experts | {"tuned": own | {"ids_M": ids_M}}
+            return grouped_ffn(params, x_RD, sizes_E, exchange.activation, exchange.implementation)
+
+        y_RD, pull = jax.vjp(block, own, rows["x"])
+        d_y_RD = rows["d_y"].astype(jnp.float32)
+        d_weights = jnp.sum(y_RD.astype(jnp.float32) * d_y_RD, axis=1)
+        d_own, d_x = pull((rows["weights"][:, None] * d_y_RD).astype(y_RD.dtype))
+        return {"d_x": d_x, "d_weights": d_weights}, d_own
+
+    return Products(("x", "weights"), lambda rows, sizes_E: {}, finish, lambda kept, sizes_E: kept)
 
 
 def _add(total, more):

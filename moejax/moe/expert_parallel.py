@@ -100,13 +100,6 @@ def sharded_moe_layer(
     name = parallel.strategy
     if name == "auto":
         name = explain(parallel, config, x_BTD.shape, params["experts"]["w_up"].shape[2]).strategy
-    if "tuned" in params["experts"] and name == "chunked":
-        if parallel.strategy != "auto":
-            raise InputError(
-                "strategy 'chunked' has no gradient of a few experts of the stack yet: choose "
-                "'all_gather' or 'capacity' for ESFT."
-            )
-        name = "all_gather"
     context = Context(
         config.num_experts, mesh.shape[AXIS], parallel.factor, activation, implementation
     )

@@ -11,6 +11,7 @@ from moejax.ops.grouped_gated import grouped_gated
 from moejax.ops.grouped_matmul import grouped_matmul
 
 ExpertParams = dict[str, Any]  # stacks by name, and maybe "tuned" (`moejax.moe.tuned`)
+_HIDDEN = ("w_gate", "w_up", "b_gate", "b_up")
 
 
 def grouped_ffn(
@@ -26,28 +27,44 @@ def grouped_ffn(
     """
     if "tuned" in params:
         return tuned_ffn(params, rows_RD, group_sizes_E, activation, implementation)
-    cast = {name: w.astype(rows_RD.dtype) for name, w in params.items()}
+    hidden_RF = grouped_hidden(params, rows_RD, group_sizes_E, activation, implementation)
+    return grouped_down(params, hidden_RF, group_sizes_E, implementation)
+
+
+def grouped_hidden(
+    params: ExpertParams,
+    rows_RD: jax.Array,
+    group_sizes_E: jax.Array,
+    activation: Activation,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The first half of `grouped_ffn`: what goes into the down projection, [R, F]."""
     sizes = group_sizes_E
-    if "b_gate" in cast or "b_up" in cast:
-        gate_RF = grouped_matmul(rows_RD, cast["w_gate"], sizes, implementation=implementation)
-        up_RF = grouped_matmul(rows_RD, cast["w_up"], sizes, implementation=implementation)
-        gate_RF, up_RF = (
-            y_RF + bias_rows(cast, name, y_RF, sizes)
-            for name, y_RF in (("b_gate", gate_RF), ("b_up", up_RF))
-        )
-        hidden_RF = activation(gate_RF) * up_RF
-    else:
-        hidden_RF = grouped_gated(
-            rows_RD,
-            cast["w_gate"],
-            cast["w_up"],
-            sizes,
-            activation,
-            implementation=implementation,
-        )
-    y_RD = grouped_matmul(hidden_RF, cast["w_down"], sizes, implementation=implementation)
-    if "b_down" in cast:
-        y_RD += bias_rows(cast, "b_down", y_RD, sizes)
+    cast = {name: params[name].astype(rows_RD.dtype) for name in _HIDDEN if name in params}
+    if "b_gate" not in cast and "b_up" not in cast:
+        matrices = (cast["w_gate"], cast["w_up"])
+        return grouped_gated(rows_RD, *matrices, sizes, activation, implementation=implementation)
+    gate_RF = grouped_matmul(rows_RD, cast["w_gate"], sizes, implementation=implementation)
+    up_RF = grouped_matmul(rows_RD, cast["w_up"], sizes, implementation=implementation)
+    gate_RF, up_RF = (
+        y_RF + bias_rows(cast, name, y_RF, sizes)
+        for name, y_RF in (("b_gate", gate_RF), ("b_up", up_RF))
+    )
+    return activation(gate_RF) * up_RF
+
+
+def grouped_down(
+    params: ExpertParams,
+    hidden_RF: jax.Array,
+    group_sizes_E: jax.Array,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The second half of `grouped_ffn`: hidden rows [R, F] to results [R, D]."""
+    sizes, dtype = group_sizes_E, hidden_RF.dtype
+    w_down = params["w_down"].astype(dtype)
+    y_RD = grouped_matmul(hidden_RF, w_down, sizes, implementation=implementation)
+    if "b_down" in params:
+        y_RD += bias_rows({"b_down": params["b_down"].astype(dtype)}, "b_down", y_RD, sizes)
     return y_RD
 
 

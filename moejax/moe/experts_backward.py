@@ -2,8 +2,7 @@
 
 y_r = w_r (act(x_r W_gate + b_gate) * (x_r W_up + b_up)) W_down + w_r b_down, with the matrices of
 row r's expert. The hidden layer is computed again; y is not, as dL/dw_r = <h_r, dy_r W_down^T>.
-The two halves are functions of their own, so that rows may travel while the weights' gradients are
-still computed.
+Each step is a function of its own, so that rows may travel while another is computed.
 """
 
 import dataclasses
@@ -29,21 +28,33 @@ class Block:
         return grouped_matmul(x_R, w, self.group_sizes_E, implementation=self.implementation)
 
 
+def gate_and_up(block: Block, params: ExpertParams, rows_RD: jax.Array) -> dict[str, jax.Array]:
+    """What the forward pass had before the activation, [R, F] each."""
+
+    def affine(name: str) -> jax.Array:
+        y_RF = block.times(rows_RD, params[f"w_{name}"].astype(rows_RD.dtype))
+        bias = f"b_{name}"
+        if bias not in params:
+            return y_RF
+        cast = {bias: params[bias].astype(rows_RD.dtype)}
+        return y_RF + bias_rows(cast, bias, y_RF, block.group_sizes_E)
+
+    return {"gate": affine("gate"), "up": affine("up")}
+
+
 def rows_backward(
     block: Block,
     params: ExpertParams,
-    rows_RD: jax.Array,
-    weights_R: jax.Array,
-    d_y_RD: jax.Array,
+    got: dict[str, jax.Array],
+    before: dict[str, jax.Array],
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Gradients of the rows and of their weights, and what `params_backward` needs."""
+    """Gradients of the rows and of their weights, and what `params_backward` needs.
+
+    got: "x" [R, D], "weights" [R], "d_y" [R, D]. before: what `gate_and_up` gave.
+    """
+    rows_RD, weights_R, d_y_RD = got["x"], got["weights"], got["d_y"]
+    gate_RF, up_RF = before["gate"], before["up"]
     cast = {name: w.astype(rows_RD.dtype) for name, w in params.items()}
-
-    def affine(name: str) -> jax.Array:
-        y_RF = block.times(rows_RD, cast[f"w_{name}"])
-        return y_RF + bias_rows(cast, f"b_{name}", y_RF, block.group_sizes_E)
-
-    gate_RF, up_RF = affine("gate"), affine("up")
     hidden_RF, pull = jax.vjp(lambda gate, up: block.activation(gate) * up, gate_RF, up_RF)
     d_hidden_RF = _rows_gradient(block, hidden_RF, cast["w_down"], d_y_RD)
     products_RF = hidden_RF.astype(jnp.float32) * d_hidden_RF.astype(jnp.float32)

@@ -27,7 +27,7 @@ CONFIG = ModelConfig("olmoe", 64, 2, 16, 16, 2, 2, 8, moe=MOE, initializer_range
 XFT = dataclasses.replace(CONFIG, moe=MoEConfig(8, 3, noise=False, balance="none"))
 CHOSEN = ExpertConfig({0: (5, 1, 7), 1: (2,)})
 CASES = {
-    "all_gather_ep4_fsdp2": (CONFIG, CHOSEN, "all_gather", {"fsdp": 2, "expert": 4}),
+    "chunked_ep4_fsdp2": (CONFIG, CHOSEN, "chunked", {"fsdp": 2, "expert": 4}),
     "all_gather_ep2_data2_tensor2": (
         CONFIG, CHOSEN, "all_gather", {"data": 2, "expert": 2, "tensor": 2}
     ),
