@@ -47,6 +47,9 @@ DTYPE = flags.DEFINE_enum(
     "Type of the written parameters; q8_0 in GGUF files only.",
 )
 VERIFY = flags.DEFINE_bool("verify", False, "Compare logits of what was written, in float32.")
+FORMS = flags.DEFINE_list(
+    "prompt_forms", [], "How the model wants to be asked, as gsm8k=chat,humaneval=fence."
+)
 DESCRIBE = flags.DEFINE_bool("describe", False, "Say what the source is and costs, then stop.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a model folder at the target.")
 
@@ -66,7 +69,7 @@ def main(argv) -> None:
         gguf_write.check_target(TARGET.value, OVERWRITE.value)
     else:
         atomic.check_target(TARGET.value, OVERWRITE.value)
-    max_shard_bytes = _max_shard_bytes()
+    max_shard_bytes, forms = _max_shard_bytes(), _forms()
     print(f"read     {SOURCE.value}", flush=True)
     plan = load_any(SOURCE.value, abstract=True)
     if FORMAT.value == "hf":
@@ -80,6 +83,7 @@ def main(argv) -> None:
             table = by_name(plan.config.family).name_table(plan.config)
             stream.check_all(plan.tensors, table, _cast_to(), reading)
         loaded = plan if plan.tensors is not None else load_any(SOURCE.value, progress=reading)
+        loaded = dataclasses.replace(loaded, prompt_forms=loaded.prompt_forms | forms)
         save_any(
             loaded,
             TARGET.value,
@@ -96,6 +100,14 @@ def main(argv) -> None:
 
 def _cast_to() -> str:
     return "keep" if DTYPE.value == "q8_0" else DTYPE.value
+
+
+def _forms() -> dict[str, str]:
+    pairs = [part.partition("=") for part in FORMS.value]
+    wrong = next((part for part in pairs if not (part[0] and part[2])), None)
+    if wrong is not None:
+        raise InputError(f"--prompt_forms={','.join(FORMS.value)}: write task=form")
+    return {task: form for task, _, form in pairs}
 
 
 def _max_shard_bytes() -> int | None:

@@ -20,7 +20,7 @@ from moejax.evals import scores
 from moejax.evals.samples import read_partial, write_samples
 from moejax.evals.sandbox import Limits
 from moejax.evals.tasks import Task
-from moejax.io import lineage
+from moejax.io import lineage, prompt_forms
 from moejax.io.atomic import read_json, write_json
 from moejax.io.load import Loaded, find_source, load_any
 
@@ -75,7 +75,6 @@ def write_run(settings: Settings, outcome: Outcome, began: float) -> None:
     console.print(f"results: {settings.out / 'result.json'}", markup=False)
 
 
-FORMS = "prompt_forms.json"  # in a model's folder: how it wants to be asked
 
 
 def environment() -> dict[str, Any]:
@@ -169,16 +168,13 @@ def form_of(settings: Settings, task: Task) -> str:
     Raises:
       InputError: a form that the task has not.
     """
-    path = Path(settings.model or "") / FORMS
-    if settings.form is not None or settings.model is None or not path.is_file():
+    if settings.form is not None or settings.model is None:
         return task.form(settings.form)
-    kept = read_json(path)
-    if not isinstance(kept, dict):
-        raise InputError(f"{path}: an object of task and form is needed")
+    path = find_source(settings.model)
     try:
-        return task.form(kept.get(settings.task))
+        return task.form(prompt_forms.of(path).get(settings.task))
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{path / prompt_forms.FILE}: {error}") from error
 
 
 def describe(loaded: Loaded) -> None:

@@ -221,7 +221,7 @@ class Lineage:
         coefficients = self._coefficients(moe)
         judge.judge("shared_only", lambda: api.merge(moe(), lam=1.0))
         judge.judge("merged_uniform", lambda: api.merge(moe(), lam=LAM))
-        merged = self._export(moe, coefficients)
+        merged = self._export(moe, coefficients, judge.form)
         judge.judge("merged_learned", merged)
         self._report(judge, coefficients, time.perf_counter() - began)
 
@@ -300,11 +300,16 @@ class Lineage:
         write_json(path, cost | {"records": result.records})
         return cost | {"last_loss": result.records[-1]["loss"], "data": self._rows.summary}
 
-    def _export(self, moe: Callable[[], Model], coefficients: tree.Tree) -> Callable[[], Model]:
+    def _export(
+        self, moe: Callable[[], Model], coefficients: tree.Tree, form: str | None
+    ) -> Callable[[], Model]:
         """Writes the merged model as a Hugging Face folder, and reads it back to be judged."""
         folder = self._out / "hf"
         if not folder.exists():
             merged = api.merge(moe(), coefficients, lam=LAM)
+            if form is not None:  # as it was judged, so it wants to be asked
+                loaded = dataclasses.replace(merged.loaded, prompt_forms={"functions": form})
+                merged = dataclasses.replace(merged, loaded=loaded)
             merged.save(folder, format="hf")
             differing = tree.diff(api.load(folder).params, merged.params)
             if differing:

@@ -15,7 +15,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from moejax.core.errors import InputError
-from moejax.io import atomic, gguf_rope, hf, host, stream
+from moejax.io import atomic, gguf_rope, hf, host, prompt_forms, stream
 from moejax.io.gguf import config_of, stored_rows
 from moejax.io.gguf_layout import GgufLayout, Place, layout_of, places
 from moejax.io.gguf_tokenizer import gguf_from_backend
@@ -142,6 +142,8 @@ def export_file(
     _check_says_it_all(config, fields, layout)
     atomic.require_disk(target, sum(g.num_bytes for g in sizes.values()) + (16 << 20))
     metadata[LINEAGE] = json.dumps(list(finish(loaded).lineage))
+    if loaded.prompt_forms:
+        metadata[prompt_forms.GGUF_KEY] = json.dumps(loaded.prompt_forms)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     os.close(handle)

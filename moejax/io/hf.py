@@ -14,7 +14,7 @@ import numpy as np
 
 from moejax.core import tree
 from moejax.core.errors import InputError
-from moejax.io import atomic, card, host, lineage, stream
+from moejax.io import atomic, card, host, lineage, prompt_forms, stream
 from moejax.io.loaded import Loaded, Progress, Reading, main_dtype
 from moejax.io.safetensors import SafetensorsFolder, TensorSource, dtype_named, write_folder
 from moejax.io.tokenizer import Tokenizer
@@ -58,6 +58,7 @@ def import_folder(folder: str | os.PathLike[str], reading: Reading = Reading()) 
         str(folder),
         card.read_license(folder),
         source if reading.abstract else None,
+        prompt_forms.read(folder),
     )
 
 
@@ -225,6 +226,7 @@ def export_folder(
             atomic.write_json(folder / "generation_config.json", loaded.generation)
         if loaded.tokenizer is not None:
             loaded.tokenizer.save(folder)
+        prompt_forms.write(folder, loaded.prompt_forms)
         loaded = finish(loaded)
         lineage.write(folder, loaded.lineage)
         card.write_license(folder, loaded.license)

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 from moejax.core.errors import InputError
-from moejax.io import card, hf, lineage, native
+from moejax.io import card, hf, lineage, native, prompt_forms
 from moejax.io.loaded import License, Loaded, Progress, Reading, main_dtype
 from moejax.io.sharded import Place, load_sharded
 from moejax.io.tokenizer import Tokenizer
@@ -162,7 +162,9 @@ def _load_gguf(path: Path, reading: Reading) -> Loaded:
     license = card.named_license(file.metadata.get("general.license"))
     tensors = file if reading.abstract else None
     operations = tuple(json.loads(file.metadata.get("moejax.lineage", "[]")))
-    return Loaded(params, config, tokenizer, generation, operations, str(path), license, tensors)
+    forms = prompt_forms.from_gguf(file.metadata, path)
+    about = generation, operations, str(path), license, tensors, forms
+    return Loaded(params, config, tokenizer, *about)
 
 
 def _download(hub_id: str) -> Path:

@@ -36,6 +36,7 @@ class Loaded:
       license: carried into every folder that is written from it.
       tensors: of a model whose parameters were left on disk (`params` is abstract), in Hugging
         Face's layout: it can be written elsewhere part by part. None for one in memory.
+      prompt_forms: task to prompt form, how it wants to be asked (`moejax.io.prompt_forms`).
     """
 
     params: Any
@@ -46,6 +47,7 @@ class Loaded:
     source: str = ""
     license: License = License()
     tensors: TensorSource | None = None
+    prompt_forms: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 # Called with (bytes done, bytes in all) after every tensor.

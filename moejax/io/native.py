@@ -4,6 +4,7 @@ moejax.json              format_version, config (ModelConfig), dtype, num_params
 params/                  orbax checkpoint of the parameter tree, by path
 tokenizer.json, ...      as in a Hugging Face folder
 generation_config.json   special token ids and sampling defaults
+prompt_forms.json        per task, how the model wants to be asked
 lineage.json             the operations that made the model
 LICENSE                  of the weights, where its text is known
 """
@@ -21,7 +22,7 @@ import numpy as np
 
 from moejax.core import tree
 from moejax.core.errors import InputError
-from moejax.io import atomic, card, host, lineage, native_parts, orbax
+from moejax.io import atomic, card, host, lineage, native_parts, orbax, prompt_forms
 from moejax.io.loaded import License, Loaded, Progress, Reading, main_dtype
 from moejax.io.safetensors import dtype_named
 from moejax.io.tokenizer import Tokenizer
@@ -76,6 +77,7 @@ def export_folder(
             atomic.write_json(folder / "generation_config.json", loaded.generation)
         if loaded.tokenizer is not None:
             loaded.tokenizer.save(folder)
+        prompt_forms.write(folder, loaded.prompt_forms)
         card.write_license(folder, loaded.license)
         lineage.write(folder, finish(loaded).lineage)
 
@@ -100,6 +102,7 @@ def import_folder(folder: str | os.PathLike[str], reading: Reading = Reading()) 
         str(folder),
         License(about.get("license"), card.read_license(folder).text),
         native_parts.source(folder / PARAMS, config, params) if reading.abstract else None,
+        prompt_forms.read(folder),
     )
 
 

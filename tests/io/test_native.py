@@ -1,5 +1,6 @@
 """Our own folder holds any model, and gives it back bit for bit."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import pytest
 
 from moejax.core import tree
 from moejax.core.errors import InputError
-from moejax.io import native_parts, stream
+from moejax.io import native_parts, prompt_forms, stream
 from moejax.io.load import License, Loaded, load_any, save_any
 from moejax.io.tokenizer import Tokenizer
 from moejax.models import transformer
@@ -56,6 +57,20 @@ def test_what_is_saved_comes_back(config, dtype, tmp_path):
     assert again.generation == saved.generation and again.license == saved.license
     assert again.tokenizer.encode("hello 12") == saved.tokenizer.encode("hello 12")
     assert [entry["op"] for entry in again.lineage] == ["export"]
+
+
+@pytest.mark.parametrize("format", ["orbax", "hf", "gguf"])
+def test_how_a_model_wants_to_be_asked_goes_along(tmp_path, format):
+    """prompt_forms.json: read, kept by what is made of the model, written in every format."""
+    config = ModelConfig("llama", VOCAB, 1, 16, 24, 2, 1, 8)
+    asked = dataclasses.replace(model(config), prompt_forms={"gsm8k": "chat"})
+    path = tmp_path / f"m.{format}"
+    save_any(asked, path, format, "float32")
+    assert prompt_forms.of(path) == load_any(path).prompt_forms == {"gsm8k": "chat"}
+    if format == "orbax":
+        (path / "prompt_forms.json").write_text('{"gsm8k": 1}')
+        with pytest.raises(InputError, match="an object of task and form is needed"):
+            load_any(path)
 
 
 def test_the_dtype_may_change_on_either_way(folder, tmp_path):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -182,6 +183,11 @@ def load_choices(
         items.append(_item(task, row, number, where))
     if not items:
         raise InputError(f"{name} is empty: one question per line is needed")
+    twice = [key for key, count in Counter(item.id for item in items).items() if count > 1]
+    if twice:
+        raise InputError(
+            f"{name}: {len(twice)} ids are there more than once, as {twice[0]!r}; ids must differ"
+        )
     return items
 
 
@@ -200,7 +206,8 @@ def _item(task: ChoiceTask, row: Any, number: int, where: str) -> ChoiceItem:
         )
     if not all(item.continuations):
         raise InputError(f"{where}: a choice is empty")
-    identifier = row.get("id") or row.get("idx") or f"{task.name}/{number}"
+    given = (row.get(key) for key in ("id", "idx"))
+    identifier = next((name for name in given if name not in (None, "")), f"{task.name}/{number}")
     return dataclasses.replace(item, id=str(identifier))
 
 
