@@ -57,6 +57,10 @@ TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest toke
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus of the sampling.", 0.0, 1.0)
 SEED = flags.DEFINE_integer("seed", 0, "Of the sampling and of the order of the data.")
 BATCH = flags.DEFINE_integer("batch_size", None, "Rows at a time; default 32, for nll 4.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Type of weights, arithmetic and cache."
+)
+MESH = flags.DEFINE_string("mesh", None, "Devices to split over, as tensor=4 or fsdp=2,tensor=2.")
 SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "Tokens per packed row (nll).", lower_bound=2)
 SHOTS = flags.DEFINE_integer("shots", 0, "Solved problems shown first.", lower_bound=0)
 SHOTS_DATA = flags.DEFINE_string(
@@ -146,6 +150,8 @@ def _settings() -> Settings:
         versus=None if VERSUS.value is None else Path(VERSUS.value),
         execute=samples is not None if EXECUTE.value is None else EXECUTE.value,
         dry_run=cli.DRY_RUN.value,
+        dtype=DTYPE.value,
+        mesh=MESH.value,
     )
 
 

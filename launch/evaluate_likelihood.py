@@ -53,6 +53,7 @@ def evaluate(settings: Settings) -> Outcome | None:
         "shots": settings.shots,
         "seed": settings.seed,
         "batch_size": settings.batch_size or _BATCH_SIZE,
+        "dtype": settings.dtype,
         "form": "text",
     }
     claim_folder(settings.out, asked, CLAIM)
@@ -66,7 +67,7 @@ def evaluate(settings: Settings) -> Outcome | None:
     else:
         with keeping(settings, len(items), passed) as (done, keep):
             records = choice.judge_choices(items, encoding, score, done=done, on_records=keep)
-    how = {name: asked[name] for name in ("model", "shots", "batch_size")}
+    how = {name: asked[name] for name in ("model", "shots", "batch_size", "dtype")}
     records = [
         {"task": settings.task, "form": "text", "overlap": shares.get(record["id"])}
         | record
@@ -97,7 +98,13 @@ def _scorer(loaded: Loaded, settings: Settings):
     most = 512 * (settings.batch_size or _BATCH_SIZE)
 
     def score(pairs):
-        return log_likelihoods(loaded.params, loaded.config, pairs, max_batch_tokens=most)
+        return log_likelihoods(
+            loaded.params,
+            loaded.config,
+            pairs,
+            max_batch_tokens=most,
+            options=settings.options,
+        )
 
     return score
 

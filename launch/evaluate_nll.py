@@ -34,6 +34,7 @@ def evaluate(settings: Settings) -> Outcome | None:
         "data": settings.data or "stdlib",
         "num": settings.num or _NUM,
         "seq_len": settings.seq_len,
+        "dtype": settings.dtype,
         "seed": settings.seed,
         "tokens_sha256": nll.tokens_hash(packed),
     }
@@ -44,6 +45,7 @@ def evaluate(settings: Settings) -> Outcome | None:
             loaded.config,
             packed,
             batch_size=settings.batch_size or 4,
+            options=settings.options,
             progress=lambda done, total: shown.update(done, total=total),
         )
     interval = measured.interval()

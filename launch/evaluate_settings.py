@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from launch.mesh_text import parse_mesh
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.evals import scores
@@ -23,6 +24,8 @@ from moejax.evals.tasks import Task
 from moejax.io import lineage, prompt_forms
 from moejax.io.atomic import read_json, write_json
 from moejax.io.load import Loaded, find_source, load_any
+from moejax.io.sharded import on_mesh
+from moejax.models.transformer import ForwardOptions
 
 CLAIM = "evaluate.json"  # in the folder: whose it is
 PARTIAL = "samples.partial.jsonl"  # in the folder while the run goes on
@@ -58,6 +61,13 @@ class Settings:
     grader: str | None = None
     versus: Path | None = None
     dry_run: bool = False
+    dtype: str = "float32"
+    mesh: str | None = None
+
+    @property
+    def options(self) -> ForwardOptions:
+        """How to compute."""
+        return ForwardOptions(compute_dtype=self.dtype)
 
 
 # What was measured: the run's settings, its records and its result; None after a dry run.
@@ -97,11 +107,14 @@ def model_hash(source: str | None) -> str | None:
 
 
 def load_model(settings: Settings) -> Loaded:
-    """The model on the device, in float32."""
+    """The model on the device, or split over a mesh of all of them."""
     assert settings.model is not None
-    loaded = load_any(settings.model, "float32")
+    place = on_mesh(parse_mesh(settings.mesh)) if settings.mesh else None
+    loaded = load_any(settings.model, settings.dtype, place=place)
     if loaded.tokenizer is None:
         raise InputError(f"{settings.model} has no tokenizer, so it cannot be asked anything")
+    if place is not None:
+        return loaded
     return dataclasses.replace(loaded, params=jax.device_put(loaded.params))
 
 
@@ -183,6 +196,6 @@ def describe(loaded: Loaded) -> None:
     console.print(
         f"model: {config.num_layers} layers of width {config.d_model}, "
         f"{tree.num_params(loaded.params):,} parameters, "
-        f"{tree.num_bytes(loaded.params) / 2**30:.2f} GiB in float32",
+        f"{tree.num_bytes(loaded.params) / 2**30:.2f} GiB",
         markup=False,
     )

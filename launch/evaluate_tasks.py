@@ -114,8 +114,10 @@ def _ask(
         stop_ids=tuple(tokenizer.eos_ids),
         seed=settings.seed,
         batch_size=min(config.chunk_size, total),
+        options=settings.options,
     )
-    kept = {name: asked[name] for name in ("max_new_tokens", "temperature", "top_p", "model")}
+    names = ("max_new_tokens", "temperature", "top_p", "dtype", "model")
+    kept = {name: asked[name] for name in names}
     config = dataclasses.replace(config, settings=kept)
     answer = answer_fn(loaded.params, loaded.config, tokenizer, drawing)
     with keeping(settings, total, passed) as (done, keep):
@@ -133,6 +135,7 @@ def _asked(settings: Settings, task: Task, items: Sequence[Item], form: str) -> 
         "num_samples": settings.num_samples,
         "batch_size": settings.batch_size or 32,
         "seed": settings.seed,
+        "dtype": settings.dtype,
         "max_new_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,
         "top_p": settings.top_p,

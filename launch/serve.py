@@ -21,12 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from jax.sharding import Mesh
 
 from launch import cli
+from launch.mesh_text import parse_mesh
 from moejax.core import tree
 from moejax.core.errors import InputError
-from moejax.core.mesh import AXES, make_mesh
 from moejax.io.load import Loaded, load_any
 from moejax.io.sharded import on_mesh
 from moejax.models.transformer import ForwardOptions
@@ -73,17 +72,6 @@ def main(argv: Sequence[str]) -> None:
         if loaded.tokenizer is None:
             raise InputError(f"{MODEL.value} has no tokenizer: texts cannot be read")
         _serve(loaded, listener, key)
-
-
-def parse_mesh(text: str) -> Mesh:
-    """The mesh of all devices that "fsdp=2,tensor=4" stands for."""
-    sizes = {}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if axis.strip() not in AXES or not size.strip().isdigit():
-            raise InputError(f"--mesh={text}: write axis=size, the axes are {', '.join(AXES)}")
-        sizes[axis.strip()] = int(size)
-    return make_mesh(*(sizes.get(axis, 1) for axis in AXES))
 
 
 def _read_key() -> str | None:

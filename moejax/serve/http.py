@@ -136,6 +136,9 @@ class _Server:
         except InputError as error:
             raise ApiError(400, str(error), getattr(error, "param", None)) from None
         num_samples = sum(one.num_samples for one in asked.requests)
+        if num_samples > self.config.max_open:  # never possible: no reason to try again
+            message = f"{num_samples} answers are wanted, the server takes {self.config.max_open}"
+            raise ApiError(400, f"{message} at a time: ask for fewer", "n")
         if self.num_open + num_samples > self.config.max_open:
             raise ApiError(
                 429,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import pytest
@@ -23,12 +25,6 @@ from tests.tiny_tokenizer import gguf_fields
 ROOT = Path(__file__).parents[2]
 
 
-def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launch.evaluate", "--compile_cache=", *flags]
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-
-
 # Runs the command on each list of flags, in one process to import jax once.
 ONE_AFTER_ANOTHER = """
 import contextlib, io, json, sys
@@ -36,15 +32,37 @@ from absl import flags
 from absl.testing import flagsaver
 from launch import cli, evaluate
 for argv in json.load(sys.stdin):
-    error = io.StringIO()
-    with flagsaver.flagsaver(), contextlib.redirect_stderr(error):
+    output, error = io.StringIO(), io.StringIO()
+    redirected = contextlib.redirect_stdout(output), contextlib.redirect_stderr(error)
+    with flagsaver.flagsaver(), redirected[0], redirected[1]:
         sys.argv = ["evaluate", "--compile_cache=", *argv]
         try:
             cli.run(evaluate.main)
         except SystemExit as stop:
-            code = stop.code
-    print(json.dumps([code, error.getvalue()]))
+            code = stop.code or 0
+    print("END", json.dumps([code, error.getvalue(), output.getvalue()]))
 """
+
+
+class End(NamedTuple):
+    code: int
+    error: str
+    output: str
+
+
+def one_after_another(*commands: list[str]) -> list[End]:
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_ANOTHER],
+        input=json.dumps(commands),
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    ends = [json.loads(row[4:]) for row in done.stdout.splitlines() if row.startswith("END ")]
+    return [End(*end) for end in ends]
 
 
 def samples(path: Path, field: str, **changes: str) -> str:
@@ -73,60 +91,52 @@ def folder(tmp_path_factory) -> Path:
 def test_functions_are_asked_graded_and_not_asked_again(folder):
     flags = ["--task=functions", f"--model={folder / 'model'}", f"--out={folder / 'functions'}"]
     flags += ["--num=3", "--max_new_tokens=4", "--batch_size=2", "--allow_code_execution"]
-    done = run(*flags)
-    assert done.returncode == 0, done.stderr
-    assert "pass@1 0.000 [0.000, 0.561], 3 tasks" in done.stdout
+    done, other = one_after_another(flags, [*flags, "--max_new_tokens=5"])
+    assert done.code == 0, done.error
+    assert "pass@1 0.000 [0.000, 0.561], 3 tasks" in done.output
+    assert other.code == 2 and other.error.count("\n") == 1
+    assert "max_new_tokens (4 there, 5 here)" in other.error
     path = folder / "functions" / "samples.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [record["id"] for record in records] == ["add", "multiply", "square"]
     result = json.loads((folder / "functions" / "result.json").read_text())
     assert result["form"] == "chat" and result["pass_at_1_n"] == 3 and "jax" in str(result)
     path.write_text("".join(json.dumps({**r, "mark": 1}) + "\n" for r in records[:2]))
-    assert run(*flags).returncode == 0
-    again = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [record.get("mark") for record in again] == [1, 1, None]
-    assert again[2]["completion"] == records[2]["completion"]
-    other = run(*flags, "--max_new_tokens=5")
-    assert other.returncode == 2 and other.stderr.count("\n") == 1
-    assert "max_new_tokens (4 there, 5 here)" in other.stderr
+    # As a user runs it: a process of its own.
+    command = [sys.executable, "-m", "launch.evaluate", "--compile_cache=", *flags]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record.get("mark") for record in found] == [1, 1, None]
+    assert found[2]["completion"] == records[2]["completion"]
 
 
 def test_a_models_folder_says_how_it_wants_to_be_asked(folder, tmp_path):
-    path = folder / "model" / "prompt_forms.json"
-    flags = ["--task=functions", f"--model={folder / 'model'}", "--num=1", "--dry_run"]
-    flags += [f"--out={tmp_path / 'out'}"]
-    try:
-        path.write_text('{"functions": "haiku"}')
-        ((code, error),) = one_after_another(flags)
-        assert code == 2 and "prompt_forms.json: task functions has no prompt form 'haiku'" in error
-        path.write_text('{"functions": "fence"}')
-        done = run(*flags)
-        assert done.returncode == 0 and "prompt form 'fence'" in done.stdout
-    finally:
-        path.unlink()
+    flags = ["--task=functions", "--num=1", "--dry_run", f"--out={tmp_path / 'out'}"]
+    for form in ("haiku", "fence"):
+        shutil.copytree(folder / "model", tmp_path / form)
+        (tmp_path / form / "prompt_forms.json").write_text(json.dumps({"functions": form}))
+    haiku, fence = one_after_another(
+        *([*flags, f"--model={tmp_path / form}"] for form in ("haiku", "fence"))
+    )
+    assert haiku.code == 2
+    assert "prompt_forms.json: task functions has no prompt form 'haiku'" in haiku.error
+    assert fence.code == 0 and "prompt form 'fence'" in fence.output
 
 
 def test_held_out_loss_is_near_that_of_chance_for_a_random_model(folder):
     flags = ["--task=nll", f"--model={folder / 'model'}", f"--data={folder / 'data.jsonl'}"]
     flags += [f"--out={folder / 'nll'}", "--num=4", "--seq_len=64"]
-    dry = run(*flags, "--dry_run")
-    assert dry.returncode == 0 and "answer tokens" in dry.stdout and "GiB" in dry.stdout
-    assert not (folder / "nll").exists()
-    done = run(*flags)
-    assert done.returncode == 0, done.stderr
+    dry, done = one_after_another([*flags, "--dry_run", "--out=no/such"], flags)
+    assert dry.code == 0 and "answer tokens" in dry.output and "GiB" in dry.output
+    assert not (ROOT / "no").exists()
+    assert done.code == 0, done.error
     result = json.loads((folder / "nll" / "result.json").read_text())
     low, high = result["nll_interval"]
     assert low <= result["nll"] <= high and 4 < result["nll"] < 7  # ln 270 = 5.6
     records = [json.loads(x) for x in (folder / "nll" / "samples.jsonl").read_text().splitlines()]
     assert sum(record["num_tokens"] for record in records) == result["nll_tokens"]
-
-
-def test_samples_made_elsewhere_are_graded(tmp_path):
-    good = samples(tmp_path / "good.jsonl", "solution", square="def square(x): return 2 * x")
-    done = run("--task=functions", good, f"--out={tmp_path / 'out'}", "--allow_code_execution")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["verdicts"] == {"pass": len(load_items(FUNCTIONS)) - 1, "wrong": 1}
 
 
 def test_what_is_refused_is_one_line_and_leaves_nothing(folder, tmp_path):
@@ -154,35 +164,11 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(folder, tmp_path):
         (["--task=nll", out, model, "--data=/no/such.jsonl"], "/no/such.jsonl"),
         (["--task=poetry", out, model], "functions|humaneval"),
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", ONE_AFTER_ANOTHER],
-        input=json.dumps([flags for flags, _ in cases]),
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    ends = [json.loads(line) for line in done.stdout.splitlines()]
-    for (flags, message), (code, error) in zip(cases, ends, strict=True):
+    ends = one_after_another(*(flags for flags, _ in cases))
+    for (flags, message), (code, error, _) in zip(cases, ends, strict=True):
         assert code == 2 and message in error and error.count("\n") == 1, (flags, code, error)
         assert error.startswith("error: ")
     assert not (tmp_path / "new").exists()
-
-
-def one_after_another(*commands: list[str]) -> list[tuple[int, str]]:
-    done = subprocess.run(
-        [sys.executable, "-c", ONE_AFTER_ANOTHER.replace("print(json", "print('END', json")],
-        input=json.dumps(commands),
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(row[4:]) for row in done.stdout.splitlines() if row.startswith("END ")]
 
 
 def lines(path: Path, *rows: dict) -> Path:
@@ -221,8 +207,10 @@ def test_other_tasks_from_samples_to_results(folder, tmp_path):
          f"--overlap={tmp_path / 'overlap.json'}"],
         ["--task=choice", f"--model={folder / 'model'}", f"--data={data['choices']}", "--shots=1",
          f"--out={tmp_path / 'choice'}"],
+        ["--task=functions", samples(tmp_path / "functions.jsonl", "solution",
+                                     square="def square(x): return 2 * x")],
     )  # fmt: skip
-    assert [code for code, _ in ends] == [0, 2, 0, 0, 2, 0, 2, 2, 0], ends
+    assert [end.code for end in ends] == [0, 2, 0, 0, 2, 0, 2, 2, 0, 0], ends
     assert "k = 3 needs as many samples; 'T/0' has 2" in ends[1][1]
     assert "no sample for 3 of 4 tasks: 1, 2, 3" in ends[4][1]
     assert "go together" in ends[6][1] and "no overlap of task humaneval" in ends[7][1]
@@ -244,5 +232,9 @@ def test_other_tasks_from_samples_to_results(folder, tmp_path):
     ]
     assert [record["overlap"] for record in records] == [0.5, 0, 0, 0]
     assert result("part.own")["num_missing"] == 3
+    assert result("functions.functions")["verdicts"] == {
+        "pass": len(load_items(FUNCTIONS)) - 1,
+        "wrong": 1,
+    }
     choice = result("choice")
     assert choice["acc"] == 0.5 and len(choice["model_sha256"]) == 64
