@@ -7,7 +7,8 @@ to the largest of its layer (error at most 4.4 %; below 2^-15.75 of the largest 
 folder/part_00000.npz  of consecutive texts: "text" (which), "context" [N, E], "loss" [N], per
                        criterion "heads/NAME" float32 [N, L, H], "neurons/NAME" int8 [N, L, F] and
                        "largest/NAME" float32 [N, L]; rows of `moejax.methods.shadow_dejavu`
-pooled.npz             sums over texts in float64, and how many there were of each criterion
+folder/pooled_00000.npz  of the same texts: float64 sums of the unrounded scores of every criterion
+                       and how many texts had it, held-out texts apart
 """
 
 from __future__ import annotations
