@@ -11,7 +11,8 @@
 Arrays are named with their logical shape: B batch, T query tokens, S key tokens, N flat tokens,
 K experts per token, R routed rows, E experts, J routed experts, D model, F feed-forward, H heads,
 G key-value heads, C head size, V vocabulary, L layers, U units of a mask (heads, or blocks of
-neurons). Inside shard_map the same letters carry the prefix ``local_``. Importing this package touches no device.
+neurons). Inside shard_map the same letters carry the prefix ``local_``. Importing this package
+touches no device.
 """
 
 from __future__ import annotations
