@@ -10,18 +10,20 @@ harness's own rule; texts longer than the model reads are split into its disjoin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 
 from moejax.core import tree
 from moejax.core.errors import InputError
+from moejax.evals.run import Question, answer_fn
 from moejax.evals.tasks.base import cut
 from moejax.evals.text_likelihood import Encoding
 from moejax.io.tokenizer import Tokenizer
 from moejax.models.config import ModelConfig
-from moejax.serve.generate import GenerateConfig, context_length, generate, prepare
+from moejax.serve.generate import GenerateConfig, context_length, prepare
 from moejax.serve.likelihood import log_likelihoods
 from moejax.serve.sampling import SamplingConfig
 
@@ -91,13 +93,15 @@ def harness_model(
             for _, context, continuation in requests:
                 room = encoding.max_tokens + 1 - len(continuation)
                 pairs.append((context[-max(room, 1) :], continuation))
-            found = log_likelihoods(params, config, pairs, **scoring)
+            with _shown("moejax: scored", len(pairs), disable_tqdm) as progress:
+                found = log_likelihoods(params, config, pairs, progress=progress, **scoring)
             return [(one.log_prob, one.greedy) for one in found]
 
         def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
             windows = [encoding.windows(request.args[0]) for request in requests]
             pairs = [pair for part in windows for pair in part]
-            found = iter(log_likelihoods(params, config, pairs, **scoring))
+            with _shown("moejax: scored", len(pairs), disable_tqdm) as progress:
+                found = iter(log_likelihoods(params, config, pairs, progress=progress, **scoring))
             return [sum(next(found).log_prob for _ in part) for part in windows]
 
         def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
@@ -105,10 +109,16 @@ def harness_model(
                 ready.append(prepare(params))
             asked = [request.args for request in requests]
             answers: dict[int, str] = {}
-            for kwargs, indices in _alike([how for _, how in asked]):
-                texts = [asked[i][0] for i in indices]
-                answered = _answer(ready[0], config, encoding, settings, texts, kwargs)
-                answers.update(zip(indices, answered, strict=True))
+            with _shown("moejax: answered", len(asked), disable_tqdm) as progress:
+                for kwargs, indices in _alike([how for _, how in asked]):
+                    texts = [asked[i][0] for i in indices]
+                    drawing = _drawing(encoding, settings, kwargs, len(texts))
+                    answer = answer_fn(ready[0], config, tokenizer, drawing)
+                    questions = _questions(encoding, drawing, texts, kwargs)
+                    longest = max(len(question.ids) for question in questions)
+                    for place, _, one in answer(questions, longest):
+                        answers[indices[place]] = cut(one.text, questions[place].stop)
+                        progress(len(answers), len(asked))
             return [answers[i] for i in range(len(asked))]
 
         def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
@@ -128,29 +138,39 @@ def _alike(settings: Sequence[dict]) -> list[tuple[dict, list[int]]]:
     return list(groups.values())
 
 
-def _answer(
-    params: tree.Tree,
-    config: ModelConfig,
-    encoding: Encoding,
-    settings: HarnessConfig,
-    texts: Sequence[str],
-    how: dict[str, Any],
-) -> list[str]:
-    until = how.get("until") or []
-    stops = [until] if isinstance(until, str) else list(until)
+def _drawing(
+    encoding: Encoding, settings: HarnessConfig, how: dict[str, Any], num_texts: int
+) -> GenerateConfig:
+    """How the harness's `gen_kwargs` want answers to be drawn."""
     most = int(how.get("max_gen_toks") or how.get("max_new_tokens") or settings.max_new_tokens)
-    room = encoding.max_tokens - most
-    if room < 1:
+    if most >= encoding.max_tokens:
         raise InputError(f"{most} new tokens leave no room in the {encoding.max_tokens} read")
     sampled = how.get("do_sample", (how.get("temperature") or 0) > 0)
     temperature = float(how.get("temperature") or 1.0) if sampled else 0.0
-    drawing = GenerateConfig(
+    return GenerateConfig(
         max_new_tokens=most,
         sampling=SamplingConfig(temperature=temperature, top_p=float(how.get("top_p") or 1.0)),
         stop_ids=tuple(encoding.tokenizer.eos_ids),
         seed=settings.seed,
-        batch_size=settings.batch_size,
+        batch_size=min(settings.batch_size, num_texts),
     )
+
+
+def _questions(
+    encoding: Encoding, drawing: GenerateConfig, texts: Sequence[str], how: dict[str, Any]
+) -> list[Question]:
+    """The texts, cut on the left to what leaves room for an answer, and what ends one."""
+    until = how.get("until") or []
+    stops = tuple(filter(None, [until] if isinstance(until, str) else until))
+    room = encoding.max_tokens - drawing.max_new_tokens
     prompts = [(encoding.encode(text) or [encoding.prefix_id])[-room:] for text in texts]
-    completions = generate(params, config, prompts, drawing)
-    return [cut(encoding.tokenizer.decode(one.ids), stops) for one in completions]
+    return [Question(tuple(ids), stops, index) for index, ids in enumerate(prompts)]
+
+
+@contextmanager
+def _shown(what: str, total: int, silent: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar of the harness's own kind; yields what takes (done, total)."""
+    from tqdm import tqdm  # comes with lm-eval
+
+    with tqdm(total=total, desc=what, disable=silent) as bar:
+        yield lambda done, total: bar.update(done - bar.n)

@@ -26,6 +26,18 @@ def test_it_is_stable_for_many_samples():
         np.testing.assert_allclose(estimate(n, c, k), float(exact(n, c, k)), rtol=1e-10)
 
 
+def test_it_is_the_papers_product_on_random_counts():
+    """Chen et al. 2021, arXiv 2107.03374, section 2.1: what human-eval computes."""
+    rng = np.random.default_rng(0)
+    n = rng.integers(1, 300, 500)
+    c, k = rng.integers(0, n + 1), rng.integers(1, n + 1)
+    for one in zip(n, c, k, strict=True):
+        left = one[0] - one[1]
+        product = np.prod(1 - one[2] / np.arange(left + 1, one[0] + 1))
+        wanted = 1.0 if left < one[2] else 1 - product
+        np.testing.assert_allclose(estimate(*one), wanted, rtol=1e-12, atol=1e-15)
+
+
 def test_published_values():
     """The worked example of the references: n 10, c 3."""
     assert estimate(10, 3, 1) == pytest.approx(0.3)
