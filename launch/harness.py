@@ -17,11 +17,14 @@ from absl import flags
 
 from launch import cli
 from launch.evaluate_settings import console, environment, model_hash
+from launch.mesh_text import parse_mesh
 from moejax.core.errors import InputError
 from moejax.evals.harness import HarnessConfig, harness_model
 from moejax.evals.samples import write_samples
 from moejax.io.atomic import write_json
 from moejax.io.load import load_any
+from moejax.io.sharded import on_mesh
+from moejax.models.transformer import ForwardOptions
 
 MODEL = flags.DEFINE_string("model", None, "Model folder, .gguf file or hub id.")
 TASKS = flags.DEFINE_list("tasks", None, "Names of the harness's tasks.")
@@ -30,6 +33,10 @@ SHOTS = flags.DEFINE_integer("shots", None, "Solved examples shown; default the 
 NUM = flags.DEFINE_integer("num", None, "Most examples of each task.", lower_bound=1)
 INCLUDE = flags.DEFINE_string("include_path", None, "Folder with task files of your own.")
 BATCH = flags.DEFINE_integer("batch_size", 16, "Rows at a time.", lower_bound=1)
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Type of weights, arithmetic and cache."
+)
+MESH = flags.DEFINE_string("mesh", None, "Devices to split over, as tensor=4 or fsdp=2,tensor=2.")
 SEED = flags.DEFINE_integer("seed", 0, "Of sampled answers and of the harness.")
 CHAT = flags.DEFINE_bool("apply_chat_template", False, "Ask in the model's chat template.")
 UNSAFE = flags.DEFINE_bool(
@@ -55,14 +62,16 @@ def main(argv: Sequence[str]) -> None:
     if unknown:
         raise InputError(f"lm-eval knows no task {unknown[0]!r}: `lm_eval ls tasks` lists them")
     assert MODEL.value and TASKS.value and OUT.value
-    loaded = load_any(MODEL.value, "float32", abstract=cli.DRY_RUN.value)
+    place = on_mesh(parse_mesh(MESH.value)) if MESH.value and not cli.DRY_RUN.value else None
+    loaded = load_any(MODEL.value, DTYPE.value, abstract=cli.DRY_RUN.value, place=place)
     if loaded.tokenizer is None:
         raise InputError(f"{MODEL.value} has no tokenizer, so it cannot be asked anything")
     if cli.DRY_RUN.value:
         console.print(f"{', '.join(TASKS.value)} on {MODEL.value}", markup=False)
         return
     began = time.perf_counter()
-    settings = HarnessConfig(BATCH.value, 128 * BATCH.value, seed=SEED.value)
+    options = ForwardOptions(compute_dtype=DTYPE.value)
+    settings = HarnessConfig(BATCH.value, 128 * BATCH.value, seed=SEED.value, options=options)
     lm = harness_model(loaded.params, loaded.config, loaded.tokenizer, settings, MODEL.value)
     found = lm_eval.simple_evaluate(
         model=lm,

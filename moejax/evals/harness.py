@@ -23,6 +23,7 @@ from moejax.evals.tasks.base import cut
 from moejax.evals.text_likelihood import Encoding
 from moejax.io.tokenizer import Tokenizer
 from moejax.models.config import ModelConfig
+from moejax.models.transformer import ForwardOptions
 from moejax.serve.generate import GenerateConfig, context_length, prepare
 from moejax.serve.likelihood import log_likelihoods
 from moejax.serve.sampling import SamplingConfig
@@ -38,6 +39,7 @@ class HarnessConfig:
       max_new_tokens: of an answer, where the task does not say.
       seed: of sampled answers.
       add_bos: put BOS before every context (Gemma's tokenizers want it).
+      options: how to compute.
     """
 
     batch_size: int = 16
@@ -45,6 +47,7 @@ class HarnessConfig:
     max_new_tokens: int = 256
     seed: int = 0
     add_bos: bool = False
+    options: ForwardOptions = ForwardOptions()
 
 
 def harness_model(
@@ -65,7 +68,10 @@ def harness_model(
         raise InputError("the harness needs lm-eval: pip install 'moejax[eval]'") from None
     params = jax.device_put(params)
     encoding = Encoding(tokenizer, context_length(config), settings.add_bos)
-    scoring: dict[str, Any] = {"max_batch_tokens": settings.max_batch_tokens}
+    scoring: dict[str, Any] = {
+        "max_batch_tokens": settings.max_batch_tokens,
+        "options": settings.options,
+    }
     ready: list[tree.Tree] = []  # the tree as decoding reads it, made when first needed
 
     class MoejaxLM(TemplateLM):
@@ -106,7 +112,7 @@ def harness_model(
 
         def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
             if not ready:
-                ready.append(prepare(params))
+                ready.append(prepare(params, settings.options.compute_dtype))
             asked = [request.args for request in requests]
             answers: dict[int, str] = {}
             with _shown("moejax: answered", len(asked), disable_tqdm) as progress:
@@ -153,6 +159,7 @@ def _drawing(
         stop_ids=tuple(encoding.tokenizer.eos_ids),
         seed=settings.seed,
         batch_size=min(settings.batch_size, num_texts),
+        options=settings.options,
     )
 
 

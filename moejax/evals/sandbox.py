@@ -130,11 +130,11 @@ def run_many(
 ) -> list[Verdict]:
     """Runs jobs side by side and returns their verdicts in order.
 
-    By default two per core, up to eight: half of a short run is waiting for the kernel.
+    By default two per core, up to 64: half of a short run is waiting for the kernel.
     """
     require_permission(allow_code_execution)
     mode, used = working_mode(), limits or Limits()
-    with ThreadPoolExecutor(num_workers or min(8, 2 * (os.cpu_count() or 1))) as pool:
+    with ThreadPoolExecutor(num_workers or min(64, 2 * (os.cpu_count() or 1))) as pool:
         return list(pool.map(lambda job: _run_patiently(mode, job, used), jobs))
 
 
