@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from launch.bench_serve import _model_path
+from launch.smollm2 import gguf_path
 from moejax.evals.harness import HarnessConfig, harness_model
 from moejax.io.load import load_any, save_any
 
@@ -106,7 +106,7 @@ def main(data: Path, num: int) -> None:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    loaded = load_any(_model_path(), "float32")
+    loaded = load_any(gguf_path(), "float32")
     assert loaded.tokenizer is not None
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -51,10 +51,14 @@ def python_pairs(data: Path, wrong: bool) -> tuple[Pairs, Pairs]:
     humaneval = load_items(TASKS["humaneval"], str(data / "HumanEval.jsonl.gz"))
     mbpp = load_items(TASKS["mbpp"], str(data / "mbpp.jsonl"))
     if not wrong:
-        return (
-            [(item, item.row["prompt"] + item.row["canonical_solution"]) for item in humaneval],
-            [(item, item.row["code"]) for item in mbpp],
-        )
+        right = [
+            [
+                (item, item.row.get("code") or item.row["prompt"] + item.row["canonical_solution"])
+                for item in items
+            ]
+            for items in (humaneval, mbpp)
+        ]
+        return right[0], right[1]
     bodies = ("import os; os._exit(0)", "return None")
     leaving = [
         (item, f"def {item.row['entry_point']}(*a, **k):\n    {body}\n")
