@@ -138,7 +138,8 @@ def run(
     questions, owners = _questions(items, prompts, ids, config.num_samples, records)
     if not questions:
         return [records[key] for key in wanted]
-    new, began = [], time.perf_counter()
+    new: list[Record] = []
+    began = time.perf_counter()
 
     def judge() -> None:
         seconds = round((time.perf_counter() - began) / len(new), 4)
