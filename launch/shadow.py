@@ -24,7 +24,7 @@ generate  continues prompts: the prompt dense, then with what RUN/predictor (--p
           it needs. --audit_share of the requests are compared with the dense model, which takes
           over once their mean drift passes --audit_limit.
 
-`configs/shadow/smollm2.py:tiny` goes through all stages in about two minutes.
+`configs/shadow/smollm2.py:tiny` goes through all stages in a few minutes.
 """
 
 from __future__ import annotations

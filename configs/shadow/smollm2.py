@@ -7,7 +7,7 @@ Command:  for stage in collect train evaluate report; do
 Hardware: 2 CPU cores, 8 GiB; meant to stay under 3 hours. Every stage goes on where it stopped.
 Expected: with local budgets predicted masks lose fewer nats than static ones and than DejaVu's; of
           `:reduced` -0.22 and -0.27 nats per token at 50 % (BUILD.md). The whole was not run yet.
-          `:tiny` goes through every stage on the model's first layers in about two minutes and
+          `:tiny` goes through every stage on the model's first layers in a few minutes and
           shows nothing but that they work; `:reduced` is a part of the study of about an hour.
 """
 

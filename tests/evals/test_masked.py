@@ -54,7 +54,8 @@ def test_it_is_one_pass_with_the_prompt_dense():
         ids = [*PAIRS[at][0], *PAIRS[at][1]]
         tokens[row, : len(ids)], prompts[row] = ids, len(PAIRS[at][0])
     inserted = shadow_mask.inserted_of(mask, CONFIG, SIZES, prompts)
-    logs = jax.nn.log_softmax(transformer.logits(PARAMS, CONFIG, tokens, inserted=inserted))
+    run = jax.jit(lambda p: transformer.logits(p, CONFIG, tokens, inserted=inserted))
+    logs = jax.nn.log_softmax(run(PARAMS))
     for row, at in enumerate(BATCH.rows):
         first, count = len(PAIRS[at][0]), len(PAIRS[at][1])
         scored = np.arange(first, first + count)
@@ -65,15 +66,14 @@ def test_it_is_one_pass_with_the_prompt_dense():
 def test_signals_are_those_of_the_prompt():
     signal = READ().signals
     assert signal["context"].shape == (4, 32) and signal["griffin"].shape == (3, 4, 48)
-    for row, at in enumerate(BATCH.rows):
-        alone = masked.batches([PAIRS[at]], 200)[0]  # without the others' padding
-        alone = dataclasses.replace(
-            alone, prompt_BP=np.array([PAIRS[at][0]]), start_B=np.zeros(1, int)
-        )
-        want = masked.read_prompts(PARAMS, CONFIG, alone).signals
-        np.testing.assert_allclose(signal["context"][row], want["context"][0], rtol=1e-4, atol=1e-6)
-        for name in ("attn_in", "mlp_in", "griffin"):
-            np.testing.assert_allclose(signal[name][:, row], want[name][:, 0], rtol=1e-4, atol=1e-5)
+    row = BATCH.rows.index(0)
+    alone = masked.batches(PAIRS[:1], 200)[0]  # without the others, and without padding
+    prompt = np.array([PAIRS[0][0]])
+    alone = dataclasses.replace(alone, prompt_BP=prompt, start_B=np.zeros(1, int))
+    want = masked.read_prompts(PARAMS, CONFIG, alone).signals
+    np.testing.assert_allclose(signal["context"][row], want["context"][0], rtol=1e-4, atol=1e-6)
+    for name in ("attn_in", "mlp_in", "griffin"):
+        np.testing.assert_allclose(signal[name][:, row], want[name][:, 0], rtol=1e-4, atol=1e-5)
 
 
 def test_choices_of_a_question_stay_together():
@@ -120,7 +120,8 @@ def test_cats_is_its_formula():
     params = transformer.init_params(config, jax.random.key(1))
     tokens, limit = jnp.array([[1, 2, 3, 4, 5]]), 0.1
     inserted = shadow_rivals.thresholding(config, {"gate": jnp.array([limit])})
-    got = transformer.forward(params, config, tokens, inserted=inserted).hidden_BTD
+    run = jax.jit(lambda p, i=inserted: transformer.forward(p, config, tokens, inserted=i))
+    got = run(params).hidden_BTD
     layer = jax.tree.map(lambda w: w[0], params["layers"]["0"])
 
     def norm(x, scale):
@@ -129,7 +130,7 @@ def test_cats_is_its_formula():
     off = jax.tree.map(lambda w: w, params)
     off["layers"]["0"]["mlp"] = jax.tree.map(jnp.zeros_like, params["layers"]["0"]["mlp"])
     seen = transformer.Inserted(after=lambda i, x, kept: (x, x), kept=jnp.zeros((1, 5, 32)))
-    x = transformer.forward(off, config, tokens, inserted=seen).kept
+    x = jax.jit(lambda p: transformer.forward(p, config, tokens, inserted=seen).kept)(off)
     n = norm(x, layer["mlp_norm"]["scale"])
     gate = jax.nn.silu(n @ layer["mlp"]["w_gate"])
     keep = jnp.abs(gate) >= limit

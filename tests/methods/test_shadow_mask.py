@@ -39,8 +39,9 @@ def random_scores(sizes, *lead):
     return masks.Mask(*(jnp.asarray(draw.random(shape)) for shape in shapes))
 
 
-@pytest.mark.parametrize("config", [LLAMA, OPT], ids=["llama", "opt"])
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(
+    ("config", "split"), [(LLAMA, False), (OPT, True)], ids=["llama", "opt_split"]
+)
 def test_all_ones_is_the_dense_model_bit_for_bit(config, split):
     params = params_of(config)
     params = transformer.split_layers(params) if split else params

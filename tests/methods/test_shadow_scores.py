@@ -25,7 +25,7 @@ def test_gates_derivative_is_snip():
 
     config = dataclasses.replace(LLAMA, moe=MoEConfig(3, 2))
     params = transformer.init_params(config, jax.random.key(0))
-    found = measure(params, config, TEXT, Asked(("snip", "plainact")), len(TOKENS))
+    found = measure(params, config, TEXT, Asked(("snip",)), len(TOKENS))
     assert found["neurons"]["snip"].shape == (L, 3 * F)
 
     def loss(heads, neurons):
