@@ -41,10 +41,10 @@ def main(values: dict[str, Any]) -> None:
     ids = [_encoded(model, text, values["raw"]) for text in prompts]
     began, num_tokens = time.perf_counter(), 0
     for first in range(0, len(ids), values["batch_size"]):
-        batch = ids[first : first + values["batch_size"]]
+        batch, fell_back = ids[first : first + values["batch_size"]], audit.dense
         for at, answer in enumerate(_answers(ready, model, batch, first, audit, values)):
             num_tokens += len(answer.ids)
-            print(f"--- {first + at}{' (dense)' if audit.dense else ''}")
+            print(f"--- {first + at}{' (dense)' if fell_back else ''}")
             print(model.tokenizer.decode(answer.ids), flush=True)
     rate = num_tokens / (time.perf_counter() - began)
     print(f"---\nspeed    {num_tokens} tokens, {rate:.1f}/s with prompts, compiling and audits")
@@ -127,7 +127,7 @@ def _answers(ready, model: Model, batch, first: int, audit: Audit, values) -> li
         ready = dataclasses.replace(ready, policy=dense)
     sampling = SamplingConfig(values["temperature"])
     skips = ready.policy.sparsity is not None
-    wanted = [skips and audit.wants(first + at) for at in range(len(batch))]
+    wanted = [audit.wants(first + at) and skips for at in range(len(batch))]
     answers = sparse.generate(
         ready,
         batch,

@@ -86,8 +86,8 @@ def test_an_audit_past_the_limit_turns_to_the_dense_model(asked, capsys):
     prompts = ["hello ab", "count", "say 1", "say 2", "hello ab"]
     changes = {"audit_share": 1.0, "audit_limit": 1e-9, "prompt": prompts}
     out = said(asked, capsys, **changes)
-    assert "4 of 5 requests run dense as well" not in out  # the fifth is counted by nobody
-    assert "--- 4 (dense)" in out and "dense since request 4" in out
+    assert "4 of 5 requests run dense as well" in out and "dense since request 4" in out
+    assert "--- 3\n" in out and "--- 4 (dense)\n" in out
     assert answers(out)[4:] == answers(said(asked, capsys, policy="dense", prompt=prompts[4:]))
 
 
