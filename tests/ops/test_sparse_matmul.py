@@ -42,8 +42,15 @@ def close(got, wanted, dtype="float32"):
     np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE[dtype] * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize(("case", "batch"), [("some", 3), ("one", 1), ("twice", 1)])
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("name", "case", "batch"),
+    [
+        *[(name, "some", 3) for name in IMPLEMENTATIONS],
+        *[(name, "twice", 1) for name in ("cpu", "native")],
+        *[pytest.param("tpu", case, 1, marks=pytest.mark.slow) for case in ("one", "twice")],
+        *[pytest.param("gpu", case, 1, marks=pytest.mark.slow) for case in ("one", "twice")],
+    ],
+)
 def test_both_directions_equal_the_definition(name, case, batch):
     chosen = np.asarray(CHOSEN[case])
     w, x, h = draw(M, P, D), draw(batch, D, seed=1), draw(batch, len(chosen), P, seed=2)

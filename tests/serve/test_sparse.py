@@ -91,7 +91,17 @@ def close(got, wanted):
     np.testing.assert_allclose(got, wanted, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize(("case", "refresh"), [(c, 0) for c in CASES] + [("gqa_groups", 3)])
+@pytest.mark.parametrize(
+    ("case", "refresh"),
+    [
+        ("opt", 0),
+        ("gqa_groups", 3),
+        ("experts", 0),
+        pytest.param("gqa_groups", 0, marks=pytest.mark.slow),
+        pytest.param("gqa_heads", 3, marks=pytest.mark.slow),
+        pytest.param("norm_of_all_heads", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_the_fast_path_is_the_masked_model(case, refresh):
     """Also where the mask changes on the way: keys and values of skipped heads are there."""
     params, model = model_of(case, refresh)
@@ -114,7 +124,7 @@ def test_a_refresh_changes_the_mask():
     assert not np.array_equal(before.kept.blocks, after.kept.blocks)
 
 
-@pytest.mark.parametrize("case", ["opt", "experts"])
+@pytest.mark.parametrize("case", ["opt", pytest.param("experts", marks=pytest.mark.slow)])
 def test_rows_of_a_batch_are_the_rows_alone(case):
     """The union of what two rows keep, each row under its own factors."""
     _, model = model_of(case, 4)
