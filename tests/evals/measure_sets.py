@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from moejax.evals.sandbox import Limits
 from moejax.evals.tasks import TASKS, Grade, Grading, Item, load_items
 
 HERE = Path(__file__).parent / "tasks"
@@ -139,7 +140,8 @@ def main() -> None:
     parser.add_argument("--package_folders", default="")
     flags = parser.parse_args()
     folders = tuple(filter(None, flags.package_folders.split(",")))
-    grading = Grading(package_folders=folders, allow_code_execution=True)
+    # launch.evaluate's limits
+    grading = Grading(Limits(wall_s=15.0, cpu_s=5), folders, allow_code_execution=True)
     if re.search(flags.only, "gsm8k"):
         agree, total = gsm8k(flags.data)
         print(f"gsm8k: {agree} of {total} verdicts are the published ones", flush=True)
