@@ -114,18 +114,8 @@ def harness_model(
             if not ready:
                 ready.append(prepare(params, settings.options.compute_dtype))
             asked = [request.args for request in requests]
-            answers: dict[int, str] = {}
             with _shown("moejax: answered", len(asked), disable_tqdm) as progress:
-                for kwargs, indices in _alike([how for _, how in asked]):
-                    texts = [asked[i][0] for i in indices]
-                    drawing = _drawing(encoding, settings, kwargs, len(texts))
-                    answer = answer_fn(ready[0], config, tokenizer, drawing)
-                    questions = _questions(encoding, drawing, texts, kwargs)
-                    longest = max(len(question.ids) for question in questions)
-                    for place, _, one in answer(questions, longest):
-                        answers[indices[place]] = cut(one.text, questions[place].stop)
-                        progress(len(answers), len(asked))
-            return [answers[i] for i in range(len(asked))]
+                return _answers(ready[0], config, encoding, settings, asked, progress)
 
         def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
             return tokenizer.apply_chat(chat_history, add_generation_prompt)
@@ -142,6 +132,28 @@ def _alike(settings: Sequence[dict]) -> list[tuple[dict, list[int]]]:
     for i, how in enumerate(settings):
         groups.setdefault(repr(sorted(how.items(), key=str)), (how, []))[1].append(i)
     return list(groups.values())
+
+
+def _answers(
+    params: tree.Tree,
+    config: ModelConfig,
+    encoding: Encoding,
+    settings: HarnessConfig,
+    asked: Sequence[tuple[str, dict]],
+    progress: Callable[[int, int], None],
+) -> list[str]:
+    """Answers to (text, gen_kwargs), up to what is to end them."""
+    answers: dict[int, str] = {}
+    for kwargs, indices in _alike([how for _, how in asked]):
+        texts = [asked[i][0] for i in indices]
+        drawing = _drawing(encoding, settings, kwargs, len(texts))
+        answer = answer_fn(params, config, encoding.tokenizer, drawing)
+        questions = _questions(encoding, drawing, texts, kwargs)
+        longest = max(len(question.ids) for question in questions)
+        for place, _, one in answer(questions, longest):
+            answers[indices[place]] = cut(one.text, questions[place].stop)
+            progress(len(answers), len(asked))
+    return [answers[i] for i in range(len(asked))]
 
 
 def _drawing(
