@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from moejax.moe.tuned import tuned_ffn
 from moejax.ops.gated_ffn import Activation
+from moejax.ops.grouped_ffn_cpu import grouped_ffn_cpu
 from moejax.ops.grouped_gated import grouped_gated
-from moejax.ops.grouped_matmul import grouped_matmul
+from moejax.ops.grouped_matmul import chosen, grouped_matmul
 
 ExpertParams = dict[str, Any]  # stacks by name, and maybe "tuned" (`moejax.moe.tuned`)
 _HIDDEN = ("w_gate", "w_up", "b_gate", "b_up")
@@ -27,6 +28,10 @@ def grouped_ffn(
     """
     if "tuned" in params:
         return tuned_ffn(params, rows_RD, group_sizes_E, activation, implementation)
+    biased = any(name.startswith("b_") for name in params)
+    if chosen(implementation) == "cpu" and not biased and rows_RD.shape[0]:
+        ws = (params[name].astype(rows_RD.dtype) for name in ("w_gate", "w_up", "w_down"))
+        return grouped_ffn_cpu(activation, rows_RD, *ws, group_sizes_E)
     hidden_RF = grouped_hidden(params, rows_RD, group_sizes_E, activation, implementation)
     return grouped_down(params, hidden_RF, group_sizes_E, implementation)
 

@@ -115,9 +115,7 @@ def shared_mask(
     For the caller of many layers: they then share one mask. num_devices: that XLA is to split one
     call over; None is all there are.
     """
-    name = spec.implementation or _choose_here(
-        q_shape, num_keys, visible, num_devices, spec.fused
-    )
+    name = spec.implementation or _choose_here(q_shape, num_keys, visible, num_devices, spec.fused)
     if name in ("dense", "jax"):
         mask_BTS = mask_of(visible, q_shape[1], num_keys)
         visible = dataclasses.replace(visible, mask_BTS=mask_BTS)
@@ -182,9 +180,7 @@ def _cudnn_takes(key_size: int, dtype: Any) -> bool:
     q = jax.ShapeDtypeStruct((1, 128, 1, key_size), dtype)
     try:
         jax.eval_shape(
-            functools.partial(
-                jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
-            ),
+            functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"),
             *(q, q, q),
         )
     except (ValueError, RuntimeError, NotImplementedError, TypeError):  # its ways to say no

@@ -156,11 +156,39 @@ def compare(mesh, strategy: str, name: str, factor: float, loads) -> Iterator[tu
         )
 
 
+def low_precision(mesh, strategy: str, factor: float) -> dict[str, float]:
+    """Errors in bfloat16 against float32, over those of the dense definition in bfloat16."""
+    config, parallel = CONFIGS["plain"], Parallel(mesh, strategy, factor)
+    params, x = parameters(config, "balanced"), inputs()
+    # Rounded beforehand: choices then are the same, and only arithmetic differs.
+    low = [jax.tree.map(lambda a: a.astype(jnp.bfloat16), a) for a in (params, x)]
+    params, x = (jax.tree.map(lambda a: a.astype(jnp.float32), a) for a in low)
+    (_, (exact, _)), exact_grads = oracle("plain")(params, x)
+    (_, (dense, _)), dense_grads = oracle("plain")(*low)
+    layer = gradient(lambda p, x: moe_layer(p, x, config, mask_BT=mask(), parallel=parallel))
+    (_, (y, _)), grads = layer(*place(mesh, *low))
+    assert y.dtype == jnp.bfloat16
+
+    def rms(ours, theirs):
+        pairs = list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
+        errors = [np.float32(np.asarray(a)) - np.asarray(b) for a, b in pairs]
+        return float(np.sqrt(sum(np.sum(e**2) for e in errors)))
+
+    return {
+        "forward": rms(y, exact) / rms(dense, exact),
+        "gradient": rms(grads, exact_grads) / rms(dense_grads, exact_grads),
+    }
+
+
 def main(arguments: list[str]) -> None:
     if len(arguments) == 2:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{arguments[1]}", 2, int(arguments[0]))
     several = arguments == ["all"]
+    if len(arguments) < 2:
+        for strategy, factor in (("chunked", 1.25), ("ragged", 1), ("all_gather", 1)):
+            found = low_precision(make_mesh(*MESHES["ep8"]), strategy, factor)
+            print(json.dumps({"name": f"bfloat16-{strategy}", **found}), flush=True)
     for mesh, *case in every_case() if several else CASES[: 2 if arguments else None]:
         strategy, name, factor, _ = case
         for load, found in compare(make_mesh(*MESHES[mesh]), *case):

@@ -31,7 +31,9 @@ def assert_equal(name: str, found: dict[str, float]) -> None:
 def check(found: list[dict]) -> None:
     for one in found:
         name = one.pop("name")
-        if name.startswith("ep8-capacity-plain-all_to_one-1.25"):
+        if name.startswith("bfloat16"):
+            assert one["forward"] < 1.5 and one["gradient"] < 1.5, (name, one)
+        elif name.startswith("ep8-capacity-plain-all_to_one-1.25"):
             # All go to two experts on two shards: 8 pairs of a device for each, of which 4 fit.
             assert one["dropped"] == 0.5 and one["forward"] > 0.1
         else:
@@ -40,7 +42,7 @@ def check(found: list[dict]) -> None:
 
 def test_sharded_equals_dense_on_eight_devices():
     found = results(start(PROGRAM, 8))
-    assert len(found) == sum(len(loads) for *_, loads in CASES)
+    assert len(found) == 3 + sum(len(loads) for *_, loads in CASES)
     check(found)
 
 
