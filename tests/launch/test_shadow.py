@@ -110,4 +110,5 @@ def test_bad_input_is_one_line(tmp_path):
     assert "needs --config" in said("--stage=train")
     config = "--config=configs/shadow/smollm2.py:tiny"
     assert "needs --workdir" in said("--stage=collect", config)
-    assert "nothing to report" in said("--stage=report", config, f"--workdir={tmp_path}")
+    with pytest.raises(InputError, match="nothing to report"):
+        shadow_report.main({"workdir": str(tmp_path), "dry_run": False})

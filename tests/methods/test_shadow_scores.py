@@ -19,6 +19,7 @@ def same(got, want):
     np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-4 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_gates_derivative_is_snip():
     """|dLoss/dm| by differences, of a head, a neuron and an expert's neuron."""
     from moejax.models.masked import masking
