@@ -139,6 +139,7 @@ def test_rows_of_a_batch_are_the_rows_alone(case):
         close(row.logits_TV, alone.logits_TV)
 
 
+@pytest.mark.slow
 def test_nothing_skipped_is_the_dense_model():
     params, model = model_of("opt", 0, (0.0, 0.0))
     (answer,) = sparse.generate(model, PROMPTS[:1], 6, with_logits=True)
