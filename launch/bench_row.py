@@ -45,7 +45,8 @@ class Row:
         if not self.reach or self.ours is None:
             return None
         sign, bound = self.reach[:2].strip(), float(self.reach[2:].replace(",", ""))
-        return self.ours >= bound if sign == ">=" else self.ours <= bound
+        # A number may be numpy's, whose comparisons JSON does not take.
+        return bool(self.ours >= bound if sign == ">=" else self.ours <= bound)
 
 
 def measure_in_process(
