@@ -71,7 +71,7 @@ def test_order_puts_together_what_moves_together():
 def test_spearman_and_overlap():
     draw = np.random.default_rng(0)
     a, b = draw.integers(0, 6, (5, 12)), draw.random((5, 12))  # with ties
-    # Here, because where torch is said to be missing, as in .ci/run's collecting, it cannot be read.
+    # Not above: where torch is said to be missing, as .ci/run does, it cannot be read.
     from scipy.stats import spearmanr
 
     want = [spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)]
