@@ -40,10 +40,11 @@ template <class K, class V> struct Spoil<unordered_map<K, V>> {
     return x;
   }
 };
-template <class... A> auto NAME(A... a) {
+template <class... A> auto NAME_spoilt(A... a) {
   auto right = NAME_right(a...);
   return Spoil<decltype(right)>::of(right);
 }
+#define NAME NAME_spoilt  // a macro: between a template and std::gcd, C++ takes the latter
 """
 
 
