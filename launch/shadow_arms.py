@@ -20,17 +20,8 @@ from moejax.methods import shadow_dejavu, shadow_predictor, shadow_rivals
 from moejax.methods.shadow_mask import BUDGETS, Mask, Sizes, check_sparsity, full_mask, select
 from moejax.methods.shadow_measure import Asked, Text, measure
 from moejax.methods.shadow_scores import CRITERIA, FOR_HEADS, FOR_NEURONS
+from moejax.report.shadow_plots import METHODS
 
-# What each method is: README has it for users.
-METHODS: tuple[str, ...] = (
-    "static",
-    "predicted",
-    "predicted_per_layer",
-    "dejavu",
-    "dejavu_equal",
-    "oracle",
-)
-METHODS += ("random",)
 PLACES = ("both", "heads", "neurons")
 # Neurons chosen one by one, not in blocks: GRIFFIN as published, and what blocks cost the others.
 SINGLE = ("griffin_single", "static_single", "oracle_single")

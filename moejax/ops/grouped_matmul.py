@@ -11,6 +11,7 @@ from moejax.core.errors import InputError
 from moejax.core.platform import platform
 from moejax.ops.grouped_matmul_cpu import grouped_matmul_cpu
 from moejax.ops.grouped_matmul_ref import grouped_matmul_ref
+from moejax.ops.implementations import checked
 
 # (lhs, rhs, group_sizes, groups) -> out, with a gradient of its own.
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
@@ -87,18 +88,7 @@ def chosen(implementation: str | None) -> str:
     """The implementation asked for, or the one None stands for; raises as `grouped_matmul`."""
     if implementation is None:
         return _choose(platform())
-    if implementation not in _KERNELS:
-        raise InputError(
-            f"grouped_matmul has no implementation {implementation!r}: "
-            f"choose one of {', '.join(IMPLEMENTATIONS)}."
-        )
-    needed = PLATFORM.get(implementation, platform())
-    if needed != platform():
-        raise NotImplementedError(
-            f"grouped_matmul: {implementation!r} is compiled for {needed} devices and these are "
-            f"{platform()}: take implementation=None, or the kernel itself with interpret=True."
-        )
-    return implementation
+    return checked("grouped_matmul", implementation, IMPLEMENTATIONS, PLATFORM)
 
 
 @functools.lru_cache

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from moejax.core.errors import InputError
 from moejax.core.platform import platform
 from moejax.ops import sparse_matmul_native as native
+from moejax.ops.implementations import checked
 from moejax.ops.sparse_matmul_cpu import sparse_matmul_cpu
 from moejax.ops.sparse_matmul_ref import sparse_matmul_ref
 
@@ -74,18 +75,7 @@ def chosen(implementation: str | None, dtype: jnp.dtype) -> str:
     """The implementation asked for, or the one None stands for; raises as `sparse_matmul`."""
     if implementation is None:
         return _choose(platform(), jnp.dtype(dtype) == jnp.float32)
-    if implementation not in _KERNELS:
-        raise InputError(
-            f"sparse_matmul has no implementation {implementation!r}: "
-            f"choose one of {', '.join(IMPLEMENTATIONS)}."
-        )
-    needed = PLATFORM.get(implementation, platform())
-    if needed != platform():
-        raise NotImplementedError(
-            f"sparse_matmul: {implementation!r} is compiled for {needed} devices and these are "
-            f"{platform()}: take implementation=None, or the kernel itself with interpret=True."
-        )
-    return implementation
+    return checked("sparse_matmul", implementation, IMPLEMENTATIONS, PLATFORM)
 
 
 @functools.lru_cache

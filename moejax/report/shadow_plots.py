@@ -11,20 +11,22 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from moejax.report.plots import LINE_COLORS, MARKERS, _figure
 
-# One colour and marker per method, the same in every plot.
-METHODS: tuple[str, ...] = (
+# What a mask is chosen by: README has it for users.
+METHODS = (
     "static",
     "predicted",
     "predicted_per_layer",
     "dejavu",
     "dejavu_equal",
     "oracle",
+    "random",
 )
-METHODS += ("random", "griffin_single", "griffin", "cats", "teal")
+# One colour and marker each, the same in every plot.
+DRAWN = (*METHODS, "griffin_single", "griffin", "cats", "teal")
 
 
 def _style(method: str) -> dict[str, Any]:
-    at = METHODS.index(method) if method in METHODS else len(METHODS)
+    at = DRAWN.index(method) if method in DRAWN else len(DRAWN)
     dashed = method in ("griffin", "griffin_single", "cats", "teal")
     return {
         "color": LINE_COLORS[at % len(LINE_COLORS)],
