@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from launch.evaluate_keep import bar
+from typing import Any
+
+from launch.evaluate_keep import keeping
 from launch.evaluate_settings import CLAIM, Outcome, Settings, console, describe, load_model
 from moejax.core.errors import InputError
 from moejax.data.examples import encode_records
@@ -39,14 +41,15 @@ def evaluate(settings: Settings) -> Outcome | None:
         "tokens_sha256": nll.tokens_hash(packed),
     }
     claim_folder(settings.out, asked, CLAIM)
-    with bar("held-out loss", None) as shown:
+    with keeping(settings, sum(map(len, packed.ids)), _so_far) as (done, keep):
         measured = nll.evaluate(
             loaded.params,
             loaded.config,
             packed,
             batch_size=settings.batch_size or 4,
             options=settings.options,
-            progress=lambda done, total: shown.update(done, total=total),
+            done=done,
+            on_records=lambda new: keep(_numbered(new)),
         )
     interval = measured.interval()
     result = {
@@ -61,7 +64,17 @@ def evaluate(settings: Settings) -> Outcome | None:
         f"{measured.num_tokens} tokens of {len(measured.ids)} examples",
         markup=False,
     )
-    return asked, measured.records(), result
+    return asked, _numbered(measured.records()), result
+
+
+def _numbered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As every task's records are: of each example there is one sample."""
+    return [record | {"sample": 0} for record in records]
+
+
+def _so_far(records: list[dict[str, Any]]) -> str:
+    nats, tokens = (sum(r[name] for r in records) for name in ("nll_sum", "num_tokens"))
+    return f"{nats / tokens:.4f} nats per answer token"
 
 
 def _heldout(loaded: Loaded, settings: Settings) -> Packed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -50,8 +50,7 @@ class NllResult:
 
     def records(self) -> list[dict[str, Any]]:
         """One plain record per example."""
-        rows = zip(self.ids, self.sums.tolist(), self.counts.tolist(), strict=True)
-        return [{"id": name, "nll_sum": nll, "num_tokens": int(count)} for name, nll, count in rows]
+        return [_record(*row) for row in zip(self.ids, self.sums, self.counts, strict=True)]
 
 
 def evaluate(
@@ -62,28 +61,47 @@ def evaluate(
     batch_size: int = 4,
     options: ForwardOptions = ForwardOptions(),
     progress: Callable[[int, int], None] | None = None,
+    done: Iterable[dict[str, Any]] = (),
+    on_records: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> NllResult:
     """Sums -log p(token | what came before it in its example) over each example's answer tokens.
 
     Args:
       packed: held-out rows; the loss mask says which tokens count.
       progress: called with (batches done, batches in all).
+      done: records of an earlier run over the same rows, as `on_records` got them: batches of which
+        all are there are not computed again.
+      on_records: called with the records of each batch (`NllResult.records`).
     """
+    known = {record["id"]: record for record in done}
     num_segments = max(len(names) for names in packed.ids)
     if options.parallel is None:
         params = jax.device_put(params)  # once, and not for every batch
     num_batches = -(-len(packed.ids) // batch_size)
-    parts = []
-    for done, batch in enumerate(fixed_batches(packed, batch_size), 1):
-        parts.append(jax.device_get(_example_nll(params, batch, config, num_segments, options)))
+    records: list[dict[str, Any]] = []
+    for number, batch in enumerate(fixed_batches(packed, batch_size)):
+        names = packed.ids[number * batch_size : (number + 1) * batch_size]
+        places = [(row, s, name) for row, ids in enumerate(names) for s, name in enumerate(ids)]
+        if all(name in known for *_, name in places):
+            new = [known[name] for *_, name in places]
+        else:
+            found = jax.device_get(_example_nll(params, batch, config, num_segments, options))
+            new = [_record(name, *(array[row, s] for array in found)) for row, s, name in places]
+        records += new
+        if on_records is not None:
+            on_records(new)
         if progress is not None:
-            progress(done, num_batches)
-    sums_RS = np.concatenate([sums for sums, _ in parts]).astype(np.float64)
-    counts_RS = np.concatenate([counts for _, counts in parts]).astype(np.float64)
-    places = [(row, s) for row, names in enumerate(packed.ids) for s in range(len(names))]
-    rows, columns = (np.array(index) for index in zip(*places, strict=True))
-    ids = tuple(name for names in packed.ids for name in names)
-    return NllResult(ids, sums_RS[rows, columns], counts_RS[rows, columns], tokens_hash(packed))
+            progress(number + 1, num_batches)
+    ids = tuple(record["id"] for record in records)
+    sums, counts = (
+        np.array([record[name] for record in records], np.float64)
+        for name in ("nll_sum", "num_tokens")
+    )
+    return NllResult(ids, sums, counts, tokens_hash(packed))
+
+
+def _record(name: str, nll: float, count: float) -> dict[str, Any]:
+    return {"id": name, "nll_sum": float(nll), "num_tokens": int(count)}
 
 
 def tokens_hash(packed: Packed) -> str:

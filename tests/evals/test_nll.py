@@ -84,6 +84,17 @@ def test_progress_reaches_the_end(params, examples):
     assert seen == [(i, total) for i in range(1, total + 1)]
 
 
+def test_a_run_goes_on_from_what_it_kept(params, examples, monkeypatch):
+    packed, kept, seen = pack(examples, 16), [], []
+    whole = nll.evaluate(params, CONFIG, packed, batch_size=2, on_records=kept.append)
+    assert [record for new in kept for record in new] == whole.records()
+    compute = nll._example_nll
+    monkeypatch.setattr(nll, "_example_nll", lambda *args: seen.append(1) or compute(*args))
+    again = nll.evaluate(params, CONFIG, packed, batch_size=2, done=kept[0])
+    assert len(seen) == len(kept) - 1
+    assert again.records() == whole.records() and np.array_equal(again.sums, whole.sums)
+
+
 def test_models_are_compared_on_the_same_tokens_only(params, examples):
     packed = pack(examples, 16)
     first = nll.evaluate(params, CONFIG, packed)
