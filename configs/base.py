@@ -24,6 +24,9 @@ def get_config() -> ConfigDict:
                 "split": "train",
                 "limit": 0,  # most rows read, 0 for all
                 "seq_len": 128,
+                # Conversations longer than seq_len: "split" over rows (no token is lost),
+                # "truncate", "drop" or "error".
+                "on_long": "split",
                 "heldout_share": 0.15,
                 "num_heldout": 64,  # most held-out conversations that are evaluated
                 "seed": 0,  # order of the conversations and of the batches

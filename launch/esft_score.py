@@ -92,7 +92,7 @@ def rows(flags: dict[str, Any], plan: Loaded) -> tuple[Packed, dict[str, Any]]:
         total += min(len(example.ids), flags["seq_len"])
         if 0 < flags["num_tokens"] <= total:
             break
-    packed = pack(examples, flags["seq_len"], plan.tokenizer.pad_id)
+    packed = pack(examples, flags["seq_len"], plan.tokenizer.pad_id, "truncate")
     return packed, data.summary | {"seq_len": flags["seq_len"], "num_tokens": total}
 
 

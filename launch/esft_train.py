@@ -14,11 +14,19 @@ from ml_collections import ConfigDict
 from configs.esft import base as esft_base
 from launch.esft_score import bar
 from launch.program import make_mesh_of, parallel_options
-from launch.settings import Rows, checked, describe, describe_memory, load_rows, train_config
+from launch.settings import (
+    BEFORE,
+    checked,
+    describe,
+    describe_memory,
+    load_rows,
+    train_config,
+)
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.data.loader import batches, fixed_batches
 from moejax.data.packing import Packed
+from moejax.data.shared import SharedData
 from moejax.evals import nll
 from moejax.io import atomic, lineage
 from moejax.io.hf import has_class
@@ -55,7 +63,7 @@ def main(flags: dict[str, Any]) -> None:
         chosen.check_fits(plan.config, config.method.experts)
     selection.check_threshold(config.method.threshold)
     rows = load_rows(config, plan)
-    settings = train_config(config, len(rows.train.ids))
+    settings = train_config(config, len(rows.train))
     for line in describe(config, plan.config, settings, rows):
         print(line, flush=True)
     if flags["dry_run"]:
@@ -72,7 +80,7 @@ def main(flags: dict[str, Any]) -> None:
 def run(
     config: ConfigDict,
     loaded: Loaded,
-    rows: Rows,
+    rows: SharedData,
     settings: TrainConfig,
     where: tuple[ExpertConfig | None, Path],
 ) -> None:
@@ -103,7 +111,7 @@ def run(
         batches(rows.train, config.train.batch_size, config.data.seed),
         workdir,
         evaluate,
-        RunInfo(f"esft {config.method.name}", identity),
+        RunInfo(f"esft {config.method.name}", identity, before=BEFORE),
     )
     trained = result.params
     if settings.best_metric and result.best_step != result.step:
@@ -154,7 +162,7 @@ def make_loss(config: ConfigDict, model: ModelConfig, adaptation: Adaptation, op
     return loss
 
 
-def make_eval(config: ConfigDict, model: ModelConfig, adaptation: Adaptation, rows: Rows):
+def make_eval(config: ConfigDict, model: ModelConfig, adaptation: Adaptation, rows: SharedData):
     """Held-out nats per answer token, or None where nothing is held out."""
     heldout = rows.heldout
     if heldout is None:
@@ -185,23 +193,24 @@ def options_of(config: ConfigDict, model: ModelConfig) -> ForwardOptions:
     return parallel_options(config, mesh)
 
 
-def warm_up(config: ConfigDict, loaded: Loaded, rows: Rows, workdir: Path) -> ExpertConfig:
+def warm_up(config: ConfigDict, loaded: Loaded, rows: SharedData, workdir: Path) -> ExpertConfig:
     """Scores the first training rows and selects; a run that goes on reads what it chose."""
     path = workdir / "experts.json"
     if path.exists():
         return expert_config.read(path)
     settings, batch_size = config.method, config.train.batch_size // config.train.accumulation
-    sizes = np.cumsum((rows.train.segment_ids > 0).sum(axis=1))
+    train = rows.train.packed()
+    sizes = np.cumsum((train.segment_ids > 0).sum(axis=1))
     wanted = settings.num_tokens or int(sizes[-1])
     num_rows = min(len(sizes), int(np.searchsorted(sizes, wanted)) + 1)
     num_batches = -(-num_rows // batch_size)
-    first_rows = itertools.islice(fixed_batches(rows.train, batch_size), num_batches)
+    first_rows = itertools.islice(fixed_batches(train, batch_size), num_batches)
     with bar("scoring", num_batches) as advance:
         counted = expert_scores.count(
             loaded.params,
             loaded.config,
             first_rows,
-            num_segments=max(map(len, rows.train.ids)),
+            num_segments=max(map(len, train.ids)),
             options=options_of(config, loaded.config),
             on_tokens=lambda number, trace, ids: advance(number + 1),
         )

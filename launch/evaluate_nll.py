@@ -85,4 +85,4 @@ def _heldout(loaded: Loaded, settings: Settings) -> Packed:
     if not data.heldout:
         raise InputError(f"{source} holds too few examples to hold any out: give more")
     examples = encode_records(data.heldout, loaded.tokenizer)
-    return pack(examples, settings.seq_len, loaded.tokenizer.pad_id)
+    return pack(examples, settings.seq_len, loaded.tokenizer.pad_id, "truncate")

@@ -23,6 +23,7 @@ from moejax.core.errors import InputError
 from moejax.data.examples import Example, encode_records
 from moejax.data.load import DataConfig, load_data
 from moejax.data.loader import batches
+from moejax.data.packing import ON_LONG as ON_LONGS
 from moejax.data.packing import pack
 from moejax.io.tokenizer import Tokenizer, load_tokenizer
 
@@ -34,6 +35,9 @@ DATA = flags.DEFINE_string(
 )
 NUM = flags.DEFINE_integer("num", 3, "Number of examples to show.", lower_bound=0)
 SEQ_LEN = flags.DEFINE_integer("seq_len", 128, "Tokens per packed row.", lower_bound=2)
+ON_LONG = flags.DEFINE_enum(
+    "on_long", "split", ON_LONGS, "What becomes of examples longer than --seq_len."
+)
 LIMIT = flags.DEFINE_integer("limit", None, "Most rows to read of a file or hub data set.")
 SPLIT = flags.DEFINE_string("split", "train", "Part of a hub data set.")
 MEASURE_S = flags.DEFINE_float(
@@ -59,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     if not cli.DRY_RUN.value:
         for example in examples[: NUM.value]:
             console.print(show(example, tokenizer, color))
-    for line in describe(examples, tokenizer, SEQ_LEN.value, data.summary):
+    for line in describe(examples, tokenizer, SEQ_LEN.value, data.summary, ON_LONG.value):
         console.print(line, markup=False)
     if MEASURE_S.value > 0:
         console.print(measure(examples, tokenizer.pad_id, read_s), markup=False)
@@ -67,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
 
 def measure(examples: Sequence[Example], pad_id: int, read_s: float) -> str:
     """Tokens/s of the pipeline alone, one process and nothing trained; padding is no token."""
-    packed = pack(examples, SEQ_LEN.value, pad_id)
+    packed = pack(examples, SEQ_LEN.value, pad_id, ON_LONG.value)
     num_read = sum(len(example.ids) for example in examples)
     draw = batches(packed, min(BATCH_SIZE.value, len(packed.ids)))
     start, step, drawn = time.perf_counter(), 0, 0
@@ -109,11 +113,14 @@ def visible(token: str) -> str:
 
 
 def describe(
-    examples: Sequence[Example], tokenizer: Tokenizer, seq_len: int, summary: dict
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    seq_len: int,
+    summary: dict,
+    on_long: str = "split",
 ) -> list[str]:
     """Counts over all examples, and warnings about what would train badly."""
-    packed = pack(examples, seq_len, tokenizer.pad_id)
-    stats = packed.stats
+    stats = pack(examples, seq_len, tokenizer.pad_id, on_long).stats
     lengths = np.array([len(e.ids) for e in examples])
     median, ninety = (int(q) for q in np.percentile(lengths, (50, 90)))
     share = stats.num_answer_tokens / stats.num_tokens
@@ -125,10 +132,12 @@ def describe(
         f"example length: median {median}, 90% up to {ninety}, longest {lengths.max()} tokens",
         f"packed into {stats.num_rows} rows of {seq_len}: {stats.num_tokens} tokens, "
         f"{stats.padding_share:.1%} padding, {share:.1%} of the tokens in the loss",
-        f"cut: {stats.num_truncated} examples truncated ({stats.num_tokens_cut} tokens), "
-        f"{stats.num_dropped} dropped because no answer token fits",
+        f"too long (--on_long={on_long}): {stats.num_split} examples split over rows "
+        f"({stats.num_repeated} tokens repeated), {stats.num_truncated} truncated "
+        f"({stats.num_tokens_cut} tokens cut), {stats.num_dropped} dropped",
     ]
-    unended = sum(not _ends(e, seq_len, tokenizer.eos_ids) for e in examples)
+    within = None if on_long == "split" else seq_len
+    unended = sum(not _ends(e, within, tokenizer.eos_ids) for e in examples)
     if unended == len(examples):
         lines.append(
             "WARNING: no example has its end-of-turn token in the loss: the tuned model "
@@ -141,9 +150,11 @@ def describe(
     return lines
 
 
-def _ends(example: Example, seq_len: int, eos_ids: Sequence[int]) -> bool:
+def _ends(example: Example, within: int | None, eos_ids: Sequence[int]) -> bool:
     counted = np.flatnonzero(example.loss_mask)
-    return bool(counted[-1] < seq_len and int(example.ids[counted[-1]]) in eos_ids)
+    return bool(
+        (within is None or counted[-1] < within) and int(example.ids[counted[-1]]) in eos_ids
+    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict, config_flags
 
 from launch import cli
 from launch.settings import (
-    Rows,
+    BEFORE,
     checked,
     describe,
     describe_memory,
@@ -41,6 +41,7 @@ from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.data.loader import batches
 from moejax.data.packing import Packed
+from moejax.data.shared import SharedData
 from moejax.evals import nll
 from moejax.io import atomic, lineage
 from moejax.io.load import FORMATS, Loaded, load_any, save_any
@@ -136,7 +137,7 @@ def search(config: ConfigDict, loaded: Loaded, merge: MergeConfig) -> Merged | N
 def learn(config: ConfigDict, loaded: Loaded, merge: MergeConfig) -> Merged | None:
     """Trains the coefficients alone, in --workdir, and merges with them."""
     model, rows = loaded.config, load_rows(config, loaded)
-    settings = train_config(config, len(rows.train.ids))
+    settings = train_config(config, len(rows.train))
     loss = merging.merge_loss(
         model, merge, functools.partial(lm_loss, options=forward_options(config))
     )
@@ -191,7 +192,7 @@ def run(config: ConfigDict, job: tuple, settings: TrainConfig, trees: tuple) -> 
         batches(rows.train, config.train.batch_size, config.data.seed),
         str(WORKDIR.value),
         evaluate if rows.heldout is not None else None,
-        RunInfo("merge", identity, _step_flops(config, model), peak),
+        RunInfo("merge", identity, _step_flops(config, model), peak, before=BEFORE),
     )
 
 
@@ -244,7 +245,7 @@ def _nll(config: ConfigDict, params: tree.Tree, dense: ModelConfig, heldout: Pac
     return float(found.sums.sum() / found.counts.sum())
 
 
-def _heldout(rows: Rows) -> Packed:
+def _heldout(rows: SharedData) -> Packed:
     if rows.heldout is None:
         raise InputError("this needs held-out data: raise data.heldout_share above 0")
     return rows.heldout

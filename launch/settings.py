@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +17,8 @@ from launch import cli
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.core.memory import GIB, available_bytes
-from moejax.data.examples import encode_records
-from moejax.data.load import DataConfig, load_data
-from moejax.data.packing import Packed, pack
+from moejax.data.load import DataConfig
+from moejax.data.shared import RowsConfig, SharedData, load_shared
 from moejax.io.load import Loaded
 from moejax.models import flops, transformer
 from moejax.models.config import ModelConfig
@@ -52,36 +50,25 @@ def checked(config: ConfigDict | None, like: ConfigDict | None = None) -> Config
     return config
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Packed data; `heldout` is None where nothing is held out. summary: for the record."""
-
-    train: Packed
-    heldout: Packed | None
-    summary: dict[str, Any]
+# What folders of runs meant before config.json had these keys (None: either may lack it).
+BEFORE = {"config.data.on_long": "truncate", "data.rows_sha256": None, "data.sha256": None}
 
 
-def load_rows(config: ConfigDict, loaded: Loaded) -> Rows:
-    """Reads, tokenises and packs the data of a config for a model."""
+def load_rows(config: ConfigDict, loaded: Loaded) -> SharedData:
+    """Reads, tokenises and packs the data of a config for a model, each process its share."""
     if loaded.tokenizer is None:
         raise InputError(f"{config.model.source} has no tokenizer: give a model with one")
     tokenizer, settings = loaded.tokenizer, config.data
-    data = load_data(
-        DataConfig(
-            source=settings.source,
-            split=settings.split,
-            limit=settings.limit or None,
-            heldout_share=settings.heldout_share,
-            num_heldout=settings.num_heldout,
-            seed=settings.seed,
-        )
+    data = DataConfig(
+        source=settings.source,
+        split=settings.split,
+        limit=settings.limit or None,
+        heldout_share=settings.heldout_share,
+        num_heldout=settings.num_heldout,
+        seed=settings.seed,
     )
-
-    def packed(records):
-        return pack(encode_records(records, tokenizer), settings.seq_len, tokenizer.pad_id)
-
-    heldout = packed(data.heldout) if data.heldout else None
-    return Rows(packed(data.train), heldout, data.summary)
+    rows = RowsConfig(settings.seq_len, tokenizer.pad_id, settings.on_long)
+    return load_shared(data, tokenizer, rows)
 
 
 def train_config(config: ConfigDict, num_rows: int | None) -> TrainConfig:
@@ -169,7 +156,7 @@ def preset(config: ConfigDict) -> ModelConfig:
 
 
 def describe(
-    config: ConfigDict, model: ModelConfig, settings: TrainConfig, rows: Rows | None
+    config: ConfigDict, model: ModelConfig, settings: TrainConfig, rows: SharedData | None
 ) -> list[str]:
     """The plan in lines: model, data, steps, arithmetic."""
     seq_len, batch_size = config.data.seq_len, config.train.batch_size
@@ -183,8 +170,10 @@ def describe(
         lines.append(
             f"data     {config.data.source}: {stats.num_examples} conversations in "
             f"{stats.num_rows} rows of {seq_len} ({stats.padding_share:.0%} padding, "
-            f"{stats.num_truncated} truncated, {stats.num_dropped} dropped), "
-            f"{rows.heldout.stats.num_examples if rows.heldout else 0} held out"
+            f"{stats.num_split} split over rows, {stats.num_truncated} truncated, "
+            f"{stats.num_dropped} dropped), "
+            f"{rows.heldout.stats.num_examples if rows.heldout else 0} held out; "
+            f"{rows.examples.num_read} of {len(rows.examples.entries)} read by this process"
         )
     step_flops = flops.train_flops(model, batch_size * seq_len, seq_len)
     steps = settings.steps if rows is not None or config.train.steps else None

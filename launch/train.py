@@ -26,8 +26,8 @@ from launch import cli, multihost, out_of_memory
 from launch.planning import explainer
 from launch.program import grad_dtype, make_loss, make_mesh_of, parallel_options
 from launch.settings import (
+    BEFORE,
     PRESET,
-    Rows,
     checked,
     describe,
     describe_memory,
@@ -41,6 +41,7 @@ from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.data.loader import batches
 from moejax.data.packing import Packed
+from moejax.data.shared import SharedData
 from moejax.evals import nll
 from moejax.io import lineage, processes
 from moejax.io.hf import has_class
@@ -77,7 +78,7 @@ def main(argv) -> None:
     plan = load_any(config.model.source, config.model.dtype, abstract=True)
     out_of_memory.explain_with(explainer(config, plan.config))
     rows = load_rows(config, plan)
-    settings = train_config(config, len(rows.train.ids))
+    settings = train_config(config, len(rows.train))
     mesh = make_mesh_of(config, plan.config)
     loss = make_loss(plan.config, config)
     for line in [*multihost.device_table(), *describe(config, plan.config, settings, rows)]:
@@ -121,7 +122,7 @@ def load_on(mesh: Mesh, config: ConfigDict) -> Loaded:
 def train(
     config: ConfigDict,
     loaded: Loaded,
-    rows: Rows,
+    rows: SharedData,
     settings: TrainConfig,
     where: tuple[Mesh, Path],
 ) -> None:
@@ -158,6 +159,7 @@ def train(
             peak,
             donate=True,
             mesh=mesh if mesh.size > 1 else None,
+            before=BEFORE,
         ),
         selection_bias_update(model),
     )
@@ -181,9 +183,7 @@ def make_eval(config: ConfigDict, model: ModelConfig, heldout: Packed | None, me
     return evaluate
 
 
-def save(
-    config: ConfigDict, loaded: Loaded, result: FitResult, data: dict, target: Path
-) -> None:
+def save(config: ConfigDict, loaded: Loaded, result: FitResult, data: dict, target: Path) -> None:
     """Writes the tuned model, replacing one that an earlier start of this run wrote."""
     loaded, problem = dataclasses.replace(loaded, params=processes.to_host(loaded.params)), ""
     if processes.is_first():
@@ -194,9 +194,7 @@ def save(
     processes.agree(problem)
 
 
-def write(
-    config: ConfigDict, loaded: Loaded, result: FitResult, data: dict, target: Path
-) -> None:
+def write(config: ConfigDict, loaded: Loaded, result: FitResult, data: dict, target: Path) -> None:
     """`save` of parameters on the host, by one process."""
     results = {"step": result.step, "last_loss": result.records[-1].get("loss")}
     results |= {"train_tokens": result.train_tokens, "wall_s": round(result.wall_s, 1)}

@@ -12,7 +12,7 @@ import numpy as np
 from moejax.core.errors import InputError
 from moejax.data.examples import Record
 from moejax.data.sources import load_records, split_heldout
-from moejax.data.stdlib import StdlibConfig, load_corpus
+from moejax.data.stdlib import Corpus, StdlibConfig, load_corpus
 
 STDLIB = "stdlib"
 
@@ -61,11 +61,16 @@ def load_data(config: DataConfig) -> Data:
     return Data(data.train, heldout, {**data.summary, "heldout_used": len(heldout)})
 
 
-def _from_stdlib(config: DataConfig) -> Data:
-    stdlib = StdlibConfig(
-        config.stdlib.max_chars, config.stdlib.min_body_chars, config.heldout_share, config.seed
+def stdlib_corpus(config: DataConfig) -> Corpus:
+    """The functions of the standard library, split and ordered as a config has it."""
+    settings = config.stdlib
+    return load_corpus(
+        StdlibConfig(settings.max_chars, settings.min_body_chars, config.heldout_share, config.seed)
     )
-    corpus = load_corpus(stdlib)
+
+
+def _from_stdlib(config: DataConfig) -> Data:
+    corpus = stdlib_corpus(config)
     train = [pair.record() for pair in corpus.train]
     return Data(train, [pair.record() for pair in corpus.heldout], corpus.summary())
 

@@ -1,7 +1,8 @@
 """Checkpoints of a run: complete or not counted, checked before they are trusted, few kept.
 
     DIR/step_00000020/state/      the tree, written by orbax
-    DIR/step_00000020/done.json   step, metrics, size and CRC of every file; written last
+    DIR/step_00000020/done.json   step, metrics, where the data stood, size and CRC of every file;
+                                  written last
 
 A checkpoint is written under another name, by threads of its own, and renamed when all of it is on
 the disk. The next save waits for the one before, so a step that was asked for is never skipped. On
@@ -19,6 +20,7 @@ import threading
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -74,11 +76,16 @@ class Checkpoints:
             self.wait()
 
     def start(
-        self, step: int, params: tree.Tree, metrics: Mapping[str, float] | None = None
+        self,
+        step: int,
+        params: tree.Tree,
+        metrics: Mapping[str, float] | None = None,
+        data: Mapping[str, Any] | None = None,
     ) -> None:
         """`save` in the background; the arrays may be donated at once. Waits for a save before it.
 
-        Errors of the writing are raised by the next `start` or `wait`.
+        data: JSON of where the batches stand, which `data` gives back. Errors of the writing are
+        raised by the next `start` or `wait`.
         """
         self.wait()
         part, problem = self.directory / _PART, ""
@@ -94,8 +101,9 @@ class Checkpoints:
         processes.agree(problem)
         with atomic.space_errors(part):
             written = orbax.start_saving(part / "state", params)
+        said = {"step": step, "metrics": dict(metrics or {}), "data": dict(data or {})}
         self._writer = threading.Thread(
-            target=self._finish, args=(step, dict(metrics or {}), written), name="checkpoint"
+            target=self._finish, args=(said, written), name="checkpoint"
         )
         self._writer.start()
 
@@ -121,8 +129,9 @@ class Checkpoints:
         if self._writer is not None:
             self._writer.join(None if jax.process_count() == 1 else limit_s)
 
-    def _finish(self, step: int, metrics: dict[str, float], written: Callable[[], None]) -> None:
+    def _finish(self, said: dict[str, Any], written: Callable[[], None]) -> None:
         """What the thread does: waits for orbax, then makes a checkpoint of its files."""
+        step = said["step"]
         folder, part = self._folder(step), self.directory / _PART
         try:
             with atomic.space_errors(folder):
@@ -130,8 +139,7 @@ class Checkpoints:
                 if not processes.is_first():
                     return
                 atomic.sync_files(part)
-                done = {"step": step, "metrics": metrics, "files": _checksums(part)}
-                atomic.write_json(part / _DONE, done)
+                atomic.write_json(part / _DONE, said | {"files": _checksums(part)})
                 if folder.exists():
                     _remove(folder)
                 os.replace(part, folder)
@@ -190,6 +198,10 @@ class Checkpoints:
     def metrics(self, step: int) -> dict[str, float]:
         """What `save` was told about a step."""
         return atomic.read_json(self._folder(step) / _DONE)["metrics"]
+
+    def data(self, step: int) -> dict[str, Any]:
+        """Where the batches stood at a step; nothing in checkpoints made before it was kept."""
+        return atomic.read_json(self._folder(step) / _DONE).get("data", {})
 
     def restore(self, step: int | None, wanted: tree.Tree, partial: bool = False) -> tree.Tree:
         """Reads a checkpoint, onto whatever mesh and processes `wanted` names.

@@ -27,6 +27,16 @@ def texts(text: str) -> list[str]:
     return [bytes(found).rstrip(b"\0").decode(errors="replace") for found in _gather(message)]
 
 
+def all_bytes(data: bytes) -> list[bytes]:
+    """The bytes of every process, by its number."""
+    if jax.process_count() == 1:
+        return [data]
+    sizes = _gather(np.array([len(data)], np.int32))[:, 0]
+    padded = np.zeros(max(1, sizes.max()), np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    return [row[:size].tobytes() for row, size in zip(_gather(padded), sizes, strict=True)]
+
+
 def agree(problem: str = "") -> None:
     """Raises InputError on every process when one of them has a problem, with its words."""
     for index, text in enumerate(texts(problem)):

@@ -6,15 +6,17 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from moejax.core.errors import InputError
 from moejax.train.placement import global_batch
 
-# step (0-based) -> arrays with equal leading dims. One with a method rows(step, first, last) makes
-# a part of a batch without the rest. On policy it is given (step, parameters).
-Batches = Callable[..., Mapping[str, np.ndarray]]
+# step (0-based) -> arrays with equal leading dims. On policy it is given (step, parameters). One
+# with rows(step, first, last) and batch_size makes a part of a batch without the rest; one with
+# state(step) and resume(step, state) keeps in the checkpoints where it stands.
+Batches = Callable[..., Mapping[str, np.ndarray]] | Any
 
 
 class Feed:
@@ -36,17 +38,34 @@ class Feed:
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def check(self, step: int, accumulation: int) -> dict[str, np.ndarray]:
-        """The whole batch of a step as it is made; InputError unless its rows can be cut so."""
-        batch = dict(self._batches(step))
-        for name, value in batch.items():
-            if len(value) % accumulation:
+    def check(self, step: int, accumulation: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of a step's whole batch; InputError unless its rows can be cut so."""
+        rows = getattr(self._batches, "rows", None)
+        first = dict(self._batches(step) if rows is None else rows(step, 0, 1))
+        for name, value in first.items():
+            num = len(value) if rows is None else self._batches.batch_size
+            if num % accumulation:
                 raise InputError(
-                    f"a batch of {len(value)} rows ({name}) cannot be cut into accumulation="
+                    f"a batch of {num} rows ({name}) cannot be cut into accumulation="
                     f"{accumulation} equal parts: choose a divisor"
                 )
-            self._num_rows = len(value)
-        return batch
+            self._num_rows = num
+        shape = (self._num_rows,)
+        return {
+            name: jax.ShapeDtypeStruct(shape + value.shape[1:], value.dtype)
+            for name, value in first.items()
+        }
+
+    def state(self, step: int) -> Mapping[str, Any]:
+        """Where the batches stand before a step, for its checkpoint."""
+        state = getattr(self._batches, "state", None)
+        return {} if state is None else state(step)
+
+    def resume(self, step: int, state: Mapping[str, Any]) -> None:
+        """Lets the batches go on where a checkpoint's `state` says; of an old one, by the step."""
+        resume = getattr(self._batches, "resume", None)
+        if resume is not None and state:
+            resume(step, state)
 
     def get(self, step: int, *seen: Any) -> Mapping[str, Any]:
         """The batch of a step; seen: what else `batches` is given, on policy."""

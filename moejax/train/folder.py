@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from moejax.io import processes
@@ -17,25 +18,31 @@ def claim_folder(
     identity: Mapping[str, Any],
     name: str = "config.json",
     free: Collection[str] = (),
+    before: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Makes a folder the place of one run: writes `identity` there, or compares it with what is.
 
-    Keys in `free` ("train.log_every") may differ. InputError names the keys that differ and both
-    values; nothing is touched then.
+    Keys in `free` ("train.log_every") may differ. `before`: what was meant where a folder lacks a
+    key ("config.data.on_long"), as one made by an earlier version does; None for a key that one of
+    the two may lack. InputError names keys that differ and both values; nothing is touched then.
     """
     folder, problem = Path(folder), ""
     if processes.is_first():
         wanted = json.loads(json.dumps(identity))
         if (folder / name).exists():
-            problem = _difference(folder, wanted, read_json(folder / name), free)
+            there = read_json(folder / name)
+            problem = _difference(folder, wanted, there, free, before)
         if not problem:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / name, wanted)
     processes.agree(problem)
 
 
-def _difference(folder: Path, wanted: Any, there: Any, free: Collection[str]) -> str:
+def _difference(folder: Path, wanted: Any, there: Any, free: Collection[str], before) -> str:
     ours, theirs, missing = _leaves(wanted), _leaves(there), object()
+    theirs = {k: value for k, value in before.items() if k in ours and value is not None} | theirs
+    either = [key for key, value in before.items() if value is None]
+    free = {*free, *(key for key in either if not (key in ours and key in theirs))}
     differing = [
         f"{key} ({theirs.get(key, 'unset')!r} there, {ours.get(key, 'unset')!r} here)"
         for key in sorted(ours.keys() | theirs.keys())

@@ -67,7 +67,7 @@ def fit(
       trainable: start values; untouched unless `info.donate`. With `info.mesh`, arrays on it.
       frozen: parameters that loss_fn only reads.
       batches: step (0-based) -> batch of arrays with equal leading dims; of (step, parameters)
-        where `info.on_policy` says so.
+        where `info.on_policy` says so. See `moejax.train.feed.Batches`.
       workdir: made if missing.
       eval_fn: (trainable, frozen) -> {name: float}.
       info: what to say of the run, and the mesh it has.
@@ -79,7 +79,8 @@ def fit(
     """
     workdir = Path(workdir)
     identity = {"train": dataclasses.asdict(config), **info.identity}
-    claim_folder(workdir, identity, free=[f"train.{name}" for name in FREE])
+    free = [f"train.{name}" for name in FREE]
+    claim_folder(workdir, identity, free=free, before=info.before)
     run = _Run(config, eval_fn, workdir, info)
     ahead = 0 if info.on_policy else config.prefetch
     with Feed(batches, config.steps, info.mesh, ahead) as feed:
@@ -141,6 +142,9 @@ class _Run:
             mesh,
             grad_dtype=config.grad_dtype,
         )
+        if self._latest is not None:
+            feed.resume(self._latest, self._checkpoints.data(self._latest))
+        self._state_of_data = feed.state
         self._update: Any
         if mesh is None:
             if self.step < config.steps and not self._info.on_policy:
@@ -149,8 +153,7 @@ class _Run:
             self._update = make_train_step(loss_fn, self._optimizer, options, adjust)
             return
         first = feed.check(min(self.step, config.steps - 1), config.accumulation)
-        batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in first.items()}
-        program = step_program(loss_fn, self._optimizer, params, batch, options, adjust)
+        program = step_program(loss_fn, self._optimizer, params, first, options, adjust)
         self._like, self._update = program.state, program.step
 
     def start(self, trainable: tree.Tree) -> TrainState:
@@ -289,7 +292,8 @@ class _Run:
             processes.agree()  # nobody reads it before it is there
 
     def _save(self, state: TrainState) -> int:
-        self._checkpoints.start(self.step, named(state), {})
+        data = self._state_of_data(self.step)
+        self._checkpoints.start(self.step, named(state), data=data)
         return self.step
 
 

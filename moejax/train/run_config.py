@@ -77,6 +77,7 @@ class RunInfo:
       donate: the caller hands `trainable` over (its arrays are gone afterwards) and saves a copy.
       on_policy: `batches` is also given the parameters as they are before the step.
       mesh: the devices that share the work; None is one device. A run may go on on another mesh.
+      before: of folders made before identity had some of its keys, see `moejax.train.folder`.
     """
 
     title: str = ""
@@ -87,6 +88,7 @@ class RunInfo:
     donate: bool = False
     on_policy: bool = False
     mesh: Mesh | None = None
+    before: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

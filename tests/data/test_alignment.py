@@ -33,8 +33,13 @@ def tokenizers() -> tuple[Tokenizer, Tokenizer]:
 
 def texts(number: int, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
-    return ["".join(rng.choice([" ", " ", "\n", "  ", ""]) + rng.choice(WORDS)
-                    for _ in range(12)).strip() or "x" for _ in range(number)]
+    return [
+        "".join(
+            rng.choice([" ", " ", "\n", "  ", ""]) + rng.choice(WORDS) for _ in range(12)
+        ).strip()
+        or "x"
+        for _ in range(number)
+    ]
 
 
 @pytest.mark.parametrize("how", ["settled", "cut"])

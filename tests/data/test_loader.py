@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -63,6 +65,28 @@ def test_fixed_batches_pad_the_last_one_with_rows_that_count_nothing(packed):
 def test_batch_size_must_fit_the_data(packed, size):
     with pytest.raises(InputError, match=f"batch size {size}, but the data packs into 10 rows"):
         batches(packed, size)
+
+
+def test_a_stream_goes_on_where_its_state_says(packed):
+    stream = batches(packed, 4, seed=3)
+    wanted = [first_tokens(stream(step)) for step in range(8)]
+    state = json.loads(json.dumps(stream.state(5)))
+    assert (state["next_row"], state["epoch"], state["row_of_epoch"]) == (20, 2, 0)
+    resumed = batches(packed, 4, seed=3)
+    resumed.resume(5, state)
+    assert [first_tokens(resumed(step)) for step in (5, 6, 7)] == wanted[5:]
+    # The rest is what was left, also in batches of another size and steps of another count.
+    other = batches(packed, 2, seed=3)
+    other.resume(1, state)
+    assert first_tokens(other(1)) + first_tokens(other(2)) == wanted[5]
+    assert other.state(3)["next_row"] == 24
+
+
+def test_another_stream_is_refused(packed):
+    state = batches(packed, 4, seed=3).state(2)
+    for other, name in (({**state, "seed": 4}, "seed"), ({**state, "rows_sha256": "0"}, "rows")):
+        with pytest.raises(InputError, match=f"step 2 stopped in other data: its {name}"):
+            batches(packed, 4, seed=3).resume(2, other)
 
 
 def test_negative_steps_are_refused(packed):

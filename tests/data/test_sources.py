@@ -94,11 +94,26 @@ def test_a_broken_row_is_named_by_file_and_line(tmp_path, line, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_is_read_by_datasets(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [json.dumps({"prompt": f"q{i}", "completion": "a"}) for i in range(5)]
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train-1.jsonl", *rows[:2])
+    write(tmp_path / "data" / "train-2.jsonl", *rows[2:])
+    found = load_records(str(tmp_path / "data"), limit=4)
+    assert [r.messages[0]["content"] for r in found] == ["q0", "q1", "q2", "q3"]
+    assert found[3].id == f"{tmp_path / 'data'}[train]:4"
+    with pytest.raises(InputError, match="the folder .* could not be loaded"):
+        load_records(str(tmp_path / "data"), split="test")
+
+
 def test_sources_that_are_none(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
     for source, message in (
         (write(tmp_path / "a.jsonl"), "holds no rows"),
         (write(tmp_path / "a.csv", "x"), "unknown file type; known are .jsonl"),
-        (str(tmp_path), "is a folder"),
+        (str(empty), "is a folder without .jsonl or .parquet files"),
         (str(tmp_path / "no.jsonl"), "does not exist"),
         ("someone/not-a-data-set", "no file someone/not-a-data-set, and the hub data set"),
     ):

@@ -34,13 +34,13 @@ def test_tokens_and_mask_in_plain_text(folder):
     assert done.returncode == 0, done.stderr
     assert "|[[1|2| |ab|\\n\n|<|im_end|>|]]\\n" in done.stdout
     assert done.stdout.count("--- ") == 1
-    assert "0 dropped because no answer token fits" in done.stdout
+    assert "0 truncated (0 tokens cut), 0 dropped" in done.stdout
     assert "WARNING" not in done.stdout and "\x1b[" not in done.stdout
 
 
 def test_colour_and_a_row_too_short_for_any_end_of_turn(folder):
     flags = [f"--tokenizer={folder / 'model'}", f"--data={folder / 'data.jsonl'}", "--num=1"]
-    done = inspect(*flags, "--color", "--seq_len=26")
+    done = inspect(*flags, "--color", "--seq_len=26", "--on_long=truncate")
     assert done.returncode == 0, done.stderr
     assert "\x1b[32m1" in done.stdout and "[[" not in done.stdout.replace("\x1b[", "")
     assert "WARNING: no example has its end-of-turn token in the loss" in done.stdout

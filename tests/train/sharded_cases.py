@@ -1,7 +1,7 @@
 """Run as a program: a few training steps, sharded and not, JSON out.
 
-    sharded_cases.py quick|all        8 devices, one process: cases against one device
-    sharded_cases.py INDEX PORT       one of two processes with 4 devices each: losses of TWO
+sharded_cases.py quick|all        8 devices, one process: cases against one device
+sharded_cases.py INDEX PORT       one of two processes with 4 devices each: losses of TWO
 """
 
 from __future__ import annotations

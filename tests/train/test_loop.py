@@ -135,6 +135,50 @@ def test_a_directory_of_another_model_is_refused(tmp_path):
         run(tmp_path, info=RunInfo(quiet=True, identity={"model": {"d_model": 9}}))
 
 
+class Stream:
+    """Batches that know where they stand."""
+
+    def __init__(self):
+        self.resumed = None
+
+    def __call__(self, step):
+        return batches(step)
+
+    def state(self, step):
+        return {"next_row": 8 * step}
+
+    def resume(self, step, state):
+        self.resumed = step, state
+
+
+def test_a_checkpoint_has_where_the_data_stood(tmp_path):
+    first, second, third = Stream(), Stream(), Stream()
+    run(tmp_path, batches=first)
+    done = tmp_path / "ckpt" / "step_00000006" / "done.json"
+    found = json.loads(done.read_text())
+    assert first.resumed is None and found["data"] == {"next_row": 48}
+    run(tmp_path, batches=second)
+    assert second.resumed == (6, {"next_row": 48})
+    del found["data"]  # as in a checkpoint of an earlier version: the step says where it stood
+    done.write_text(json.dumps(found))
+    assert run(tmp_path, batches=third).step == 6 and third.resumed is None
+
+
+def test_a_directory_made_before_a_key_was_there_means_what_it_meant(tmp_path):
+    run(tmp_path, info=RunInfo(quiet=True, identity={"data": {"sha256": "1"}}))
+
+    def again(on_long):
+        identity = {"data": {"on_long": on_long, "rows_sha256": "2"}}
+        before = {"data.on_long": "truncate", "data.rows_sha256": None, "data.sha256": None}
+        return run(tmp_path, info=RunInfo(quiet=True, identity=identity, before=before))
+
+    with pytest.raises(InputError, match=r"data\.on_long \('truncate' there, 'split' here\)\. The"):
+        again("split")
+    assert again("truncate").step == 6
+    with pytest.raises(InputError, match="on_long"):
+        again("drop")
+
+
 def test_how_often_to_log_and_save_may_change(tmp_path, never_killed):
     run(tmp_path)
     other = dataclasses.replace(CONFIG, log_every=3, save_every=1, keep_last=2)
