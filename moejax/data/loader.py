@@ -26,6 +26,7 @@ class TrainBatches:
             dataset = dataset.shuffle()
         self._rows, self.batch_size = dataset.repeat(None), batch_size
         self._first = 0
+        self._num_rows = len(rows)
         self._identity = {
             "seed": seed,
             "shuffle": shuffle,
@@ -48,7 +49,7 @@ class TrainBatches:
     def state(self, step: int) -> dict[str, Any]:
         """Where the stream stands before a step, as JSON for its checkpoint."""
         next_row = self._first + step * self.batch_size
-        epoch, row = divmod(next_row, self._identity["num_rows"])
+        epoch, row = divmod(next_row, self._num_rows)
         return self._identity | {"next_row": next_row, "epoch": epoch, "row_of_epoch": row}
 
     def resume(self, step: int, state: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from moejax.train.placement import global_batch
 # step (0-based) -> arrays with equal leading dims. On policy it is given (step, parameters). One
 # with rows(step, first, last) and batch_size makes a part of a batch without the rest; one with
 # state(step) and resume(step, state) keeps in the checkpoints where it stands.
-Batches = Callable[..., Mapping[str, np.ndarray]] | Any
+Batches = Callable[..., Mapping[str, np.ndarray]]
 
 
 class Feed:
@@ -42,8 +42,9 @@ class Feed:
         """Shapes of a step's whole batch; InputError unless its rows can be cut so."""
         rows = getattr(self._batches, "rows", None)
         first = dict(self._batches(step) if rows is None else rows(step, 0, 1))
+        whole = getattr(self._batches, "batch_size", 0)
         for name, value in first.items():
-            num = len(value) if rows is None else self._batches.batch_size
+            num = len(value) if rows is None else whole
             if num % accumulation:
                 raise InputError(
                     f"a batch of {num} rows ({name}) cannot be cut into accumulation="
