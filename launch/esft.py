@@ -18,7 +18,9 @@ select  chooses experts by their scores: per layer the smallest set whose scores
         folder with summary.json or per-token files, ours or the reference's, or such a file.
 train   trains the chosen experts and nothing else, or one of the baselines in the same harness
         (--config.method.name=full, lora, frozen); configs/esft/base.py says what each key means.
-        RUN gets delta/ (or model/), result.json and routing.json: what it did to the routing.
+        RUN gets delta/ (or model/), result.json and routing.json: what it did to the routing. All
+        devices are used, split as --config.mesh.* says; several processes by --multihost, each of
+        which keeps a copy of the model in its host's memory.
 attach  puts a delta (a folder with expert_cfg.json and safetensors, ours or the reference's) into
         its base and writes the whole model; --remove takes it out of --model again, with the
         weights of --base; --extract makes a delta of --model, where it differs from --base only in
@@ -33,7 +35,7 @@ from __future__ import annotations
 from absl import flags
 from ml_collections import config_flags
 
-from launch import cli
+from launch import cli, multihost  # noqa: F401 (--multihost is a flag of --stage=train)
 from moejax.core.errors import InputError
 
 STAGES = ("score", "select", "train", "attach", "report")

@@ -9,10 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs.esft import base as esft_base
+from launch import multihost
 from launch.esft_score import bar
+from launch.multihost import say
 from launch.program import make_mesh_of, parallel_options
 from launch.settings import (
     BEFORE,
@@ -28,9 +31,10 @@ from moejax.data.loader import batches, fixed_batches
 from moejax.data.packing import Packed
 from moejax.data.shared import SharedData
 from moejax.evals import nll
-from moejax.io import atomic, lineage
+from moejax.io import atomic, lineage, processes
 from moejax.io.hf import has_class
 from moejax.io.load import Loaded, load_any, save_any
+from moejax.io.sharded import on_mesh, spread
 from moejax.methods import adapter_files, esft_delta, expert_config, expert_scores, score_files
 from moejax.methods import expert_selection as selection
 from moejax.methods.adaptation import METHODS, Adaptation, adapt
@@ -39,6 +43,7 @@ from moejax.methods.lora import LoraConfig
 from moejax.methods.routing_ledger import routing_ledger
 from moejax.models.config import ModelConfig
 from moejax.models.transformer import ForwardOptions
+from moejax.train.layout import describe_mesh
 from moejax.train.loop import FitResult, RunInfo, TrainConfig, fit, load_best
 from moejax.train.loss import lm_loss
 from moejax.train.memory import step_memory
@@ -48,6 +53,7 @@ from moejax.train.optim import make_optimizer
 def main(flags: dict[str, Any]) -> None:
     """Runs one arm and writes WORKDIR/delta or WORKDIR/model, result.json and routing.json."""
     config = checked(flags["config"], esft_base.get_config())
+    multihost.start()
     workdir = Path(flags["workdir"])
     method = config.method.name
     if method not in METHODS:
@@ -64,17 +70,20 @@ def main(flags: dict[str, Any]) -> None:
     selection.check_threshold(config.method.threshold)
     rows = load_rows(config, plan)
     settings = train_config(config, len(rows.train))
-    for line in describe(config, plan.config, settings, rows):
-        print(line, flush=True)
+    mesh = make_mesh_of(config, plan.config)
+    for line in [*multihost.device_table(), *describe(config, plan.config, settings, rows)]:
+        say(line)
+    say(f"mesh     {describe_mesh(mesh)}, {jax.process_count()} process(es)")
     if flags["dry_run"]:
         if method != "esft" or chosen is not None:
-            print(describe_memory(plan_memory(config, plan, settings, chosen)))
-        print("dry run: nothing trained, nothing written")
+            say(describe_memory(plan_memory(config, plan, settings, chosen)))
+        say("dry run: nothing trained, nothing written")
         return
+    # Every process keeps a copy on its host: what is trained is cut out of it, and put back.
     loaded = load_any(config.model.source, config.model.dtype)
     if method == "esft" and chosen is None:
-        chosen = warm_up(config, loaded, rows, workdir)
-    run(config, loaded, rows, settings, (chosen, workdir))
+        chosen = warm_up(config, loaded, rows, (mesh, workdir))
+    run(config, loaded, rows, settings, (chosen, mesh, workdir))
 
 
 def run(
@@ -82,19 +91,24 @@ def run(
     loaded: Loaded,
     rows: SharedData,
     settings: TrainConfig,
-    where: tuple[ExpertConfig | None, Path],
+    where: tuple[ExpertConfig | None, Mesh, Path],
 ) -> None:
     """Trains one arm and writes what came of it."""
-    chosen, workdir = where
+    chosen, mesh, workdir = where
     model = training_model(config, loaded.config)
     adaptation = make_adaptation(config, loaded.params, model, chosen)
-    adaptation = dataclasses.replace(adaptation, frozen=jax.device_put(adaptation.frozen))
-    print(describe_arm(config, adaptation, loaded, chosen), flush=True)
-    evaluate = make_eval(config, model, adaptation, rows)
+    adaptation = dataclasses.replace(
+        adaptation,
+        trainable=placed(adaptation.trainable, mesh),
+        frozen=placed(adaptation.frozen, mesh),
+    )
+    say(describe_arm(config, adaptation, loaded, chosen))
+    options, assemble = parallel_options(config, mesh), jax.jit(adaptation.assemble)
+    evaluate = make_eval(config, model, assemble, rows, options)
     before = evaluate(adaptation.trainable, adaptation.frozen) if evaluate else {}
     if config.method.name == "frozen":
-        atomic.write_json(_made(workdir) / "result.json", {"before": before, "after": before})
-        print(f"frozen   {before}")
+        _write_first(workdir / "result.json", {"before": before, "after": before})
+        say(f"frozen   {before}")
         return
     identity = {
         "config": {n: config[n].to_dict() for n in ("model", "data", "compute", "method")},
@@ -102,7 +116,6 @@ def run(
         "data": rows.summary,
         "experts": chosen.to_json() if chosen else None,
     }
-    options = options_of(config, model)
     result = fit(
         settings,
         make_loss(config, model, adaptation, options),
@@ -111,28 +124,44 @@ def run(
         batches(rows.train, config.train.batch_size, config.data.seed),
         workdir,
         evaluate,
-        RunInfo(f"esft {config.method.name}", identity, before=BEFORE),
+        RunInfo(
+            f"esft {config.method.name}",
+            identity,
+            mesh=mesh if mesh.size > 1 else None,
+            before=BEFORE,
+        ),
     )
     trained = result.params
     if settings.best_metric and result.best_step != result.step:
         trained = load_best(workdir, result.params)
-    trained = jax.device_get(trained)
     after = evaluate(trained, adaptation.frozen) if evaluate else {}
     figures = {"before": before, "after": after, "wall_s": result.wall_s}
     figures |= {"train_tokens": result.train_tokens, "best_step": result.best_step}
     figures["trained_params"] = tree.num_params(trained)
-    tuned = adaptation.finish(trained, loaded.params)
-    _save(config, loaded, tuned, (trained, chosen), result, workdir)
     if rows.heldout is not None:
-        ledger = _ledger(config, loaded, tuned, rows.heldout, options)
-        atomic.write_json(workdir / "routing.json", ledger)
+        sides = [assemble(part, adaptation.frozen) for part in (adaptation.trainable, trained)]
+        ledger = _ledger(config, sides, loaded.config, rows.heldout, options)
+        _write_first(workdir / "routing.json", ledger)
         mean = ledger["mean"]
-        print(
+        say(
             f"routing  {mean['overlap']:.1%} of experts kept per token, KL of the load "
             f"{mean['kl']:.2e}, on {ledger['num_tokens']:,} held-out tokens"
         )
-        print(f"heldout  nll {before['nll']:.4f} before, {after['nll']:.4f} after")
-    atomic.write_json(workdir / "result.json", figures)
+        say(f"heldout  nll {before['nll']:.4f} before, {after['nll']:.4f} after")
+    trained, problem = processes.to_host(trained), ""
+    if processes.is_first():
+        try:
+            tuned = adaptation.finish(trained, loaded.params)
+            _save(config, loaded, tuned, (trained, chosen), result, workdir)
+            atomic.write_json(workdir / "result.json", figures)
+        except InputError as error:
+            problem = str(error)
+    processes.agree(problem)
+
+
+def placed(params: tree.Tree, mesh: Mesh) -> tree.Tree:
+    """Host arrays on the device, or on a mesh by the rules of `moejax.core.sharding`."""
+    return spread(params, on_mesh(mesh)) if mesh.size > 1 else jax.device_put(params)
 
 
 def training_model(config: ConfigDict, model: ModelConfig) -> ModelConfig:
@@ -162,12 +191,13 @@ def make_loss(config: ConfigDict, model: ModelConfig, adaptation: Adaptation, op
     return loss
 
 
-def make_eval(config: ConfigDict, model: ModelConfig, adaptation: Adaptation, rows: SharedData):
+def make_eval(
+    config: ConfigDict, model: ModelConfig, assemble: Any, rows: SharedData, options: ForwardOptions
+):
     """Held-out nats per answer token, or None where nothing is held out."""
     heldout = rows.heldout
     if heldout is None:
         return None
-    options, assemble = options_of(config, model), jax.jit(adaptation.assemble)
 
     def evaluate(trainable, frozen):
         found = nll.evaluate(
@@ -182,21 +212,13 @@ def make_eval(config: ConfigDict, model: ModelConfig, adaptation: Adaptation, ro
     return evaluate
 
 
-def options_of(config: ConfigDict, model: ModelConfig) -> ForwardOptions:
-    """How to compute; InputError on several devices, which ESFT's training does not use yet."""
-    mesh = make_mesh_of(config, model)
-    if mesh.size > 1:
-        raise InputError(
-            f"launch.esft trains on one device and {mesh.size} are here: name one, as by "
-            "JAX_PLATFORMS and CUDA_VISIBLE_DEVICES"
-        )
-    return parallel_options(config, mesh)
-
-
-def warm_up(config: ConfigDict, loaded: Loaded, rows: SharedData, workdir: Path) -> ExpertConfig:
+def warm_up(
+    config: ConfigDict, loaded: Loaded, rows: SharedData, where: tuple[Mesh, Path]
+) -> ExpertConfig:
     """Scores the first training rows and selects; a run that goes on reads what it chose."""
+    mesh, workdir = where
     path = workdir / "experts.json"
-    if path.exists():
+    if processes.from_first(path.exists()):
         return expert_config.read(path)
     settings, batch_size = config.method, config.train.batch_size // config.train.accumulation
     train = rows.train.packed()
@@ -207,20 +229,22 @@ def warm_up(config: ConfigDict, loaded: Loaded, rows: SharedData, workdir: Path)
     first_rows = itertools.islice(fixed_batches(train, batch_size), num_batches)
     with bar("scoring", num_batches) as advance:
         counted = expert_scores.count(
-            loaded.params,
+            placed(loaded.params, mesh),
             loaded.config,
             first_rows,
             num_segments=max(map(len, train.ids)),
-            options=options_of(config, loaded.config),
+            options=parallel_options(config, mesh),
             on_tokens=lambda number, trace, ids: advance(number + 1),
         )
     scores = counted.scores().rounded(4)
     chosen = selection.select_by_threshold(scores, settings.score, settings.threshold)
     switches = {n: settings[n] for n in ("shared_experts", "non_expert_modules")}
     chosen = dataclasses.replace(chosen, **switches)
-    atomic.write_json(_made(workdir) / score_files.SUMMARY, score_files.summary_json(scores))
-    expert_config.write(path, chosen)
-    print(f"scored   {int(counted.pooled.tokens):,} tokens; {len(chosen.pairs)} experts in {path}")
+    _write_first(workdir / score_files.SUMMARY, score_files.summary_json(scores))
+    if processes.is_first():
+        expert_config.write(path, chosen)
+    processes.agree()
+    say(f"scored   {int(counted.pooled.tokens):,} tokens; {len(chosen.pairs)} experts in {path}")
     return chosen
 
 
@@ -237,7 +261,7 @@ def plan_memory(config: ConfigDict, plan: Loaded, settings: TrainConfig, chosen)
 
     trainable, frozen = jax.eval_shape(parts, plan.params)
     made = Adaptation({}, {}, *_faces(config, plan, model, chosen))
-    loss = make_loss(config, model, made, options_of(config, model))
+    loss = make_loss(config, model, made, parallel_options(config, None))
     optimizer = make_optimizer(settings.optim, settings.steps)
     return step_memory(loss, optimizer, trainable, frozen, batch, settings.accumulation)
 
@@ -282,11 +306,14 @@ def _save(config, loaded: Loaded, tuned, trained, result: FitResult, workdir: Pa
         print(f"written  {workdir / 'model'} ({form})")
 
 
-def _ledger(config, loaded: Loaded, tuned, heldout: Packed, options) -> dict[str, Any]:
+def _ledger(config, sides, model: ModelConfig, heldout: Packed, options) -> dict[str, Any]:
     parts = fixed_batches(heldout, config.train.batch_size // config.train.accumulation)
-    return routing_ledger(loaded.params, tuned, loaded.config, parts, options=options)
+    before, after = sides
+    return routing_ledger(before, after, model, parts, options=options)
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _write_first(path: Path, content: dict[str, Any]) -> None:
+    """Writes JSON into the run's folder, by one process."""
+    if processes.is_first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_json(path, content)

@@ -8,11 +8,11 @@ import socket
 import sys
 from typing import Any
 
-import jax
 from absl import flags
 
 from moejax.core.errors import InputError
-from moejax.io import processes
+
+# jax is imported by what uses it: --help should not wait for it.
 
 MULTIHOST = flags.DEFINE_string(
     "multihost",
@@ -38,6 +38,8 @@ def start() -> None:
     value = MULTIHOST.value
     if not value:
         return
+    import jax
+
     arguments: dict[str, Any] = {} if value == "auto" else _parse(value)
     arguments["initialization_timeout"] = MULTIHOST_TIMEOUT.value
     arguments["heartbeat_timeout_seconds"] = MULTIHOST_HEARTBEAT.value
@@ -58,6 +60,10 @@ def start() -> None:
 
 def device_table() -> list[str]:
     """One line per process: host, pid, devices. All processes call it; the first prints it."""
+    import jax
+
+    from moejax.io import processes
+
     devices = jax.local_devices()
     ids = ",".join(str(device.id) for device in devices[:8]) + (",..." if len(devices) > 8 else "")
     mine = (
@@ -72,6 +78,8 @@ def device_table() -> list[str]:
 
 def say(text: str) -> None:
     """Prints a line on the first process only."""
+    from moejax.io import processes
+
     if processes.is_first():
         print(text, flush=True)
 
@@ -91,6 +99,10 @@ def _parse(value: str) -> dict[str, Any]:
 
 def _check_alike() -> None:
     """Processes of different flags or versions would hang in the first step that differs."""
+    import jax
+
+    from moejax.io import processes
+
     own = [arg for arg in sys.argv[1:] if not arg.lstrip("-").startswith("multihost")]
     words = f"jax {jax.__version__}, flags {' '.join(own)}"
     for index, other in enumerate(processes.texts(words)):

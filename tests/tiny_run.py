@@ -37,9 +37,13 @@ def write(folder: Path) -> None:
 
 
 def command(folder: Path, workdir: Path, *flags: str, model: str = "dense") -> list[str]:
-    """launch.train on it: 8 rows of 64 tokens a step."""
+    """launch.train on it, or ESFT's training of "esft": 8 rows of 64 tokens a step."""
+    launcher = ["launch.train", "--config=configs/gsm8k_sft.py"]
+    if model == "esft":
+        launcher = ["launch.esft", "--stage=train", "--config=configs/esft/base.py"]
+        model = "moe"
     return [
-        *(sys.executable, "-m", "launch.train", "--config=configs/gsm8k_sft.py"),
+        *(sys.executable, "-m", *launcher),
         *(f"--config.model.source={folder / model}", f"--workdir={workdir}"),
         *(f"--config.data.source={folder / 'data.jsonl'}", "--config.data.seq_len=64"),
         *("--config.train.batch_size=8", "--config.train.epochs=0.0", "--compile_cache="),

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -92,6 +93,13 @@ def at_use(path: str, w: jax.Array, mesh: Mesh) -> jax.Array:
         lambda _, grad: (jax.lax.with_sharding_constraint(grad, split),),
     )
     return gather(w)
+
+
+def everywhere(values: Any, mesh: Mesh | None) -> Any:
+    """Within jit: a tree of results that every device, so every process, can read whole."""
+    if mesh is None:
+        return values
+    return jax.lax.with_sharding_constraint(values, NamedSharding(mesh, P()))
 
 
 def slot_spec(

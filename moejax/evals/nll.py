@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.core import tree
+from moejax.core.sharding import everywhere
 from moejax.data.loader import fixed_batches
 from moejax.data.packing import Packed
 from moejax.evals.bootstrap import Interval, paired_ratio, ratio
@@ -115,7 +115,4 @@ def tokens_hash(packed: Packed) -> str:
 @functools.partial(jax.jit, static_argnames=("config", "num_segments", "options"))
 def _example_nll(params, batch, config: ModelConfig, num_segments: int, options: ForwardOptions):
     found = example_nll(params, config, batch, num_segments=num_segments, options=options)
-    if options.parallel is None:
-        return found
-    everywhere = NamedSharding(options.parallel.mesh, PartitionSpec())
-    return jax.lax.with_sharding_constraint(found, everywhere)
+    return everywhere(found, options.mesh)

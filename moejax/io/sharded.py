@@ -64,6 +64,21 @@ def load_sharded(loaded: Loaded, place: Place) -> Loaded:
     return dataclasses.replace(loaded, params=params, tensors=None)
 
 
+def spread(params: tree.Tree, place: Place) -> tree.Tree:
+    """Whole arrays of this host as sharded ones; of several processes each has all of them.
+
+    Errors: InputError where a leaf does not divide as `place` wants.
+    """
+
+    def leaf(path: str, whole: Any) -> jax.Array:
+        host = np.asarray(whole)
+        abstract = jax.ShapeDtypeStruct(host.shape, host.dtype)
+        sharding = _fitting(path, abstract, place(path, abstract))
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return tree.map_with_path(leaf, params)
+
+
 def _fitting(path: str, leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> Sharding:
     try:
         sharding.shard_shape(leaf.shape)

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.core.mesh import TOKEN_AXES
+from moejax.core.sharding import everywhere
 from moejax.methods.expert_config import moe_layers
 from moejax.methods.expert_selection import ExpertScores
 from moejax.models import transformer
@@ -104,7 +105,7 @@ def count(
       batches: {"tokens", "segment_ids", "positions"}, each [B, T]; segment 0 is padding, which
         counts nowhere. Every other segment of a row is a sequence.
       num_segments: most sequences in a row.
-      options: how to compute.
+      options: how to compute; with `options.parallel` parameters lie on its mesh already.
       mesh: B rows are split over its data, fsdp and expert axes, parameters are on every device;
         each device counts its own rows, and one sum over those axes ends it.
       on_tokens: called with (batch number, its trace [L, B, T, K], its segment ids), for files of
@@ -125,7 +126,8 @@ def count(
         jnp.zeros((parts, *shape), jnp.float32),
         jnp.zeros((parts,), jnp.int32),
     )
-    params = _placed(params, mesh)
+    if options.parallel is None:
+        params = _placed(params, mesh)
     sequences = []
     for number, batch in enumerate(batches):
         if len(batch["tokens"]) % parts:
@@ -178,7 +180,8 @@ def _counting_step(config: ModelConfig, options: ForwardOptions, num_segments: i
         chosen, gates = (jnp.moveaxis(x[:, :, 1:], 0, 2) for x in (chosen, gates))
         found = Counters(chosen, gates, tokens_BS)
         more = jax.tree.map(lambda x: x.sum(axis=(0, 1))[None], found)
-        return jax.tree.map(jnp.add, counters, more), found, trace
+        result = jax.tree.map(jnp.add, counters, more), found, trace
+        return everywhere(result, options.mesh)
 
     if mesh is None:
         return jax.jit(step)

@@ -17,6 +17,7 @@ import numpy as np
 
 from moejax.core import tree
 from moejax.core.errors import InputError
+from moejax.core.sharding import everywhere
 from moejax.methods.expert_config import moe_layers
 from moejax.models import transformer
 from moejax.models.config import ModelConfig
@@ -52,7 +53,7 @@ def routing_ledger(
             options=options,
         )
         assert output.stats is not None and output.stats.trace is not None
-        return output.stats.trace
+        return everywhere(output.stats.trace, options.mesh)
 
     layers = moe_layers(config)
     sums = {name: np.zeros(len(layers)) for name in ("overlap", "first", "mass", "mass_after")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+from jax.sharding import Mesh
 
 from moejax.core.errors import InputError
 from moejax.moe.expert_parallel import Parallel
@@ -50,6 +51,11 @@ class ForwardOptions:
     attention: str | None = None
     trace_routing: bool = False
     parallel: Parallel | None = None
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh of `parallel`."""
+        return None if self.parallel is None else self.parallel.mesh
 
     def __post_init__(self):
         if self.remat not in ("none", *REMAT):

@@ -51,7 +51,7 @@ def losses(workdir: Path) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["dense", "moe"])
+@pytest.mark.parametrize("model", ["dense", "moe", "esft"])
 def test_one_recipe_anywhere(tmp_path, model):
     tiny_run.write(tmp_path)
     found = {}
@@ -71,4 +71,9 @@ def test_one_recipe_anywhere(tmp_path, model):
     assert len(found["one"]) == 4
     assert found["eight"] == pytest.approx(found["one"], rel=1e-5)
     assert found["two"] == pytest.approx(found["one"], rel=1e-5)
+    if model == "esft":
+        results = [json.loads((tmp_path / name / "result.json").read_text()) for name in found]
+        for result in results[1:]:
+            assert result["after"] == pytest.approx(results[0]["after"], rel=1e-5)
+        assert (tmp_path / "two" / "delta" / "expert_cfg.json").exists()
     assert json.loads((tmp_path / "two" / "env.json").read_text())["process_count"] == 2
