@@ -7,6 +7,8 @@
   python -m launch.bench --suite=kernels --out=rows.json
   python -m launch.bench --suite=layer --peer              the layer on a v5p:2x2x2, compiled
   python -m launch.bench --suite=train --peer              a training step on the CPU
+  python -m launch.bench --suite=data --peer               padding and tokens per second of the data
+                                                           pipeline alone
   python -m launch.bench --suite=serve --peer              tokens per second beside transformers
   python -m launch.bench --suite=shadow --peer             decoding that skips heads and neurons:
                                                            timed on the CPU, counted for a TPU v5e
@@ -29,6 +31,7 @@ from rich.console import Console
 
 from launch import (
     bench_cpu,
+    bench_data,
     bench_layer,
     bench_sandbox,
     bench_serve,
@@ -41,7 +44,7 @@ from launch.bench_table import Rows, matcher, measure, record, table
 from moejax.core.errors import InputError
 from moejax.io.atomic import write_json
 
-SUITE = flags.DEFINE_string("suite", None, "kernels, layer, train, serve, shadow or sandbox.")
+SUITE = flags.DEFINE_string("suite", None, "kernels, layer, train, data, serve, shadow or sandbox.")
 PEER = flags.DEFINE_bool("peer", False, "Also measure the peers, with the same formula.")
 ONLY = flags.DEFINE_string("only", None, "Measure only figures that match this regular expression.")
 OUT = flags.DEFINE_string("out", None, "JSON file for the rows, the machine and the versions.")
@@ -50,6 +53,7 @@ SUITES: dict[str, dict[str, Rows]] = {
     "kernels": {"cpu": bench_cpu.rows, "tpu": bench_tpu.rows},
     "layer": {"mesh": bench_layer.rows},
     "train": {"cpu": bench_train.rows},
+    "data": {"cpu": bench_data.rows},
     "serve": {"cpu": bench_serve.rows},
     "shadow": {"cpu": bench_shadow.rows, "tpu": bench_shadow.tpu_rows},
     "sandbox": {"cpu": bench_sandbox.rows},

@@ -22,7 +22,7 @@ from moejax.io.load import Loaded, load_any, main_dtype, save_any
 from moejax.methods.upcycle import moe_config, upcycle
 from moejax.models import flops, transformer
 from moejax.models.config import ModelConfig
-from moejax.moe.config import GATES, WEIGHTINGS, XFT_WEIGHTINGS, MoEConfig
+from moejax.moe.config import BALANCE_SCOPES, GATES, WEIGHTINGS, XFT_WEIGHTINGS, MoEConfig
 
 SOURCE = flags.DEFINE_string(
     "source", None, "Dense model: folder, .gguf file or hub id.", required=True
@@ -40,6 +40,13 @@ WEIGHTING = flags.DEFINE_enum(
     "divided by the sum over the chosen.",
 )
 NOISE = flags.DEFINE_bool("noise", True, "Learned noise on the router's logits while training.")
+BALANCE_SCOPE = flags.DEFINE_enum(
+    "balance_scope",
+    "local",
+    BALANCE_SCOPES,
+    "On several devices: the mean of each one's balance loss, or the loss of all tokens together, "
+    "which no mesh changes.",
+)
 SEED = flags.DEFINE_integer("seed", 0, "Of the routers' first weights.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a model folder at the target.")
 
@@ -53,6 +60,7 @@ def main(argv) -> None:
         gate=GATE.value,
         weighting=WEIGHTING.value,
         noise=NOISE.value,
+        balance_scope=BALANCE_SCOPE.value,
     )
     plan = load_any(SOURCE.value, abstract=True)
     config = moe_config(plan.config, moe)

@@ -21,7 +21,7 @@ from moejax.moe.choose import STRATEGIES, Choice, Load, choose
 from moejax.moe.config import MoEConfig
 from moejax.moe.layer import MoEStats, Trace, add_shared_network, layer_stats
 from moejax.moe.routing import Routing, route
-from moejax.moe.scores import expert_inputs
+from moejax.moe.scores import PartKey, expert_inputs
 from moejax.moe.strategies import AXIS, BY_NAME, Context
 from moejax.moe.tuned import first_expert
 from moejax.ops.gated_ffn import Activation, gated_ffn
@@ -93,7 +93,7 @@ def sharded_moe_layer(
     """`moejax.moe.layer.moe_layer` on a mesh; equal to it unless the strategy drops.
 
     Raises InputError if the experts do not divide by the expert axis, the B rows by the devices
-    that tokens are split over, or a width by its axes. Noise differs from one device's by its key.
+    that tokens are split over, or a width by its axes. Noise is the same on any mesh.
     """
     mesh = parallel.mesh
     _check(config, x_BTD.shape, mesh)
@@ -104,10 +104,11 @@ def sharded_moe_layer(
         config.num_experts, mesh.shape[AXIS], parallel.factor, activation, implementation
     )
     specs = tree.map_with_path(lambda path, w: param_spec(path, w.shape, mesh), params)
+    num_parts = math.prod(mesh.shape[axis] for axis in TOKEN_AXES)
 
     def body(params, x_BTD, mask_BT, rng):
         if rng is not None:
-            rng = jax.random.fold_in(rng, jax.lax.axis_index(TOKEN_AXES))
+            rng = PartKey(rng, jax.lax.axis_index(TOKEN_AXES), num_parts)
         inputs = (x_BTD, mask_BT, rng, trace)
         return _layer_on_device(params, specs, inputs, config, context, name)
 

@@ -5,6 +5,7 @@ are chosen, and that is not an error that averages out.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,16 @@ import jax.numpy as jnp
 from moejax.moe.config import MoEConfig
 
 NOISE_FLOOR = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class PartKey:
+    """A key for all tokens, for a device that has the part `index` of `count` equal ones: what it
+    draws for a token does not depend on the mesh. (XLA makes the slice of a fused draw alone.)"""
+
+    key: jax.Array
+    index: jax.Array
+    count: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +35,10 @@ class Logits:
 
 
 def router_logits(
-    params: dict[str, jax.Array], x_ND: jax.Array, config: MoEConfig, rng: jax.Array | None
+    params: dict[str, jax.Array],
+    x_ND: jax.Array,
+    config: MoEConfig,
+    rng: jax.Array | PartKey | None,
 ) -> Logits:
     """Logits of N tokens; a key turns on what perturbs them.
 
@@ -37,23 +51,34 @@ def router_logits(
     if rng is None or not config.noise:
         return Logits(clean_NJ, clean_NJ, None)
     std_NJ = jax.nn.softplus(_matmul(x_ND, params["w_noise"])) + NOISE_FLOOR
-    noise_NJ = jax.random.normal(rng, clean_NJ.shape, jnp.float32)
+    noise_NJ = _drawn(rng, clean_NJ.shape, jax.random.normal)
     return Logits(clean_NJ, clean_NJ + noise_NJ * std_NJ, std_NJ)
 
 
-def expert_inputs(x_ND: jax.Array, config: MoEConfig, rng: jax.Array | None) -> jax.Array:
+def expert_inputs(x_ND: jax.Array, config: MoEConfig, rng: jax.Array | PartKey | None) -> jax.Array:
     """What the experts see: x, or with `jitter_experts` the x * u that the router saw."""
     if not config.jitter_experts:
         return x_ND
     return _jittered(x_ND, config, rng).astype(x_ND.dtype)
 
 
-def _jittered(x_ND: jax.Array, config: MoEConfig, rng: jax.Array | None) -> jax.Array:
+def _jittered(x_ND: jax.Array, config: MoEConfig, rng: jax.Array | PartKey | None) -> jax.Array:
     if rng is None or not config.jitter:
         return x_ND
     low, high = 1 - config.jitter, 1 + config.jitter
-    key = jax.random.fold_in(rng, 1)  # rng itself draws the learned noise
-    return x_ND * jax.random.uniform(key, x_ND.shape, jnp.float32, low, high)
+
+    def draw(key, shape, dtype):  # the key itself draws the learned noise
+        return jax.random.uniform(jax.random.fold_in(key, 1), shape, dtype, low, high)
+
+    return x_ND * _drawn(rng, x_ND.shape, draw)
+
+
+def _drawn(rng: jax.Array | PartKey, shape: tuple[int, ...], draw: Callable) -> jax.Array:
+    """float32 draws [N, ...] of this device's tokens."""
+    if not isinstance(rng, PartKey):
+        return draw(rng, shape, jnp.float32)
+    whole = draw(rng.key, (rng.count * shape[0], *shape[1:]), jnp.float32)
+    return jax.lax.dynamic_slice_in_dim(whole, rng.index * shape[0], shape[0])
 
 
 def gate_logits(params: dict[str, jax.Array], x_ND: jax.Array, config: MoEConfig) -> jax.Array:

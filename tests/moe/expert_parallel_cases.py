@@ -31,7 +31,7 @@ GROUPS = {"num_groups": 4, "top_groups": 2}
 MORE = {"qwen2_moe": {"shared_ffn": 16}, "deepseek_v2": GROUPS, "deepseek_v3": GROUPS}
 CONFIGS = {
     "plain": MoEConfig(8, 2, **PLAIN, shared_ffn=16, shared_gate=True),
-    "xft": MoEConfig(8, 3, noise=False, balance_scope="global"),
+    "xft": MoEConfig(8, 3, jitter=0.1, balance_scope="global"),
     **{
         name: MoEConfig(8, 3, **{**fields, **MORE.get(name, {}), "balance_scope": "global"})
         for name, fields in CONVENTIONS.items()
@@ -123,8 +123,9 @@ def oracle(name: str):
     config = CONFIGS[name]
 
     def single(params, x):
-        stats = moe_layer(params, x, config, mask_BT=mask())[1]
-        return dense_moe(params, x, config, mask_BT=mask()), stats
+        how = {"mask_BT": mask(), "rng": jax.random.key(3)}
+        stats = moe_layer(params, x, config, **how)[1]
+        return dense_moe(params, x, config, **how), stats
 
     return gradient(single)
 
@@ -136,7 +137,8 @@ def wanted(name: str, load: str):
 
 def compare(mesh, strategy: str, name: str, factor: float, loads) -> Iterator[tuple[str, dict]]:
     config, parallel = CONFIGS[name], Parallel(mesh, strategy, factor)
-    ours = gradient(lambda p, x: moe_layer(p, x, config, mask_BT=mask(), parallel=parallel))
+    how = {"mask_BT": mask(), "rng": jax.random.key(3), "parallel": parallel}
+    ours = gradient(lambda p, x: moe_layer(p, x, config, **how))
     for load in loads:
         got = ours(*place(mesh, parameters(config, load), inputs()))
         if jax.process_count() > 1:
