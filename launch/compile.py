@@ -2,6 +2,7 @@
 
     python -m launch.compile --config=configs/xft_deepseek_1b.py:moe --topology=v5p:2x2x2
     python -m launch.compile --config=configs/esft_deepseek_v2_lite.py --topology=v5p:2x2x2
+    python -m launch.compile --config=configs/esft/deepseek_v2_lite.py --topology=v5p:2x2x2
     python -m launch.compile --config=configs/mixtral_8x7b_sft.py --topology=v5p:4x4x4 \\
         --out=plan.json
     python -m launch.compile --config=... --topology=v6e:4x4 --sweep
@@ -39,7 +40,12 @@ def main(argv) -> None:
     del argv
     from launch.settings import checked
 
-    config = checked(CONFIG.value)
+    like = None
+    if CONFIG.value is not None and "method" in CONFIG.value:
+        from configs.esft import base
+
+        like = base.get_config()
+    config = checked(CONFIG.value, like)
     name = TOPOLOGY.value
     if not name:
         raise InputError("--topology is missing: e.g. v5p:2x2x2, v5e:4x4, v6e:8x8 or h100x8")
@@ -146,8 +152,9 @@ def _print_remedies(lines: list[str], setup) -> None:
 
 
 def _sweep(config, model, devices) -> dict:
-    from launch.planning import candidates, changed, free_memory, plan
+    from launch.planning import candidates, changed, chosen_candidates, free_memory, plan
     from launch.sweep_table import row_of, table
+    from moejax.aot.estimate import estimate
     from moejax.core.chips import chip_of
 
     chip = chip_of(TOPOLOGY.value or "")
@@ -156,17 +163,20 @@ def _sweep(config, model, devices) -> dict:
     if not found:
         raise InputError(f"no mesh of {len(devices)} devices divides this model and batch")
     print(f"{len(found)} candidates reckoned in {time.perf_counter() - start:.0f} s", flush=True)
-    rows, start = [], time.perf_counter()
-    chosen = found[: 1 if cli.DRY_RUN.value else COMPILES.value]
-    for number, (keys, setup) in enumerate([] if cli.DRY_RUN.value else chosen, 1):
+    rows, start, most = [], time.perf_counter(), 0 if cli.DRY_RUN.value else COMPILES.value
+
+    def compiled(keys, setup) -> float:
         result, setup, _ = plan(changed(config, keys), model, devices, chip)
         rows.append(row_of(keys, setup, result))
-        spent = time.perf_counter() - start
-        eta = spent / number * (len(chosen) - number)
-        print(f"compiled {number} of {len(chosen)}, {eta:.0f} s left", flush=True)
+        eta = (time.perf_counter() - start) / len(rows) * (most - len(rows))
+        print(f"compiled {len(rows)} of {most}, {eta:.0f} s left", flush=True)
         free_memory()
+        return rows[-1]["used"] / estimate(setup).used
+
+    chosen = chosen_candidates(found, compiled, most)
     rows.sort(key=lambda row: row["order"])
-    rows += [row_of(keys, setup, None) for keys, setup in found[len(rows) : len(rows) + 15]]
+    rest = [each for number, each in enumerate(found) if number not in chosen][:15]
+    rows += [row_of(keys, setup, None) for keys, setup in rest]
     print(table(rows))
     return {"topology": TOPOLOGY.value, "config": config.to_dict(), "rows": rows}
 

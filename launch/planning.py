@@ -16,6 +16,7 @@ import jax
 from jax.errors import JaxRuntimeError
 from ml_collections import ConfigDict
 
+from launch.esft_plan import esft_program
 from launch.program import make_mesh_of, make_program
 from launch.settings import PRESET, preset, train_config
 from moejax.aot.estimate import Setup, estimate, estimate_time
@@ -85,7 +86,7 @@ def plan(
     """Compiles a config's step for devices that are not here. The text is the compiled program."""
     mesh = make_mesh_of(config, model, devices)
     setup = setup_of(config, model, mesh.shape, chip)
-    program = make_program(config, model, mesh)
+    program = (esft_program if "method" in config else make_program)(config, model, mesh)
     start = time.perf_counter()
     try:
         compiled = program.lower().compile()
@@ -121,6 +122,24 @@ def candidates(
         carried_s = (line.memory_s + line.network_s) / tokens
         found.append((hbm.left < 0, pace, carried_s, len(found), keys, setup))
     return [(keys, setup) for *_, keys, setup in sorted(found, key=lambda row: row[:4])]
+
+
+def chosen_candidates(
+    found: Sequence[tuple[Keys, Setup]], fit: Callable[[Keys, Setup], float], most: int
+) -> list[int]:
+    """Which candidates to compile: the best that fit, up to `most`, learning from what was.
+
+    fit(keys, setup) compiles one and gives the bytes it takes over those estimated; of the rest,
+    those are passed over that the largest such factor does not let fit.
+    """
+    chosen, factor = [], 1.0
+    for number, (keys, setup) in enumerate(found):
+        if len(chosen) == most:
+            break
+        if not chosen or factor * estimate(setup).used <= setup.chip.hbm_bytes:
+            chosen.append(number)
+            factor = max(factor, fit(keys, setup))
+    return chosen
 
 
 def _variants(config: ConfigDict, model: ModelConfig, num_devices: int) -> Iterator[Keys]:

@@ -56,7 +56,10 @@ def table(rows: list[dict[str, Any]]) -> str:
             )
         )
     lines.append("! does not fit; ~ reckoned, not compiled. tokens/s and MFU are upper bounds.")
-    best = next((row for row in rows if row["fits"]), None)
+    best = next((row for row in rows if row["fits"] and row["compiled"]), None)
+    if best is None and any(row["compiled"] for row in rows):
+        lines.append("none of those compiled fits: compile more (--compiles), or take more devices")
+    best = best or next((row for row in rows if row["fits"] and not rows[0]["compiled"]), None)
     if best is not None:
         lines.append("best: " + " ".join(f"--config.{k}={v}" for k, v in best["keys"].items()))
     return "\n".join(lines)

@@ -2,10 +2,18 @@
 
 import dataclasses
 
+import jax
+import pytest
+
 from configs import base
-from launch.planning import candidates, changed, model_of
+from configs.esft import deepseek_v2_lite as esft_deepseek_v2_lite
+from launch.esft_plan import chosen_experts, esft_program
+from launch.planning import candidates, changed, chosen_candidates, model_of
 from launch.sweep_table import row_of, table
 from moejax.aot.estimate import estimate
+from moejax.core import tree
+from moejax.core.errors import InputError
+from moejax.core.mesh import make_mesh
 from moejax.models.config import ModelConfig
 from moejax.moe.config import CONVENTIONS, MoEConfig
 
@@ -34,6 +42,39 @@ def test_candidates_of_a_mixture():
     rows = [row_of(keys, setup, None) for keys, setup in found[:3]]
     text = table(rows)
     assert text.count("~") > 3 and "best: --config.mesh.data=" in text
+
+
+def test_a_sweep_learns_from_what_did_not_fit():
+    found = candidates(settings(), MOE, "v5p:2x2x1", 4)
+    compiled = []
+
+    def fit(keys, setup):
+        compiled.append(estimate(setup).used / setup.chip.hbm_bytes)
+        return 1.4  # what is compiled takes more than was reckoned
+
+    chosen = chosen_candidates(found, fit, 4)
+    assert len(chosen) == len(compiled) and chosen[0] == 0 and chosen == sorted(chosen)
+    assert all(1.4 * used <= 1 for used in compiled[1:])
+    assert chosen_candidates(found, fit, 0) == []
+
+
+def test_a_plan_of_esft_has_state_of_the_chosen_experts_alone():
+    config = esft_deepseek_v2_lite.get_config()
+    model = dataclasses.replace(model_of(config), num_layers=3)
+    chosen = chosen_experts("spread:6", model)
+    assert chosen.experts == {1: (0, 10, 21, 32, 42, 53), 2: (0, 10, 21, 32, 42, 53)}
+    mesh = make_mesh(devices=jax.devices()[:1])
+    config.train.update(batch_size=1, accumulation=1)
+    program = esft_program(config, model, mesh)
+    sizes = {path: leaf.shape for path, leaf in tree.flatten(program.state.params).items()}
+    assert sizes and all("experts" in path and shape[0] == 12 for path, shape in sizes.items())
+    for source, words in (
+        ("", "is missing"),
+        ("spread:65", "N from 1 to 64"),
+        ("spread:x", "N from"),
+    ):
+        with pytest.raises(InputError, match=words):
+            chosen_experts(source, model)
 
 
 def test_a_dense_model_has_no_expert_axis():
