@@ -33,6 +33,14 @@ TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:AxB, v5p:AxBxC, v6e:AxB or
 OUT = flags.DEFINE_string("out", None, "JSON file for the plan.")
 SWEEP = flags.DEFINE_bool("sweep", False, "Try other meshes, batches, remat and strategies.")
 COMPILES = flags.DEFINE_integer("compiles", 5, "With --sweep, how many candidates to compile.", 1)
+EFFORT = flags.DEFINE_float(
+    "effort",
+    0.0,
+    "XLA's effort: -1 compiles in less than half the time to a program that is slower and takes "
+    "more memory; 0 is what a run gets.",
+    -1.0,
+    1.0,
+)
 TEXT = flags.DEFINE_string("hlo", None, "File for the compiled program's text.")
 
 
@@ -94,10 +102,11 @@ def _plan(config, model, devices) -> dict:
     if cli.DRY_RUN.value:
         return _estimated(config, model, devices, chip)
     print("compiling: a minute or two for a large model", flush=True)
-    found, setup, text = plan(config, model, devices, chip)
+    found, setup, text = plan(config, model, devices, chip, EFFORT.value)
     _print_head(config, model, setup)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"compiled in {found.compile_s:.0f} s, {used:.1f} GiB of this machine's memory")
+    quick = f", with XLA's effort at {EFFORT.value:g}" if EFFORT.value else ""
+    print(f"compiled in {found.compile_s:.0f} s, {used:.1f} GiB of this machine's memory{quick}")
     for line in describe(found):
         print(line)
     changes = []
@@ -107,6 +116,7 @@ def _plan(config, model, devices) -> dict:
     if TEXT.value:
         Path(TEXT.value).write_text(text)
     record = {"topology": TOPOLOGY.value, "mesh": dict(setup.mesh), "plan": found.to_dict()}
+    record |= {"effort": EFFORT.value}
     return record | {"config": config.to_dict(), "remedies": list(map(dataclasses.asdict, changes))}
 
 
@@ -166,7 +176,7 @@ def _sweep(config, model, devices) -> dict:
     rows, start, most = [], time.perf_counter(), 0 if cli.DRY_RUN.value else COMPILES.value
 
     def compiled(keys, setup) -> float:
-        result, setup, _ = plan(changed(config, keys), model, devices, chip)
+        result, setup, _ = plan(changed(config, keys), model, devices, chip, EFFORT.value)
         rows.append(row_of(keys, setup, result))
         eta = (time.perf_counter() - start) / len(rows) * (most - len(rows))
         print(f"compiled {len(rows)} of {most}, {eta:.0f} s left", flush=True)

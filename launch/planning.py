@@ -81,15 +81,22 @@ def changed(config: ConfigDict, keys: Mapping[str, Any]) -> ConfigDict:
 
 
 def plan(
-    config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device], chip: Chip
+    config: ConfigDict,
+    model: ModelConfig,
+    devices: Sequence[jax.Device],
+    chip: Chip,
+    effort: float = 0.0,
 ) -> tuple[Plan, Setup, str]:
-    """Compiles a config's step for devices that are not here. The text is the compiled program."""
+    """Compiles a config's step for devices that are not here. The text is the compiled program.
+
+    effort: XLA's, for time and memory, from -1 (quick to compile, slower to run) to 1.
+    """
     mesh = make_mesh_of(config, model, devices)
     setup = setup_of(config, model, mesh.shape, chip)
     program = (esft_program if "method" in config else make_program)(config, model, mesh)
     start = time.perf_counter()
     try:
-        compiled = program.lower().compile()
+        compiled = program.lower().compile(compiler_options=_options(effort))
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -97,6 +104,11 @@ def plan(
     seconds = time.perf_counter() - start
     text = compiled.as_text() or ""
     return read_plan(program, compiled, setup, seconds, text), setup, text
+
+
+def _options(effort: float) -> dict[str, float] | None:
+    names = ("exec_time_optimization_effort", "memory_fitting_effort")
+    return dict.fromkeys(names, effort) if effort else None
 
 
 def candidates(

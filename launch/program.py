@@ -51,13 +51,16 @@ def _how_far(config: ConfigDict, model: ModelConfig) -> str:
     there = stats.get("bytes_limit", available_bytes())
     at_rest, per_token = memory.total - memory.activations, memory.activations / length
     reach = int(max(0, there - at_rest) / per_token)
+    further = ["compute.remat=full"] * (config.compute.remat not in ("full", "offload"))
+    further += ["compute.remat=offload"] * (config.compute.remat != "offload")
+    further += ["compute.dtype=bfloat16"] * (config.compute.dtype == "float32")
     return (
         f"mesh.sequence={config.mesh.sequence}: rows are not split along their length (there is no "
-        f"sequence parallelism). One device here, {there / GIB:.1f} GiB, reaches rows of about "
+        f"sequence parallelism). One device here, {there / GIB:.1f} GiB, reaches rows of at least "
         f"{reach:,} tokens for this model with remat {config.compute.remat}: "
         f"{at_rest / GIB:.1f} GiB of state and {per_token / 1024:.0f} KiB of activations a token. "
-        "compute.remat=full or offload, bfloat16, or more devices on mesh.fsdp and mesh.tensor "
-        "reach further; set mesh.sequence to 1"
+        f"{', '.join(further)} or more devices on mesh.fsdp and mesh.tensor reach further; "
+        "set mesh.sequence to 1"
     )
 
 

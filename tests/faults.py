@@ -3,8 +3,9 @@
     python -m tests.faults [DIR]        2 to 10 minutes; every run stays in DIR for a look
 
 Each row breaks a run of 8 steps that saves every second one, starts the same command again, and
-holds the losses of all steps against those of a run that nothing happened to. Processes are forked
-from this one, which has imported everything but touched no device.
+holds the losses of all steps, and the row of the data that its last checkpoint stands at, against
+those of a run that nothing happened to. Processes are forked from this one, which has imported
+everything but touched no device.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from launch import cli, train
 from moejax.io import checkpoint, orbax
+from moejax.io.atomic import read_json
 from moejax.train import loop
 from moejax.train.log import read_metrics
 from moejax.train.stopping import Agreement
@@ -102,6 +104,12 @@ def compared(found: list[float], wanted: list[float]) -> str:
     return f"losses within {max(abs(a / b - 1) for a, b in zip(found, wanted, strict=True)):.0e}"
 
 
+def data_row(workdir: Path) -> int:
+    """Where the newest checkpoint says that the stream of rows stands; -1 without one."""
+    found = sorted((workdir / "ckpt").glob("step_*/done.json"))
+    return read_json(found[-1])["data"]["next_row"] if found else -1
+
+
 def last_line(log: Path, word: str) -> str:
     lines = [line for line in log.read_text().splitlines() if word in line]
     return lines[-1] if lines else ""
@@ -140,12 +148,12 @@ def fill_disk(ballast: Path) -> Hook:
     """Fills the file system before the checkpoint of step 6."""
     plain = checkpoint.Checkpoints.start
 
-    def start(self, step, params, metrics=None):
+    def start(self, step, params, *rest, **more):
         if step == 6:
             with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
                 while True:
                     file.write(bytes(1 << 16))
-        return plain(self, step, params, metrics)
+        return plain(self, step, params, *rest, **more)
 
     def hook() -> None:
         checkpoint.Checkpoints.start = start
@@ -223,6 +231,9 @@ class Table:
         start = said.partition("resuming at ")[2].partition(" of")[0] or "did not resume"
         same = compared(losses(self.folder / name), wanted)
         good = again == "exit 0" and same.startswith(("same", "losses within")) and bool(said)
+        stands = data_row(self.folder / name)
+        good &= stands == data_row(self.folder / "plain") == STEPS * 8
+        same += f", data at row {stands}"
         lost = "nothing" if good else "SOMETHING"
         row = Row(fault, happened, f"from {start}: {same}", lost, good)
         self.rows.append(row)

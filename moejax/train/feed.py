@@ -80,8 +80,7 @@ class Feed:
     def _make(self, step: int, *seen: Any) -> Mapping[str, Any]:
         if self._mesh is None:
             return self._batches(step, *seen)
-        if seen:
-            raise NotImplementedError("on-policy batches are made on one device so far")
+        assert not seen, "refused by fit"
         rows = getattr(self._batches, "rows", None)
 
         def part(first: int, last: int) -> Mapping[str, np.ndarray]:

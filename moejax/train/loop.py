@@ -73,11 +73,17 @@ def fit(
       info: what to say of the run, and the mesh it has.
       adjust: see `moejax.train.step.make_train_step`.
 
-    Errors: InputError for a work directory of another config, rows that `accumulation` does not
-    divide, more steps in a row than `max_skipped` without a finite loss. KeyboardInterrupt after
-    ctrl-C and `moejax.train.stopping.Preempted` after SIGTERM, once the state is saved.
+    Errors: InputError for a work directory of another config, on-policy batches on a mesh, rows
+    that `accumulation` does not divide, more steps in a row than `max_skipped` without a finite
+    loss. KeyboardInterrupt after ctrl-C and `moejax.train.stopping.Preempted` after SIGTERM, once
+    the state is saved.
     """
     workdir = Path(workdir)
+    if info.on_policy and info.mesh is not None:
+        raise InputError(
+            f"batches that are sampled from the policy are made on one device, and this run has a "
+            f"mesh of {info.mesh.size}: start it without a mesh"
+        )
     identity = {"train": dataclasses.asdict(config), **info.identity}
     free = [f"train.{name}" for name in FREE]
     claim_folder(workdir, identity, free=free, before=info.before)

@@ -18,6 +18,7 @@ import pytest
 
 from moejax.core import tree
 from moejax.core.errors import InputError
+from moejax.core.mesh import make_mesh
 from moejax.train.log import read_metrics
 from moejax.train.loop import RunInfo, TrainConfig, fit, load_best, load_params
 from moejax.train.optim import OptimConfig
@@ -183,6 +184,13 @@ def test_how_often_to_log_and_save_may_change(tmp_path, never_killed):
     run(tmp_path)
     other = dataclasses.replace(CONFIG, log_every=3, save_every=1, keep_last=2)
     assert run(tmp_path, other).step == 6
+
+
+def test_on_policy_batches_on_a_mesh_are_refused_before_anything_is_written(tmp_path):
+    info = RunInfo(quiet=True, on_policy=True, mesh=make_mesh(devices=jax.devices()[:1]))
+    with pytest.raises(InputError, match="made on one device, and this run has a mesh of 1"):
+        run(tmp_path / "run", info=info)
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_that_accumulation_does_not_divide(tmp_path):
