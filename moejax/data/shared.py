@@ -126,7 +126,7 @@ def load_shared(config: DataConfig, tokenizer: Tokenizer, rows: RowsConfig) -> S
     examples, problem, share = None, "", np.empty(0, ENTRY)
     fixed: dict[str, Any] | None = None
     try:
-        examples, fixed = _open(config, tokenizer, rows.seq_len)
+        examples, fixed = open_examples(config, tokenizer, rows.seq_len)
         share = examples.share(jax.process_index(), jax.process_count())
     except InputError as error:
         problem = str(error)
@@ -184,7 +184,7 @@ def _packed_rows(examples: Examples, numbers: np.ndarray, rows: RowsConfig) -> P
     )
 
 
-def _open(
+def open_examples(
     config: DataConfig, tokenizer: Tokenizer, seq_len: int
 ) -> tuple[Examples, dict[str, Any] | None]:
     def encode(record: Record) -> Example:

@@ -43,15 +43,19 @@ def _difference(folder: Path, wanted: Any, there: Any, free: Collection[str], be
     theirs = {k: value for k, value in before.items() if k in ours and value is not None} | theirs
     either = [key for key, value in before.items() if value is None]
     free = {*free, *(key for key in either if not (key in ours and key in theirs))}
-    differing = [
-        f"{key} ({theirs.get(key, 'unset')!r} there, {ours.get(key, 'unset')!r} here)"
+    names = [
+        key
         for key in sorted(ours.keys() | theirs.keys())
         if key not in free and ours.get(key, missing) != theirs.get(key, missing)
     ]
-    if not differing:
+    if not names:
         return ""
+    differing = [
+        f"{key} ({theirs.get(key, 'unset')!r} there, {ours.get(key, 'unset')!r} here)"
+        for key in names
+    ]
     what = f"{folder} holds a run of another config: {', '.join(differing)}"
-    if any(key.startswith("data.") for key in ours if ours[key] != theirs.get(key, missing)):
+    if any(key.startswith("data.") for key in names if key in ours):
         what += ". The data is not what the run began with: bring that file back"
         return what + ", or start anew in another folder"
     return what + "; give that config, or another folder"

@@ -13,7 +13,7 @@ from moejax.data.load import DataConfig, load_data
 from moejax.data.loader import batches
 from moejax.data.packing import pack
 from moejax.data.rows import open_rows, part_of
-from moejax.data.shared import RowsConfig, _open, arrange, load_shared, shares_of
+from moejax.data.shared import RowsConfig, open_examples, arrange, load_shared, shares_of
 from moejax.io.tokenizer import Tokenizer
 from tests.tiny_tokenizer import gguf_fields
 
@@ -42,7 +42,7 @@ def config(request, tmp_path_factory) -> DataConfig:
 
 
 def parts(config: DataConfig, count: int):
-    return list(shares_of(lambda: _open(config, TOKENIZER, ROWS.seq_len)[0], count))
+    return list(shares_of(lambda: open_examples(config, TOKENIZER, ROWS.seq_len)[0], count))
 
 
 def test_one_process_packs_what_was_packed_before(config):
