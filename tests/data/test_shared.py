@@ -13,7 +13,7 @@ from moejax.data.load import DataConfig, load_data
 from moejax.data.loader import batches
 from moejax.data.packing import pack
 from moejax.data.rows import open_rows, part_of
-from moejax.data.shared import RowsConfig, open_examples, arrange, load_shared, shares_of
+from moejax.data.shared import RowsConfig, arrange, load_shared, open_examples, shares_of
 from moejax.io.tokenizer import Tokenizer
 from tests.tiny_tokenizer import gguf_fields
 
