@@ -64,7 +64,9 @@ def to_host(params: tree.Tree) -> tree.Tree:
         # A stack travels layer by layer, so that no device holds all of it.
         parts = range(leaf.shape[0]) if leaf.ndim > 2 else [slice(None)]
         for part in parts:
-            found = gather(leaf[part])
+            # Everybody waits for each: a process that ran ahead had its CPU devices' threads taken
+            # by later exchanges, and the others waited for ever for the one before.
+            found = jax.block_until_ready(gather(leaf[part]))
             if is_first():
                 value[part] = found
         return value
