@@ -7,8 +7,10 @@
 MODEL is a model folder, a .gguf file or a hub id; NAME is its last part unless --served_name says
 otherwise. Any OpenAI client works with base_url="http://localhost:8000/v1", and so do harnesses
 that speak to one: completions (echo, logprobs, n, stop, seed), chat completions (streamed too),
-models. Requests share the model's slots; a client that hangs up frees its own. The server listens
-on this machine only unless --host says otherwise; then give --api_key_file.
+models. --adapters=NAME=DIR,... lays deltas of launch.esft over MODEL for calls that say
+"adapter": "NAME", or that name one as their model. Requests share the model's slots; a client that
+hangs up frees its own. The server listens on this machine only unless --host says otherwise; then
+give --api_key_file.
 """
 
 from __future__ import annotations
@@ -26,8 +28,11 @@ from launch import cli
 from launch.mesh_text import parse_mesh
 from moejax.core import tree
 from moejax.core.errors import InputError
+from moejax.io import lineage
 from moejax.io.load import Loaded, load_any
 from moejax.io.sharded import on_mesh
+from moejax.methods import adapter_files, esft_delta
+from moejax.methods.esft_delta import Delta
 from moejax.models.transformer import ForwardOptions
 from moejax.serve.prepare import context_length
 from moejax.serve.request import EngineConfig, Request
@@ -40,6 +45,7 @@ API_KEY_FILE = flags.DEFINE_string("api_key_file", None, "File with the key clie
 DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Type of weights, arithmetic and cache."
 )
+ADAPTERS = flags.DEFINE_list("adapters", [], "Deltas that calls can name, as law=DIR,code=DIR.")
 MESH = flags.DEFINE_string("mesh", None, "Devices to split over, as tensor=4 or fsdp=2,tensor=2.")
 NUM_SLOTS = flags.DEFINE_integer("num_slots", 8, "Answers decoded together.", 1)
 MAX_LENGTH = flags.DEFINE_integer(
@@ -68,7 +74,8 @@ def main(argv: Sequence[str]) -> None:
         return
     # Before the model is read: a port that is taken should not cost that time.
     with _listen() as listener:
-        loaded = load_any(MODEL.value, DTYPE.value, place=place)
+        # A delta knows its base by the stored weights' hash; the engine then makes them DTYPE.
+        loaded = load_any(MODEL.value, "keep" if ADAPTERS.value else DTYPE.value, place=place)
         if loaded.tokenizer is None:
             raise InputError(f"{MODEL.value} has no tokenizer: texts cannot be read")
         _serve(loaded, listener, key)
@@ -106,6 +113,22 @@ def _settings(loaded: Loaded) -> EngineConfig:
     )
 
 
+def _read_adapters(loaded: Loaded) -> dict[str, Delta]:
+    """Name -> delta of --adapters, each checked against the model in memory."""
+    found: dict[str, Delta] = {}
+    base = lineage.hash_params(loaded.params) if ADAPTERS.value else ""
+    for item in ADAPTERS.value:
+        name, _, folder = item.partition("=")
+        if not name or not folder or name in found or name == _name():
+            raise InputError(
+                f"--adapters: {item!r} must be NAME=DIR, each NAME once and none {_name()!r}, "
+                "which is the model's"
+            )
+        found[name] = adapter_files.read(folder, loaded.config)
+        esft_delta.check_hash(base, found[name], folder)
+    return found
+
+
 def _name() -> str:
     source = str(MODEL.value)
     return SERVED_NAME.value or Path(source).name.removesuffix(".gguf") or source
@@ -120,7 +143,8 @@ def _serve(loaded: Loaded, listener: socket.socket, key: str | None) -> None:
 
     tokenizer = loaded.tokenizer
     assert tokenizer is not None
-    engine = Engine(loaded.params, loaded.config, _settings(loaded), tokenizer.decode)
+    deltas = _read_adapters(loaded)
+    engine = Engine(loaded.params, loaded.config, _settings(loaded), tokenizer.decode, deltas)
     loaded = dataclasses.replace(loaded, params=None)  # the engine has its own layout
     started = time.perf_counter()
     print(f"compiling for {engine.settings.num_slots} slots ...", file=sys.stderr, flush=True)

@@ -93,10 +93,13 @@ def of_trained(
 
 def check_base(params: tree.Tree, delta: Delta, where: str) -> None:
     """Raises InputError unless `params` is what the delta was trained from, where that is known."""
-    if not delta.base_sha256:
-        return
-    found = lineage.hash_params(params)
-    if found != delta.base_sha256:
+    if delta.base_sha256:
+        check_hash(lineage.hash_params(params), delta, where)
+
+
+def check_hash(found: str, delta: Delta, where: str) -> None:
+    """`check_base` of a base whose hash is known; where either is not (""), nothing is said."""
+    if found and delta.base_sha256 not in ("", found):
         raise InputError(
             f"{where} was trained from a base with sha256 {delta.base_sha256[:12]} and this one "
             f"has {found[:12]}: give the base it was trained from"
@@ -119,36 +122,67 @@ class Adapters:
     """Several deltas on one base, in one process: one at a time in place, with no second model.
 
     `params` is the model on the device, changed in place by `use` (arrays taken from it before are
-    gone). Beside it there are the deltas, and what the one in use has replaced. InputError for a
-    delta of another base or an unknown name.
+    gone); its layers may be stacked or, as decoding has them, apart. Beside it there are the
+    deltas, and what the one in use has replaced. InputError for a delta of another base or an
+    unknown name.
     """
 
     def __init__(self, params: tree.Tree, config: ModelConfig, base_sha256: str = ""):
         self._config, self._base = config, base_sha256
-        self._flat = dict(tree.flatten(jax.tree.map(jnp.asarray, params)))
+        params = jax.tree.map(jnp.asarray, params)
+        runs = params["layers"]
+        self._apart = {name for name, run in runs.items() if isinstance(run, tuple)}
+        # Path -> a leaf; where layers are apart, a list of one per layer.
+        self._flat: dict[str, Any] = dict(
+            tree.flatten({name: part for name, part in params.items() if name != "layers"})
+        )
+        for name, run in runs.items():
+            layers = [tree.flatten(layer) for layer in (run if name in self._apart else (run,))]
+            for path in layers[0]:
+                found = [layer[path] for layer in layers]
+                whole = found if name in self._apart else found[0]
+                self._flat[f"layers/{name}/{path}"] = whole
         self._deltas: dict[str, Delta] = {}
         self._replaced: Delta | None = None
         self.name: str | None = None
 
+    @classmethod
+    def of(cls, params: tree.Tree, config: ModelConfig, deltas: Mapping[str, Delta]) -> Adapters:
+        """With these deltas, by name."""
+        made = cls(params, config)
+        for name, delta in deltas.items():
+            made.add(name, delta)
+        return made
+
     @property
     def params(self) -> tree.Tree:
         """The tree as it now is."""
-        return tree.unflatten(self._flat)
+        made = tree.unflatten({p: leaf for p, leaf in self._flat.items() if not _is_apart(leaf)})
+        for name in self._apart:
+            prefix = f"layers/{name}/"
+            lists = {p: leaf for p, leaf in self._flat.items() if p.startswith(prefix)}
+            paths = [path.removeprefix(prefix) for path in lists]
+            made.setdefault("layers", {})[name] = tuple(
+                tree.unflatten(dict(zip(paths, leaves, strict=True)))
+                for leaves in zip(*lists.values(), strict=True)
+            )
+        return made
+
+    @property
+    def names(self) -> list[str]:
+        """Of the deltas that are known, in order."""
+        return sorted(self._deltas)
 
     def add(self, name: str, delta: Delta) -> None:
         """Makes a delta known; it is not put in yet."""
         delta.chosen.check_fits(self._config, f"adapter {name}")
-        if self._base and delta.base_sha256 and self._base != delta.base_sha256:
-            raise InputError(
-                f"adapter {name} was trained from a base with sha256 {delta.base_sha256[:12]} and "
-                f"this one has {self._base[:12]}: it is of another base"
-            )
+        check_hash(self._base, delta, f"adapter {name}")
         self._deltas[name] = delta
 
     def use(self, name: str | None) -> tree.Tree:
         """Puts a delta in, None the base, and returns the tree."""
         if name is not None and name not in self._deltas:
-            known = ", ".join(sorted(self._deltas)) or "none"
+            known = ", ".join(self.names) or "none"
             raise InputError(f"no adapter {name!r}: there are {known}")
         if name != self.name:
             if self._replaced is not None:
@@ -162,19 +196,46 @@ class Adapters:
         stacks: dict[str, Any] = {}
         leaves: dict[str, Any] = {}
         for path, run in stack_paths(self._flat, self._config, delta.chosen).items():
-            self._flat[path], stacks[path] = _swap(
-                self._flat[path], run.rows, run.ids, delta.stacks[path]
-            )
+            there, new = self._flat[path], delta.stacks[path]
+            if not _is_apart(there):
+                self._flat[path], stacks[path] = _swap(there, (run.rows, run.ids), new)
+                continue
+            replaced = []  # by layer, which is the order of the pairs
+            for row in np.unique(run.rows):
+                mine = run.rows == row
+                there[row], old = _swap(there[row], (run.ids[mine],), new[mine])
+                replaced.append(old)
+            stacks[path] = jnp.concatenate(replaced)
         for path, leaf in delta.leaves.items():
-            leaves[path] = self._flat[path]
-            self._flat[path] = jnp.asarray(leaf, self._flat[path].dtype)
+            there = self._flat[path]
+            leaves[path] = list(there) if _is_apart(there) else there
+            if _is_apart(there):
+                self._flat[path] = [_like(leaf[i], old) for i, old in enumerate(there)]
+            else:
+                self._flat[path] = _like(leaf, there)
         return Delta(delta.chosen, stacks, leaves)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _swap(stack: jax.Array, rows, ids, new) -> tuple[jax.Array, jax.Array]:
-    old = stack[rows, ids]
-    return stack.at[rows, ids].set(jnp.asarray(new, stack.dtype), unique_indices=True), old
+def _is_apart(leaf: Any) -> bool:
+    return isinstance(leaf, list)
+
+
+def _like(new: Any, old: jax.Array) -> jax.Array:
+    return jax.device_put(jnp.asarray(new, old.dtype), old.sharding)
+
+
+def _swap(stack: jax.Array, place: tuple[np.ndarray, ...], new: Any) -> tuple[Any, Any]:
+    """The stack with `new` at `place`, where it lies, and what was there; the stack is used up."""
+    return _swapper(stack.sharding)(stack, place, new)
+
+
+@functools.lru_cache(maxsize=64)
+def _swapper(sharding: jax.sharding.Sharding):
+    def swap(stack, place, new):
+        old = stack[place]
+        return stack.at[place].set(jnp.asarray(new, stack.dtype), unique_indices=True), old
+
+    return jax.jit(swap, donate_argnums=0, out_shardings=(sharding, None))
 
 
 def _fitting(found: Mapping[str, np.ndarray], path: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.core.platform import platform
+from moejax.methods.esft_delta import Adapters, Delta
 from moejax.models.cache import init_pool
 from moejax.models.config import ModelConfig
 from moejax.serve.engine_pages import PagePool
 from moejax.serve.engine_programs import Drawn, Plan, copy_pages, decode, prefill
 from moejax.serve.engine_rows import Group, Row, clear_slot, empty_rows, fill_slot, logprob_of
-from moejax.serve.prepare import check_prompts, context_length, prepare
+from moejax.serve.prepare import cache_place, check_prompts, context_length, prepare
 from moejax.serve.request import Answer, EngineConfig, Request, TokenLogprob, Update
 from moejax.serve.text import Decode, TextStream
 
@@ -41,6 +41,9 @@ class Engine:
       config: the model.
       settings: how much at a time.
       decode_text: ids to text; needed for stop strings, and for updates to have text.
+      deltas: by name, what a request's `adapter` lays over the parameters. One is laid at a time:
+        requests of another wait until the rows before them have ended, so in order of arrival.
+        The engine then changes `params` in place: nobody else may use them.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Engine:
         config: ModelConfig,
         settings: EngineConfig = EngineConfig(),
         decode_text: Decode | None = None,
+        deltas: Mapping[str, Delta] | None = None,
     ):
         if settings.options.parallel is not None:
             raise InputError(
@@ -57,6 +61,7 @@ class Engine:
             )
         self.config, self.settings = config, settings
         self.params = prepare(params, settings.options.compute_dtype)
+        self._adapters = Adapters.of(self.params, config, deltas or {})
         self._decode_text = decode_text
         on_cpu = platform() == "cpu"
         self._chunk = settings.prefill_chunk or (64 if on_cpu else 256)
@@ -75,7 +80,7 @@ class Engine:
             settings.options,
             settings.num_steps,
             settings.max_logprobs,
-            _place(self.params, config),
+            cache_place(self.params, config),
         )
         pool = init_pool(config, num_pages, self.page_size, settings.options.compute_dtype)
         self._pool = pool if self._plan.place is None else jax.device_put(pool, self._plan.place)
@@ -114,8 +119,9 @@ class Engine:
                 f"the prompt has {len(request.prompt)} tokens and a row here has room for "
                 f"{self.max_length}, answer included: shorten the prompt or raise max_length"
             )
-        if request.adapter is not None:
-            raise InputError(f"adapter {request.adapter!r} is unknown: this engine has none")
+        if request.adapter is not None and request.adapter not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise InputError(f"adapter {request.adapter!r} is unknown: this engine has {known}")
         if request.stop and self._decode_text is None:
             raise InputError("stop strings need an engine that decodes text: give it decode_text")
         if len(request.stop_ids) > self.settings.max_stop_ids:
@@ -135,6 +141,21 @@ class Engine:
                 f"the request may need {needed} pages and the cache has {self._num_pages}: lower "
                 "max_new_tokens or raise num_pages"
             )
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names that a request's `adapter` may have."""
+        return self._adapters.names
+
+    @contextlib.contextmanager
+    def laid(self, adapter: str | None) -> Iterator[tree.Tree]:
+        """The parameters with an adapter, for something else than a request; between two steps."""
+        before = self._adapters.name
+        try:
+            self._lay(adapter)
+            yield self.params
+        finally:
+            self._lay(before)
 
     def submit(self, request: Request) -> int:
         """Queues a request and returns its id; InputError for what `check` refuses."""
@@ -229,10 +250,22 @@ class Engine:
         for slot, row in enumerate(self._rows):
             if row is not None:
                 continue
-            if not self._waiting or not self._admit_one(slot, self._waiting[0]):
+            if not self._waiting or not self._is_laid(self._waiting[0].request.adapter):
+                return
+            if not self._admit_one(slot, self._waiting[0]):
                 return
             if self._waiting[0].num_admitted == self._waiting[0].request.num_samples:
                 self._let_go(self._waiting.popleft())
+
+    def _is_laid(self, adapter: str | None) -> bool:
+        """Lays an adapter if no row is still answered with another; whether it then is."""
+        if self._adapters.name != adapter and not self.num_running:
+            self._lay(adapter)
+        return self._adapters.name == adapter
+
+    def _lay(self, adapter: str | None) -> None:
+        if self._adapters.name != adapter:
+            self.params = self._adapters.use(adapter)
 
     def _admit_one(self, slot: int, group: Group) -> bool:
         request, num_kept = group.request, group.num_kept
@@ -362,14 +395,3 @@ class Engine:
             )
         owner = row.group.request_id
         return Update(owner, row.sample, tuple(ids), text, logprobs, finish)
-
-
-def _place(params: tree.Tree, config: ModelConfig) -> NamedSharding | None:
-    """Where the cache lies if the parameters lie on a mesh of several devices."""
-    places = (w.sharding for w in jax.tree.leaves(params) if isinstance(w, jnp.ndarray))
-    mesh = next((p.mesh for p in places if isinstance(p, NamedSharding)), None)
-    if mesh is None:
-        return None
-    tensor = mesh.shape.get("tensor", 1)
-    divides = all(heads % tensor == 0 for heads, _ in config.cache_shapes)
-    return NamedSharding(mesh, PartitionSpec(None, "tensor" if divides else None))

@@ -110,12 +110,14 @@ class _Server:
 
     async def models(self, request: Request) -> Response:
         self._check_key(request)
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        names = [self.config.model, *self.worker.engine.adapters]
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in names]})
 
     async def one_model(self, request: Request) -> Response:
         self._check_key(request)
-        self._check_model(request.path_params["name"])
-        return JSONResponse(self._model())
+        name = request.path_params["name"]
+        self._check_model(name)
+        return JSONResponse(self._model(name))
 
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, parse_completion)
@@ -128,7 +130,13 @@ class _Server:
     async def _answer(self, request: Request, parse) -> Response:
         self._check_key(request)
         body = await self._body(request)
-        self._check_model(body.get("model"))
+        name = body.get("model")
+        self._check_model(name)
+        if name != self.config.model:  # an adapter's name, from clients that can set nothing else
+            if body.get("adapter") not in (None, name):
+                message = f"model {name!r} is one adapter and adapter {body['adapter']!r} another"
+                raise ApiError(400, message, "adapter")
+            body |= {"adapter": name}
         try:
             asked: Asked = parse(body, self.tokenizer, self.limits)
             for one in asked.requests:
@@ -146,7 +154,7 @@ class _Server:
                 f"server takes {self.config.max_open}: try again later",
                 code="rate_limit_exceeded",
             )
-        reply = Reply(asked, self.tokenizer, self.config.model)
+        reply = Reply(asked, self.tokenizer, name)
         if asked.streams:
             events = self._events(reply, num_samples)
             headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -257,15 +265,15 @@ class _Server:
             return []
         pairs = [(request.prompt[:1], request.prompt[1:]) for request in asked.requests]
         engine, num_top = self.worker.engine, asked.num_logprobs
-        return await self.worker.call(
-            lambda: log_likelihoods(
-                engine.params,
-                engine.config,
-                pairs,
-                num_top=num_top,
-                options=engine.settings.options,
-            )
-        )
+
+        def score() -> list[Likelihood]:
+            with engine.laid(asked.requests[0].adapter) as params:
+                options = engine.settings.options
+                return log_likelihoods(
+                    params, engine.config, pairs, num_top=num_top, options=options
+                )
+
+        return await self.worker.call(score)
 
     # -- checks ------------------------------------------------------------------------------------
 
@@ -303,17 +311,19 @@ class _Server:
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     def _check_model(self, name: Any) -> None:
-        if name != self.config.model:
+        names = [self.config.model, *self.worker.engine.adapters]
+        if name not in names:
             raise ApiError(
                 404,
-                f"The model {name!r} does not exist: this server has {self.config.model!r}",
+                f"The model {name!r} does not exist: this server has "
+                + ", ".join(repr(one) for one in names),
                 "model",
                 "model_not_found",
             )
 
-    def _model(self) -> Json:
+    def _model(self, name: str) -> Json:
         return {
-            "id": self.config.model,
+            "id": name,
             "object": "model",
             "created": self.started,
             "owned_by": "moejax",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.core import tree
 from moejax.core.errors import InputError
@@ -69,6 +70,17 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> None
                 f"prompt {row} has token id {high if low >= 0 else low} and the model knows 0 to "
                 f"{config.vocab_size - 1}: does the tokenizer belong to the model?"
             )
+
+
+def cache_place(params: tree.Tree, config: ModelConfig) -> NamedSharding | None:
+    """Where the cache lies if the parameters lie on a mesh of several devices."""
+    places = (w.sharding for w in jax.tree.leaves(params) if isinstance(w, jnp.ndarray))
+    mesh = next((p.mesh for p in places if isinstance(p, NamedSharding)), None)
+    if mesh is None:
+        return None
+    tensor = mesh.shape.get("tensor", 1)
+    divides = all(heads % tensor == 0 for heads, _ in config.cache_shapes)
+    return NamedSharding(mesh, PartitionSpec(None, "tensor" if divides else None))
 
 
 @jax.jit

@@ -97,6 +97,17 @@ def test_adapters_take_turns_on_one_base():
         adapters.use("c")
 
 
+def test_adapters_of_layers_that_lie_apart():
+    base, other = params_of(DEEPSEEK, dtype=np.float32), params_of(DEEPSEEK, 1, np.float32)
+    for chosen in CHOSEN.values():
+        delta = esft_delta.extract(other, DEEPSEEK, chosen)
+        adapters = Adapters.of(transformer.split_layers(base), DEEPSEEK, {"d": delta})
+        for name in ("d", None, "d"):
+            wanted = esft_delta.insert(base, DEEPSEEK, delta) if name else base
+            found = jax.device_get(adapters.use(name))
+            jax.tree.map(np.testing.assert_array_equal, found, transformer.split_layers(wanted))
+
+
 def test_a_delta_of_another_base_is_refused():
     base, other = params_of(XFT), params_of(XFT, 1)
     delta = esft_delta.extract(other, XFT, ExpertConfig({0: (1,)}))
@@ -105,7 +116,7 @@ def test_a_delta_of_another_base_is_refused():
     with pytest.raises(InputError, match="d was trained from a base with sha256"):
         esft_delta.check_base(base, delta, "d")
     adapters = Adapters(base, XFT, lineage.hash_params(base))
-    with pytest.raises(InputError, match="of another base"):
+    with pytest.raises(InputError, match="adapter d was trained from a base"):
         adapters.add("d", delta)
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from moejax.core.errors import InputError
+from moejax.methods.esft_delta import extract, insert
+from moejax.methods.expert_config import ExpertConfig
 from moejax.serve import engine_programs
 from moejax.serve.engine import Engine
 from moejax.serve.likelihood import log_likelihoods
@@ -54,6 +56,28 @@ def test_a_row_is_the_same_bits_whoever_shares_its_batch(name):
     assert together == alone and reversed_ == alone
     assert [len(a.ids) for (a,) in alone[:4]] == [11, 20, 6, 30]
     assert all(answer.logprobs for (answer,) in alone)
+
+
+@pytest.mark.parametrize("name", ["moe", "many experts"])
+def test_requests_of_several_adapters_are_answered_as_by_tuned_models(name):
+    base, config = random_params(CONFIGS[name]), CONFIGS[name]
+    other = jax.tree.map(lambda w: w[..., ::-1], base)
+    picks = {"a": ExpertConfig({0: (1, 2), 1: (3,)}), "b": ExpertConfig({1: (1,)})}
+    deltas = {key: extract(other, config, chosen) for key, chosen in picks.items()}
+    params = jax.tree.map(np.asarray, base)
+    engine = Engine(params, config, SETTINGS, deltas=deltas)
+    names = ("a", None, "b", "a", "a")
+    asked = [dataclasses.replace(r, adapter=a) for r, a in zip(REQUESTS, names, strict=True)]
+    found = engine.run(asked)
+    tuned = {key: insert(params, config, delta) for key, delta in deltas.items()} | {None: params}
+    for request, adapter, answers in zip(REQUESTS, names, found, strict=True):
+        alone = Engine(tuned[adapter], config, SETTINGS).run([request])[0]
+        assert answers == alone
+    assert len({tuple(engine.run([dataclasses.replace(asked[0], adapter=a)])[0][0].ids)
+                for a in (None, "a", "b")}) > 1
+    with engine.laid("b") as laid:
+        jax.tree.map(np.testing.assert_array_equal, laid, prepare(tuned["b"]))
+    assert engine.adapters == ["a", "b"]
 
 
 def test_log_probabilities_are_those_of_the_text():
@@ -154,7 +178,7 @@ def test_other_parameters_compile_nothing():
     [
         (Request((1,) * 96), "the prompt has 96 tokens and a row here has room for 96"),
         (Request((1,), num_logprobs=3), "3 log-probabilities .* reports at most 2"),
-        (Request((1,), adapter="law"), "adapter 'law' is unknown"),
+        (Request((1,), adapter="law"), "adapter 'law' is unknown: this engine has none"),
         (Request((1,), stop_ids=tuple(range(9))), "9 stop ids and this engine has room for 8"),
         (Request((101,)), "token id 101"),
     ],

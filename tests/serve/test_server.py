@@ -2,19 +2,24 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import socket
 import threading
 import time
 
 import httpx2
+import jax
 import numpy as np
 import openai
 import pytest
 import uvicorn
 
 from moejax.io.tokenizer import Tokenizer
+from moejax.methods import esft_delta
+from moejax.methods.expert_config import ExpertConfig
 from moejax.models.config import ModelConfig
+from moejax.moe.config import MoEConfig
 from moejax.ops.rope import RopeConfig
 from moejax.serve.engine import Engine
 from moejax.serve.http import ServerConfig, make_app
@@ -44,8 +49,8 @@ SETTINGS = EngineConfig(
 class Served:
     """A server in a thread: its address, its worker, and clients for it."""
 
-    def __init__(self, **config):
-        engine = Engine(random_params(CONFIG), CONFIG, SETTINGS, TOKENIZER.decode)
+    def __init__(self, engine: Engine | None = None, **config):
+        engine = engine or Engine(random_params(CONFIG), CONFIG, SETTINGS, TOKENIZER.decode)
         self.worker = EngineWorker(engine)
         server_config = ServerConfig("tiny", max_body_bytes=20_000, max_open=6, **config)
         self.app = make_app(self.worker, TOKENIZER, server_config)
@@ -102,6 +107,37 @@ def test_models(client):
     assert client.models.retrieve("tiny").owned_by == "moejax"
     with pytest.raises(openai.NotFoundError, match="'other' does not exist"):
         client.models.retrieve("other")
+
+
+def test_a_call_names_its_adapter():
+    config = dataclasses.replace(CONFIG, moe=MoEConfig(num_experts=4, top_k=2))
+    base = jax.tree.map(np.asarray, random_params(config))
+    other = jax.tree.map(lambda w: w[..., ::-1], base)
+    delta = esft_delta.extract(other, config, ExpertConfig({0: (1, 2, 3), 1: (1, 2, 3)}))
+    ids = TOKENIZER.encode("hello 12")
+    tuned = Engine(esft_delta.insert(base, config, delta), config, SETTINGS, TOKENIZER.decode)
+    (wanted,) = tuned.run([Request(tuple(ids), 9, SamplingConfig(0.0))])[0]
+    (nll,) = log_likelihoods(tuned.params, config, [(ids[:1], ids[1:])])
+    engine = Engine(base, config, SETTINGS, TOKENIZER.decode, {"law": delta})
+    ask = {"prompt": "hello 12", "max_tokens": 9, "temperature": 0}
+    with Served(engine) as server:
+        client = server.client()
+        assert [m.id for m in client.models.list()] == ["tiny", "law"]
+        plain, named, as_model = (
+            client.completions.create(**ask, **more).choices[0].text
+            for more in (
+                {"model": "tiny"},
+                {"model": "tiny", "extra_body": {"adapter": "law"}},
+                {"model": "law"},
+            )
+        )
+        assert named == as_model == wanted.text != plain
+        echoed = client.completions.create(model="law", echo=True, logprobs=1, **ask).choices[0]
+        said = sum(echoed.logprobs.token_logprobs[1 : len(ids)])
+        assert said == pytest.approx(nll.log_prob, abs=1e-4)
+        for more in ({"adapter": "other"}, {"adapter": 3}):
+            with pytest.raises(openai.BadRequestError, match="adapter"):
+                client.completions.create(model="tiny", **ask, extra_body=more)
 
 
 def test_a_completion_is_the_engines(client):
