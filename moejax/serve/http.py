@@ -130,8 +130,8 @@ class _Server:
     async def _answer(self, request: Request, parse) -> Response:
         self._check_key(request)
         body = await self._body(request)
-        name = body.get("model")
-        self._check_model(name)
+        name = str(body.get("model"))
+        self._check_model(body.get("model"))
         if name != self.config.model:  # an adapter's name, from clients that can set nothing else
             if body.get("adapter") not in (None, name):
                 message = f"model {name!r} is one adapter and adapter {body['adapter']!r} another"
