@@ -34,6 +34,17 @@ def get_config() -> ConfigDict:
                 "alignment": "settled",  # or "cut"; "same" with one tokenizer
                 "prefix": False,  # the source reads the prompt alone
             },
+            # What is trained: "bridge", or a rival of as many parameters and tokens: "shuffled" (the
+            # bridge with another text's states), "adapter", and by distillation into a target with
+            # adapters "forward", "reverse" (KL), "gkd" (on the student's own texts), "hidden".
+            "method": "bridge",
+            "distill": {
+                "weight": 0.5,  # of the distance to the source; the rest is the usual loss
+                "beta": 0.5,  # of gkd's JSD
+                "on_policy": 0.5,  # gkd: share of the steps on texts that the student wrote
+                "prompt": 32,  # gkd: their first tokens come from the data
+                "length": 0,  # gkd: tokens of such a row, 0 is data.target_len
+            },
             "data": {
                 "path": "",  # rows of "text", or conversations: .jsonl, .parquet or a hub data set
                 "limit": 0,

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,8 @@ def load_domains(config: ConfigDict, folder: Path) -> Domains:
                 break
         if not all(texts[name].values()):
             raise InputError(f"domain {name} has no documents: data.folder and data.man name them")
-    tokenizer = _tokenizer(texts, data.vocab_size, folder / "tokenizer.json")
+    whole = (t for part in texts.values() for t in part["train"])
+    tokenizer = trained_tokenizer(whole, data.vocab_size, folder / "tokenizer.json")
     rows = {
         name: {part: _rows(tokenizer, found, data.seq_len) for part, found in parts.items()}
         for name, parts in texts.items()
@@ -99,7 +100,8 @@ def _rows(tokenizer: Tokenizer, texts: list[str], seq_len: int) -> np.ndarray:
     return np.array(ids[: number * seq_len], np.int32).reshape(number, seq_len)
 
 
-def _tokenizer(texts: dict[str, dict[str, list[str]]], size: int, path: Path) -> Tokenizer:
+def trained_tokenizer(texts: Iterable[str], size: int, path: Path) -> Tokenizer:
+    """A byte-level BPE of so many ids made of the texts, kept at `path`."""
     if path.exists():
         return Tokenizer.from_file(str(path))
     tokenizer = Tokenizer(models.BPE())
@@ -109,7 +111,7 @@ def _tokenizer(texts: dict[str, dict[str, list[str]]], size: int, path: Path) ->
     trainer: Any = trainers.BpeTrainer(
         vocab_size=size, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator((t for part in texts.values() for t in part["train"]), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path))
     return tokenizer
@@ -136,9 +138,13 @@ def _gsm8k(path: Path) -> Iterator[str]:
 
 
 def _wikitext(folder: Path) -> Iterator[str]:
-    for part in ("valid", "test"):
-        text = _read(folder / f"wikitext2_{part}.tokens.txt")
-        yield from (article for article in re.split(r"\n(?= = [^=])", text) if article.strip())
+    yield from (article for part in ("valid", "test") for article in wikitext(folder, part))
+
+
+def wikitext(folder: Path, part: str) -> Iterator[str]:
+    """The articles of one part of WikiText-2, as they are tokenised there."""
+    text = _read(folder / f"wikitext2_{part}.tokens.txt")
+    yield from (article for article in re.split(r"\n(?= = [^=])", text) if article.strip())
 
 
 def _man(root: Path, languages: tuple[str, ...]) -> Iterator[str]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch.graft_setup import Setup, state_identity, states_of
-from launch.graft_train import load_trained, rows_of
+from launch.graft_train import load_trained, rows_of, shuffle
 from moejax.core.errors import InputError
 from moejax.data.grafting import GraftExample
 from moejax.evals import bootstrap
@@ -83,7 +83,7 @@ def _arm(setup, heldout, states, first, params, bridge, name: str) -> np.ndarray
         if source is not None:
             rows["states"] = np.asarray(states_of(setup, source, rows.pop("source_tokens")))
         if name == "shuffled states":
-            _shuffle(rows, [heldout[n] for n in numbers])
+            shuffle(rows, [heldout[n] for n in numbers])
         if name == "all states in sight":
             rows["limits"] = _all([heldout[n] for n in numbers], rows["limits"])
         if name == "causal":
@@ -95,13 +95,6 @@ def _arm(setup, heldout, states, first, params, bridge, name: str) -> np.ndarray
         found = np.asarray(_bits(static, params, bridge, rows))
         bits += found[: len(heldout) - at].tolist()
     return np.array(bits)
-
-
-def _shuffle(rows: dict[str, np.ndarray], examples: Sequence[GraftExample]) -> None:
-    """Every text gets the states of the one before it, no more of them than that one has."""
-    rows["states"] = np.roll(rows["states"], 1, axis=0)
-    lengths = np.roll([len(e.source_ids) for e in examples], 1).astype(np.int32)
-    rows["limits"] = np.minimum(rows["limits"], lengths[:, None])
 
 
 def _all(examples: Sequence[GraftExample], limits: np.ndarray) -> np.ndarray:

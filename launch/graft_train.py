@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from launch.graft_loss import DISTILLED, lora_config, make_loss, trained_parts
+from launch.graft_policy import on_policy
 from launch.graft_setup import (
     BRIDGE,
     TARGET,
     Setup,
-    fresh_bridge,
     load_bridge,
     save_bridge,
     state_identity,
@@ -28,15 +28,12 @@ from moejax.io import lineage
 from moejax.io.load import load_any, save_any
 from moejax.io.states import States
 from moejax.methods import lora
-from moejax.methods.graft_forward import grafted, make_reading, source_states
 from moejax.serve.grafted import Grafted
 from moejax.serve.prepare import prepare
-from moejax.train.loop import RunInfo, TrainConfig, fit
-from moejax.train.loss import targets, token_nll
+from moejax.train.loop import EvalFn, FitResult, RunInfo, TrainConfig, fit
 from moejax.train.optim import OptimConfig
 
 Say = Callable[[str], None]
-TRAINED = ("all", "lora", "none")
 
 
 def train(
@@ -48,57 +45,59 @@ def train(
 ) -> None:
     """Trains bridge and target, evaluates, writes WORKDIR/bridge and WORKDIR/target."""
     config = setup.config
-    if config.target.train not in TRAINED:
-        raise InputError(
-            f"target.train {config.target.train!r} is unknown: use {', '.join(TRAINED)}"
-        )
     loaded = load_any(config.target.model, "float32")
-    trainable, frozen = split(setup, loaded.params)
-    if not config.cache.use:
-        frozen["source"] = setup.source_params()
     states = None
     if config.cache.use:
         both = [*examples, *heldout]
         states = States(workdir / "states", state_identity(setup, both), len(both))
-    run = TrainConfig(
-        config.train.steps,
-        optim_config(setup),
-        seed=config.train.seed,
-        log_every=config.train.log_every,
-        save_every=config.train.save_every,
-        eval_every=config.train.eval_every,
-    )
-    say(f"trained  {tree.num_params(trainable):,} parameters, {config.train.steps} steps")
-    sections = ("source", "target", "bridge", "data")
-    result = fit(
-        run,
-        make_loss(setup),
-        trainable,
-        frozen,
-        batches(setup, examples, states),
-        workdir / "run",
-        make_eval(setup, heldout, states, len(examples)),
-        RunInfo("graft", {"config": {name: config[name].to_dict() for name in sections}}),
+    result = fit_method(
+        setup, loaded.params, (examples, states), workdir / "run",
+        make_eval(setup, heldout, states, len(examples)), say,
     )
     save(setup, loaded, result.params, workdir)
     say(f"written  {workdir}/{BRIDGE}")
 
 
-def split(setup: Setup, params: tree.Tree) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(trained, frozen): the bridge always, the target as target.train says."""
-    target = setup.config.target
-    trainable: dict[str, Any] = {"bridge": fresh_bridge(setup)}
-    if target.train == "all":
-        return trainable | {"target": params}, {}
-    if target.train == "lora":
-        trainable["lora"] = lora.init_adapters(params, lora_config(setup))
-    return trainable, {"target": jax.device_put(params)}
-
-
-def lora_config(setup: Setup) -> lora.LoraConfig:
-    """Of target.train = "lora"."""
-    rank = setup.config.target.lora_rank
-    return lora.LoraConfig(rank, 2.0 * rank)
+def fit_method(
+    setup: Setup,
+    params: tree.Tree,
+    data: tuple[Sequence[GraftExample], States | None],
+    folder: Path,
+    evaluate: EvalFn | None,
+    say: Say,
+    quiet: bool = False,
+) -> FitResult:
+    """Trains what config.method says, from the target's `params`; data: texts and their states."""
+    config, (examples, states) = setup.config, data
+    trainable, frozen = trained_parts(setup, params)
+    if states is None or config.method == "gkd":
+        frozen["source"] = setup.source_params()
+    if config.method in DISTILLED:
+        whole = frozen.get("source") or setup.source_params()
+        frozen["source_head"] = {n: whole[n] for n in ("embed", "lm_head") if n in whole}
+        del whole
+    t = config.train
+    run = TrainConfig(
+        t.steps,
+        optim_config(setup),
+        seed=t.seed,
+        log_every=t.log_every,
+        save_every=t.save_every,
+        eval_every=t.eval_every,
+    )
+    say(f"trained  {tree.num_params(trainable):,} parameters, {t.steps} steps, {config.method}")
+    feed = batches(setup, examples, states)
+    own_texts = config.method == "gkd"
+    if own_texts:
+        feed = on_policy(setup, feed, frozen)
+        if states is not None:
+            del frozen["source"]  # the loss reads the states that come with the rows
+    sections = ("source", "target", "bridge", "data", "distill")
+    identity = {name: config[name].to_dict() for name in sections} | {"method": config.method}
+    return fit(
+        run, make_loss(setup), trainable, frozen, feed, folder, evaluate,
+        RunInfo("graft", {"config": identity}, quiet=quiet, on_policy=own_texts),
+    )
 
 
 def optim_config(setup: Setup) -> OptimConfig:
@@ -118,60 +117,6 @@ def optim_config(setup: Setup) -> OptimConfig:
             (f"{'target' if setup.config.target.train == 'all' else 'lora'}/**", factor),
         ),
     )
-
-
-def target_of(setup: Setup, trainable: tree.Tree, frozen: tree.Tree) -> tree.Tree:
-    """The target's tree as it is run."""
-    if "target" in trainable:
-        return trainable["target"]
-    if "lora" in trainable:
-        return lora.attach(trainable["lora"], frozen["target"], lora_config(setup))
-    return frozen["target"]
-
-
-def make_loss(setup: Setup):
-    """Next-token loss of the answers, through bridge and target alone."""
-    options, config = setup.options, setup.target.config
-
-    def loss_fn(trainable, frozen, batch, rng):
-        del rng
-        if "states" in batch:
-            states = batch["states"]
-        else:
-            states = source_states(
-                frozen["source"],
-                setup.source.config,
-                setup.graft.taps,
-                batch["source_tokens"],
-                options=options,
-            )[0]
-        hidden = run_target(setup, trainable, frozen, batch, states)
-        target = target_of(setup, trainable, frozen)
-        target_BT, weight_BT = targets(batch)
-        count = jnp.sum(weight_BT)
-        nll_BT = token_nll(target, config, hidden, target_BT)
-        nll = jnp.sum(nll_BT * weight_BT) / jnp.maximum(count, 1.0)
-        tokens = jnp.sum(batch["segment_ids"] > 0)
-        return nll, {"nll": nll, "target_count": count, "token_count": tokens}
-
-    return loss_fn
-
-
-def run_target(setup: Setup, trainable, frozen, batch, states) -> jax.Array:
-    """The target's last hidden states with the bridge in it."""
-    dtype = setup.options.compute_dtype
-    reading = make_reading(
-        trainable["bridge"], setup.graft, states, batch["limits"], compute_dtype=dtype
-    )
-    return grafted(
-        target_of(setup, trainable, frozen),
-        setup.target.config,
-        batch["tokens"],
-        {"source": reading},
-        positions_BT=batch["positions"],
-        segment_ids_BT=batch["segment_ids"],
-        options=setup.options,
-    ).hidden_BTD
 
 
 def batches(setup: Setup, examples: Sequence[GraftExample], states: States | None):
@@ -196,7 +141,18 @@ def rows_of(setup: Setup, examples, numbers: Sequence[int], states: States | Non
     if states is not None:
         del rows["source_tokens"]
         rows["states"] = state_rows(setup, states, [n + first for n in numbers])
+    if setup.config.method == "shuffled":
+        shuffle(rows, [examples[n] for n in numbers])
     return rows
+
+
+def shuffle(rows: dict[str, Any], examples: Sequence[GraftExample]) -> None:
+    """Every text gets the source of the one before it, no more of it than that one has."""
+    for name in ("states", "source_tokens"):
+        if name in rows:
+            rows[name] = np.roll(rows[name], 1, axis=0)
+    lengths = np.roll([len(e.source_ids) for e in examples], 1).astype(np.int32)
+    rows["limits"] = np.minimum(rows["limits"], lengths[:, None])
 
 
 def make_eval(setup: Setup, heldout: Sequence[GraftExample], states: States | None, first: int):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -30,6 +31,27 @@ def arms_plot(arms: Mapping[str, Mapping[str, float]]) -> Figure:
     axes.set_ylim(len(arms) - 0.5, -0.7)
     axes.set_xlabel("bits per byte of held-out answers, 95% intervals (lower is better)")
     axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def study_plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Bits per byte and first words of every arm of a study, side by side."""
+    figure = Figure(figsize=(11.0, 1.2 + 0.36 * len(rows)), layout="constrained")
+    columns = figure.subplots(1, 2, sharey=True)
+    kinds = (
+        ("bits_per_byte", "low", "high", "bits per byte (lower is better)"),
+        ("first_word", "first_word_low", "first_word_high", "share of first words right"),
+    )
+    for axes, (key, low, high, label) in zip(columns, kinds, strict=True):
+        for number, row in enumerate(rows):
+            value = row[key]
+            error = [[max(0.0, value - row[low])], [max(0.0, row[high] - value)]]
+            color = LINE_COLORS[number % 7]
+            axes.errorbar(value, number, xerr=error, marker="o", capsize=3, color=color)
+        axes.set_xlabel(f"{label}, 95% over texts")
+        axes.grid(axis="x", alpha=0.3)
+    columns[0].set_yticks(range(len(rows)), [row["arm"] for row in rows])
+    columns[0].set_ylim(len(rows) - 0.5, -0.5)
     return figure
 
 
