@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
                 "alignment": "settled",  # or "cut"; "same" with one tokenizer
                 "prefix": False,  # the source reads the prompt alone
             },
-            # What is trained: "bridge", or a rival of as many parameters and tokens: "shuffled" (the
+            # What is trained: "bridge", or a rival of as many parameters and tokens: "shuffled" (a
             # bridge with another text's states), "adapter", and by distillation into a target with
             # adapters "forward", "reverse" (KL), "gkd" (on the student's own texts), "hidden".
             "method": "bridge",

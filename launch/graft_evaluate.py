@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from launch.graft_loss import BRIDGED, adapter_every
 from launch.graft_setup import Setup, state_identity, states_of
 from launch.graft_train import load_trained, rows_of, shuffle
 from moejax.core.errors import InputError
@@ -22,6 +23,7 @@ from moejax.evals import bootstrap
 from moejax.io import atomic
 from moejax.io.load import load_any
 from moejax.io.states import States
+from moejax.methods import bottleneck
 from moejax.methods.graft_forward import grafted, inspect, make_reading
 from moejax.models.transformer import forward, split_layers
 from moejax.report import graft_plots
@@ -40,8 +42,11 @@ def evaluate(
     states = _states(setup, examples, workdir)
     original = jax.device_put(load_any(setup.config.target.model, "float32").params)
     arms: dict[str, np.ndarray] = {}
-    names = ["bridge", "target as it came", "shuffled states"]
-    names += ["causal"] if setup.joined.paper else ["bridge shut", "all states in sight"]
+    if setup.config.method in BRIDGED:
+        names = ["bridge", "target as it came", "shuffled states"]
+        names += ["causal"] if setup.joined.paper else ["bridge shut", "all states in sight"]
+    else:
+        names = ["adapters", "target as it came"]
     for name in names:
         params = original if name == "target as it came" else target
         arms[name] = _arm(setup, heldout, states, num_train, params, bridge, name)
@@ -53,9 +58,9 @@ def evaluate(
         found = bootstrap.ratio(bits, num_bytes)
         result["arms"][name] = {"bits_per_byte": found.mean, "low": found.low, "high": found.high}
         say(f"{name:20} {found.mean:.4f} [{found.low:.4f}, {found.high:.4f}] bits per byte")
-        if name != "bridge":
-            gap = bootstrap.paired_ratio(arms["bridge"], bits, num_bytes)
-            result["differences"][f"bridge - {name}"] = {
+        if name != names[0]:
+            gap = bootstrap.paired_ratio(arms[names[0]], bits, num_bytes)
+            result["differences"][f"{names[0]} - {name}"] = {
                 "bits_per_byte": gap.mean,
                 "low": gap.low,
                 "high": gap.high,
@@ -75,14 +80,14 @@ def _arm(setup, heldout, states, first, params, bridge, name: str) -> np.ndarray
     """Bits of every held-out answer, its end token not counted, in one arm."""
     size = min(setup.config.train.batch_size, len(heldout))
     source = setup.source_params() if states is None else None
-    kind = {"shuffled states": "shuffled", "bridge shut": "shut", "target as it came": "plain"}
+    kind = {"bridge shut": "plain", "target as it came": "plain", "adapters": "adapters"}
     bits: list[float] = []
     for at in range(0, len(heldout), size):
         numbers = [min(at + i, len(heldout) - 1) for i in range(size)]
         rows = rows_of(setup, heldout, numbers, states, first)
         if source is not None:
             rows["states"] = np.asarray(states_of(setup, source, rows.pop("source_tokens")))
-        if name == "shuffled states":
+        if name == "shuffled states" and setup.config.method != "shuffled":
             shuffle(rows, [heldout[n] for n in numbers])
         if name == "all states in sight":
             rows["limits"] = _all([heldout[n] for n in numbers], rows["limits"])
@@ -91,7 +96,8 @@ def _arm(setup, heldout, states, first, params, bridge, name: str) -> np.ndarray
                 np.arange(1, rows["limits"].shape[1] + 1, dtype=np.int32), rows["limits"].shape
             )
         rows["loss_mask"] = _without_end(rows["loss_mask"], [heldout[n] for n in numbers])
-        static = (setup.graft, setup.target.config, setup.options, kind.get(name, "open"))
+        models = (setup.graft, setup.target.config, setup.options)
+        static = (adapter_every(setup), *models, kind.get(name, "open"))
         found = np.asarray(_bits(static, params, bridge, rows))
         bits += found[: len(heldout) - at].tolist()
     return np.array(bits)
@@ -111,10 +117,13 @@ def _without_end(mask: np.ndarray, examples: Sequence[GraftExample]) -> np.ndarr
 
 @functools.partial(jax.jit, static_argnums=0)
 def _bits(static, params, bridge, rows) -> jax.Array:
-    graft, config, options, kind = static
+    every, graft, config, options, kind = static
     more = {"positions_BT": rows["positions"], "segment_ids_BT": rows["segment_ids"]}
-    if kind in ("plain", "shut"):
-        hidden = forward(params, config, rows["tokens"], options=options, **more).hidden_BTD
+    if kind != "open":
+        inserted = bottleneck.inserted(bridge, every) if kind == "adapters" else None
+        hidden = forward(
+            params, config, rows["tokens"], options=options, inserted=inserted, **more
+        ).hidden_BTD
     else:
         reading = make_reading(
             bridge, graft, rows["states"], rows["limits"], None, options.compute_dtype
@@ -157,8 +166,8 @@ def report(setup: Setup, heldout: Sequence[GraftExample], workdir: Path, say: Sa
     folder.mkdir(parents=True, exist_ok=True)
     arms = json.loads(path.read_text())["arms"]
     graft_plots.arms_plot(arms).savefig(folder / "bits_per_byte.png", dpi=130)
-    if setup.joined.paper:
-        say("paper mode has no gates to open from a closed start: the arms alone are drawn")
+    if setup.joined.paper or setup.config.method not in BRIDGED:
+        say("paper mode and adapters have no gates that start closed: the arms alone are drawn")
         return
     bridge, target = load_trained(setup, workdir)
     example = max(heldout[:8], key=lambda e: len(e.target_ids))

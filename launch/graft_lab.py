@@ -44,10 +44,13 @@ def plain(article: str) -> str:
 
 
 def pieces(text: str, tokenizer: Tokenizer, seq_len: int) -> list[str]:
-    """The text cut between words into pieces of at most seq_len tokens."""
+    """The text cut between words into pieces of at most seq_len tokens; a short rest is left
+    out."""
     words = text.split(" ")
     encoded = tokenizer.backend.encode_batch([f" {w}" for w in words], add_special_tokens=False)
-    found, now, size = [], [], 0
+    found: list[str] = []
+    now: list[str] = []
+    size = 0
     for word, tokens in zip(words, encoded, strict=True):
         if now and size + len(tokens.ids) > seq_len - 2:
             found.append(" ".join(now))

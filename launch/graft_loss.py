@@ -59,7 +59,7 @@ def trained_parts(setup: Setup, params: tree.Tree) -> tuple[dict[str, Any], dict
         key = jax.random.key(config.train.seed)
         width = adapter_width(setup)
         trainable["adapters"] = bottleneck.init_adapters(
-            key, setup.target.config, _every(setup), width
+            key, setup.target.config, adapter_every(setup), width
         )
         if config.method == "hidden":
             shape = (setup.graft.target_size, setup.graft.source_size)
@@ -74,10 +74,11 @@ def trained_parts(setup: Setup, params: tree.Tree) -> tuple[dict[str, Any], dict
 def adapter_width(setup: Setup) -> int:
     """The width at which adapters have as many parameters as the bridge."""
     size = sum(_size(s) for s in bridge_shapes(setup.graft, setup.target.config).values())
-    return bottleneck.equal_width(setup.target.config, _every(setup), size)
+    return bottleneck.equal_width(setup.target.config, adapter_every(setup), size)
 
 
-def _every(setup: Setup) -> int:
+def adapter_every(setup: Setup) -> int:
+    """Blocks per adapter: as many as per layer of a bridge inside."""
     return min(setup.config.bridge.every, setup.target.config.num_layers)
 
 
@@ -127,7 +128,7 @@ def adapters_in(setup: Setup, trainable: tree.Tree) -> Inserted | None:
     """The adapters, for the decoder; None where a bridge is trained."""
     if "adapters" not in trainable:
         return None
-    return bottleneck.inserted(trainable["adapters"], _every(setup))
+    return bottleneck.inserted(trainable["adapters"], adapter_every(setup))
 
 
 def make_loss(setup: Setup):

@@ -184,13 +184,15 @@ def fresh_bridge(setup: Setup) -> tree.Tree:
     return init_bridge(key, setup.graft, setup.target.config)
 
 
-def save_bridge(setup: Setup, bridge: tree.Tree, folder: Path, extra: dict[str, Any]) -> None:
+def save_bridge(setup: Setup, bridge: tree.Tree, folder: Path) -> None:
     """bridge.safetensors and bridge.json: what to attach, and to which models (by hash).
 
-    Only moejax loads them: neither transformers nor vLLM has such a layer.
+    Adapters of a rival method are kept the same way. Only moejax loads them: neither transformers
+    nor vLLM has such a layer.
     """
     flat = {path: np.asarray(leaf) for path, leaf in tree.flatten(bridge).items()}
     described = {
+        "method": setup.config.method,
         "graft": dataclasses.asdict(setup.graft),
         "alignment": setup.joined.how,
         "prefix": setup.joined.prefix,
@@ -199,7 +201,7 @@ def save_bridge(setup: Setup, bridge: tree.Tree, folder: Path, extra: dict[str, 
     }
     with atomic.atomic_dir(folder, overwrite=True) as part:
         save_file(flat, part / "bridge.safetensors")
-        atomic.write_json(part / "bridge.json", described | extra)
+        atomic.write_json(part / "bridge.json", described)
 
 
 def load_bridge(setup: Setup, folder: Path) -> tree.Tree:
@@ -209,6 +211,10 @@ def load_bridge(setup: Setup, folder: Path) -> tree.Tree:
         raise InputError(f"{folder} holds no bridge: run the train stage first")
     described = atomic.read_json(path)
     wanted = json.loads(json.dumps(dataclasses.asdict(setup.graft)))
+    if described["method"] != setup.config.method:
+        raise InputError(
+            f"{folder} was trained by method {described['method']!r}, not {setup.config.method!r}"
+        )
     if described["graft"] != wanted:
         keys = [k for k in wanted if described["graft"].get(k) != wanted[k]]
         raise InputError(f"{folder} is a bridge with another {', '.join(keys)} than the config's")
@@ -220,6 +226,8 @@ def load_bridge(setup: Setup, folder: Path) -> tree.Tree:
                 f"{setup.config[role].model}: their hashes differ"
             )
     found = tree.unflatten(dict(load_file(folder / "bridge.safetensors")))
+    if "w_in" in found:  # adapters
+        return jax.tree.map(jax.numpy.asarray, found)
     shapes = bridge_shapes(setup.graft, setup.target.config)
     if {p: tuple(x.shape) for p, x in tree.flatten(found).items()} != shapes:
         raise InputError(f"{folder}/bridge.safetensors does not have the shapes of its config")

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from launch.graft_loss import DISTILLED, lora_config, make_loss, trained_parts
+from launch.graft_loss import BRIDGED, DISTILLED, lora_config, make_loss, trained_parts
 from launch.graft_policy import on_policy
 from launch.graft_setup import (
     BRIDGE,
@@ -188,7 +188,8 @@ def save(setup: Setup, loaded, trained: tree.Tree, workdir: Path) -> None:
         tuned = dataclasses.replace(loaded, params=params, lineage=operations)
         save_any(tuned, workdir / TARGET, "hf", overwrite=True)
         written = with_target(setup, workdir)
-    save_bridge(written, trained["bridge"], workdir / BRIDGE, {})
+    kept = trained["bridge" if "bridge" in trained else "adapters"]
+    save_bridge(written, kept, workdir / BRIDGE)
 
 
 def with_target(setup: Setup, workdir: Path) -> Setup:
@@ -209,6 +210,8 @@ def load_trained(setup: Setup, workdir: Path) -> tuple[tree.Tree, tree.Tree]:
 
 def load_pair(setup: Setup, workdir: Path) -> Grafted:
     """Both models and the bridge, ready to generate."""
+    if setup.config.method not in BRIDGED:
+        raise InputError(f"method {setup.config.method!r} has no bridge to generate with")
     bridge, target = load_trained(setup, workdir)
     dtype = setup.config.compute.dtype
     return Grafted(
