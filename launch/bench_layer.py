@@ -14,16 +14,25 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from launch import bench_work
+from launch import bench_tpu_peers, bench_work
 from launch.bench_row import Row, Wanted, measure_in_process
+from launch.bench_tpu_peers import PEERS
 from launch.bench_work import FFN, NUM_EXPERTS, NUM_TOKENS, SHARDS, TOP_K, WIDTH
 from moejax.aot import ptx, topology
 from moejax.core.errors import InputError
 
 LAYER = "layer {} chunked, forward + backward, {}"
 MEMORY, OVERLAP = "HBM temp per device", "all-to-alls of rows beside a matmul, outside loops"
+FIRST_ROUND = "all-to-alls overlapped with a matmul (first round, outside the loop)"
+# The four of a layer: scopes of `moejax.moe.chunked`, whether of the backward pass.
+FOUR = {
+    "x out": (("send_x",), False),
+    "y back": (("back_y",), False),
+    "x and dL/dy out": (("send_x", "send_d_y"), True),
+    "dL/dx back": (("back_d_x",), True),
+}
 SPILLS = "bytes that its kernels spill"
 # Without it libtpu 0.0.42 runs no all-to-all beside anything; LIBTPU_INIT_ARGS takes it too.
 OPTIONS: dict[str, str | bool] = {"xla_tpu_enable_async_all_to_all": "true"}
@@ -32,22 +41,23 @@ PEER = "ragged_dot"
 
 
 class Target(NamedTuple):
-    """A topology, our implementation there, the goal in MB, and which figures it has."""
+    """A topology, our implementation there, the goal in MB, which figures it has, and peers."""
 
     topology: str
     implementation: str
     goal: str
     figures: tuple[str, ...]
+    peers: tuple[str, ...] = ()  # beside PEER
 
 
 TARGETS = (
-    Target("v5p:2x2x2", "tpu", "<= 700", (MEMORY, OVERLAP)),
+    Target("v5p:2x2x2", "tpu", "<= 700", (MEMORY, FIRST_ROUND, OVERLAP), tuple(PEERS)),
     Target("h100x8", "gpu", "<= 1,000", (MEMORY, SPILLS)),
 )
 
 
 def rows(peer: bool, wanted: Wanted) -> Iterator[Row]:
-    """With our kernel inside; the peer is the same layer with jax's ragged_dot inside."""
+    """With our kernel inside; a peer is the same layer with another grouped product inside."""
     yield from bench_work.rows(wanted)
     for target in TARGETS:
         names = {figure: LAYER.format(target.topology, figure) for figure in target.figures}
@@ -56,19 +66,13 @@ def rows(peer: bool, wanted: Wanted) -> Iterator[Row]:
 
 
 def _compiled(target: Target, names: dict[str, str], peer: bool, wanted: Wanted) -> Iterator[Row]:
-    found = {}
     try:
-        environment = topology.environment(target.topology)
-        for name in (target.implementation, PEER)[: 2 if peer else 1]:
-            arguments = (target.topology, name)
-            found[name] = measure_in_process(
-                "launch.bench_layer", *arguments, environment=environment, timeout_s=1800
-            )
+        ours = _measured(target, target.implementation)
+        other = _measured(target, PEER) if peer else {}
     except InputError as error:
         for name in filter(wanted, names.values()):
             yield Row(name, None, "", how=f"not measured: {error}")
         return
-    ours, other = found[target.implementation], found.get(PEER, {})
     who = f"{PEER} inside" if peer else ""
     how = "compiled ahead of time"
     if target.implementation == "tpu":
@@ -76,6 +80,12 @@ def _compiled(target: Target, names: dict[str, str], peer: bool, wanted: Wanted)
     if wanted(names[MEMORY]):
         temp = ours["temp_mb"], "MB", target.goal, other.get("temp_mb")
         yield Row(names[MEMORY], *temp, who, how)
+        for name in target.peers if peer else ():
+            yield _beside(target, name, names[MEMORY], ours["temp_mb"])
+    if FIRST_ROUND in names and wanted(names[FIRST_ROUND]):
+        how = "all but the ends of the pipeline beside a matmul, of each: " + ours["four_parts"]
+        four = ours["four"], "of 4", ">= 4", other.get("four")
+        yield Row(names[FIRST_ROUND], *four, who, how)
     if OVERLAP in names and wanted(names[OVERLAP]):
         how = f"of {ours['exchanges']:.0f}; the scheduled program's text"
         yield Row(names[OVERLAP], ours["beside"], "of all", "", other.get("beside"), who, how)
@@ -84,7 +94,43 @@ def _compiled(target: Target, names: dict[str, str], peer: bool, wanted: Wanted)
         yield Row(names[SPILLS], ours["spilled"], "bytes", "<= 0", how=how)
 
 
-def measure(name: str, implementation: str, dump: Path) -> dict[str, float]:
+def _measured(target: Target, name: str) -> dict[str, Any]:
+    environment = topology.environment(target.topology)
+    arguments = (target.topology, name)
+    module = "launch.bench_layer"
+    return measure_in_process(module, *arguments, environment=environment, timeout_s=1800)
+
+
+def _beside(target: Target, name: str, figure: str, ours: float) -> Row:
+    """Our memory beside that of the layer with a kernel of `launch.bench_tpu_peers` inside."""
+    figure, who = f"{figure}, against {name}", f"{name} inside"
+    try:
+        if reason := bench_tpu_peers.lacks(name):
+            raise InputError(reason)
+        temp = _measured(target, name)["temp_mb"]
+    except InputError as error:
+        return Row(figure, ours, "MB", peer_name=who, how=f"not measured: {error}")
+    return Row(figure, ours, "MB", "", temp, who, "compiled ahead of time")
+
+
+def hidden(exchanges: list) -> dict[str, tuple[int, int, int]]:
+    """Of each of the four: exchanges beside a matmul, all, and ends of the pipeline.
+
+    Each array that travels begins or ends the pipeline once: nothing is left to run beside that.
+    """
+    found = {}
+    for name, (scopes, backward) in FOUR.items():
+        mine = [
+            one
+            for one in exchanges
+            if any(scope in one.scope.split("/") for scope in scopes)
+            and ("transpose(" in one.scope) == backward
+        ]
+        found[name] = sum(one.with_matmul for one in mine), len(mine), len(scopes)
+    return found
+
+
+def measure(name: str, implementation: str, dump: Path) -> dict[str, Any]:
     """Compiles the layer's gradient with one implementation of the grouped matmul."""
     if implementation == "gpu":
         os.environ["XLA_FLAGS"] = ptx.dump_flags(dump)
@@ -98,6 +144,9 @@ def measure(name: str, implementation: str, dump: Path) -> dict[str, float]:
     from moejax.core import tree
     from moejax.moe.expert_parallel import Parallel
 
+    if implementation in PEERS:
+        bench_tpu_peers.put_in_place_of(PEER, implementation)
+        implementation = PEER
     axes = {"data": 1, "fsdp": 1, "expert": SHARDS, "tensor": 1}
     mesh = topology.mesh(name, axes)
     config = moe.MoEConfig(NUM_EXPERTS, TOP_K, expert_ffn=FFN, **moe.CONVENTIONS["deepseek_v2"])
@@ -128,11 +177,14 @@ def measure(name: str, implementation: str, dump: Path) -> dict[str, float]:
         for one in hlo.collectives(compiled.as_text() or "")
         if one.kind == "all-to-all" and not one.in_loop and one.bytes > ROW_BYTES
     ]
+    four = hidden(exchanges)
     kernels = ptx.kernels(dump, "grouped_").values() if implementation == "gpu" else []
     return {
         "temp_mb": round(aot.memory(compiled).temp_bytes / 1e6, 1),
         "exchanges": len(exchanges),
         "beside": sum(one.with_matmul for one in exchanges),
+        "four": sum(0 < total <= beside + ends for beside, total, ends in four.values()),
+        "four_parts": ", ".join(f"{k} {beside} of {all_}" for k, (beside, all_, _) in four.items()),
         "kernels": len(kernels),
         "wgmma": sum(kernel.wgmma > 0 for kernel in kernels),
         "spilled": sum(kernel.spilled for kernel in kernels),

@@ -7,8 +7,8 @@ two groups share and the imbalance of the cores are in it. The groups are drawn 
 of concentration 4, then multinomial) and the row is the median. Nothing runs: waits for HBM are not
 in it; with the first fetches, which every call pays once, the row says what it would be.
 
-The peer is jax.lax.ragged_dot, which the compiler counts as a whole, for any sizes. jax's megablox
-cannot be counted: libtpu's profile ends the process, with its dynamic grid and with a static one.
+Peers: jax.lax.ragged_dot, which the compiler counts as a whole, for any sizes; jax's megablox and,
+where it is installed, tokamax, by the same formula (`launch.bench_tpu_peers`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from launch import bench_tpu_peers
 from launch.bench_row import Row, Wanted, measure_in_process
 from moejax.aot import cycles, topology
+from moejax.core.errors import InputError
 from moejax.core.platform import compiling_for
 from moejax.ops import tpu_tiles, tpu_visits
 
@@ -57,7 +59,32 @@ def rows(peer: bool, wanted: Wanted) -> Iterator[Row]:
         )
         if peer:
             how += "; the peer without its copies of the weights"
-        yield Row(figure, statistics.median(shares), "", goal, best, "ragged_dot" * peer, how)
+        share = statistics.median(shares)
+        yield Row(figure, share, "", goal, best, "ragged_dot" * peer, how)
+        if peer and product in ("forward", "dx", "dW"):
+            for name in bench_tpu_peers.PEERS:
+                yield _beside(name, product, figure, share, ideal)
+
+
+def _beside(name: str, product: str, figure: str, share: float, ideal: float) -> Row:
+    """Our share beside that of a kernel of the peer's, in the best of a few tilings."""
+    figure = f"{figure}, against {name}"
+    try:
+        if reason := bench_tpu_peers.lacks(name):
+            raise InputError(reason)
+        counted = _measure("launch.bench_megablox", name, product)
+    except InputError as error:
+        return Row(figure, share, "", peer_name=name, how=f"not measured: {error}")
+    found = {}
+    for one in counted["tilings"]:
+        totals = bench_tpu_peers.totals(one, product, NUM_GROUPS)
+        tiling = "x".join(map(str, one["tiling"]))
+        found[tiling] = statistics.median(ideal / total for total in totals)
+    best = max(found.values())
+    shares = ", ".join(f"{tiling} {each:.3f}" for tiling, each in found.items())
+    cores = "" if bench_tpu_peers.PEERS[name].cores == 2 else "; as it is made, on one core"
+    how = f"{name} of {bench_tpu_peers.PEERS[name].package} {counted['version']}, tiles {shares}"
+    return Row(figure, share, "", "", best, name, f"{how}; grid made static{cores}")
 
 
 def draws() -> list[np.ndarray]:
@@ -68,10 +95,13 @@ def draws() -> list[np.ndarray]:
 
 
 def _count(who: str, product: str) -> dict[str, Any]:
+    return _measure("launch.bench_tpu_count", who, product)
+
+
+def _measure(module: str, *arguments: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         environment = topology.environment(TOPOLOGY) | cycles.environment(folder)
-        module = "launch.bench_tpu_count"
-        return measure_in_process(module, who, product, environment=environment, timeout_s=3600)
+        return measure_in_process(module, *arguments, environment=environment, timeout_s=3600)
 
 
 def ours(product: str, count: dict[str, Any], drawn: Sequence[np.ndarray]) -> list[float]:

@@ -61,7 +61,7 @@ class Collective:
     """kind: of KINDS. bytes: of its result on one device. between: what is scheduled while it runs.
 
     computation: the one it stands in, in_loop: whether that is run by a loop, with_matmul: whether
-    a matrix product is among `between`.
+    a matrix product is among `between`. scope: the named scopes of the source that it comes from.
     """
 
     kind: str
@@ -73,6 +73,7 @@ class Collective:
     with_matmul: bool
     computation: str
     in_loop: bool
+    scope: str = ""
 
 
 Program = dict[str, list[Instruction]]
@@ -114,9 +115,15 @@ def collectives(text: str) -> list[Collective]:
                     with_matmul=any(has_matmul(program, i) for i in between),
                     computation=computation,
                     in_loop=computation in loops,
+                    scope=_scope(source.rest) or _scope(start.rest),
                 )
             )
     return found
+
+
+def _scope(rest: str) -> str:
+    named = re.search(r'op_name="([^"]*)"', rest)
+    return named[1] if named else ""
 
 
 def shape_bytes(shape: str) -> int:

@@ -29,6 +29,8 @@ MAX_PARTS = 5
 MIN_PAIRS = 4096
 # Names the loops over further rounds in a compiled program: of a balanced load they run none.
 UNBALANCED = "unbalanced_rounds"
+# Name the exchanges there, with what travels: send_x, send_d_y, back_y, back_d_x.
+SEND, BACK = "send_", "back_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +132,8 @@ def _send(
     found = {}
     for name, array in operands.items():
         sent = array.reshape(-1)[pair_S] if name == "weights" else array[pair_S // top_k]
-        found[name] = _swap(sent, exchange)
+        with jax.named_scope(f"{SEND}{name}"):
+            found[name] = _swap(sent, exchange)
     return found
 
 
@@ -146,7 +149,11 @@ def _finished(products: Products, rows: Arrays, begun: Arrays, one: Turn) -> tup
 
 
 def _send_back(exchange: Exchange, out: Arrays) -> Arrays:
-    return {name: _swap(a, exchange) for name, a in out.items()}
+    found = {}
+    for name, array in out.items():
+        with jax.named_scope(f"{BACK}{name}"):
+            found[name] = _swap(array, exchange)
+    return found
 
 
 def _collect(back: Arrays, weights_NK: jax.Array, one: Turn) -> Arrays:

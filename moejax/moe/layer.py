@@ -96,15 +96,15 @@ def moe_layer(
     implementation names a grouped matmul, None chooses one, or every expert on every token where
     few tokens use most; parallel runs the layer on a mesh (`moejax.moe.expert_parallel`); trace
     keeps each token's choice in the statistics. Equals `moejax.moe.dense.dense_moe`, unless the
-    strategy named there drops.
+    strategy named there drops. Raises InputError where params, x_BTD and config do not fit.
     """
+    _check(params, x_BTD, config)
     if parallel is not None:
         from moejax.moe.expert_parallel import sharded_moe_layer  # it stands on this file
 
         more: dict[str, Any] = {"activation": activation, "mask_BT": mask_BT, "rng": rng}
         more |= {"implementation": implementation, "trace": trace}
         return sharded_moe_layer(params, x_BTD, config, parallel, **more)
-    assert params["experts"]["w_up"].shape[0] == config.num_experts
     num_sequences, _, d_model = x_BTD.shape
     x_ND = x_BTD.reshape(-1, d_model)
     mask_N = None if mask_BT is None else mask_BT.reshape(-1)
@@ -123,6 +123,19 @@ def moe_layer(
     y_ND = add_shared_network(params, y_ND, x_ND, activation)
     stats = layer_stats(routing, x_BTD.shape[:2] if trace else None)
     return y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape), stats
+
+
+def _check(params: dict[str, Any], x_BTD: jax.Array, config: MoEConfig) -> None:
+    num_experts, d_model, _ = params["experts"]["w_up"].shape
+    if num_experts != config.num_experts:
+        raise InputError(
+            f"the layer's parameters hold {num_experts} experts and config.num_experts is "
+            f"{config.num_experts}: give the config that they were made with."
+        )
+    if x_BTD.ndim != 3 or x_BTD.shape[2] != d_model:
+        raise InputError(
+            f"moe_layer takes x [B, T, {d_model}] for these parameters, not {list(x_BTD.shape)}."
+        )
 
 
 def add_shared_expert(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.core.errors import InputError
 from moejax.core.platform import platform
@@ -75,7 +76,8 @@ def grouped_matmul(
     `ref` and `ragged_dot`, no work is done for it; the output and the gradient of lhs stay whole.
     implementation: a name in IMPLEMENTATIONS, never replaced by another; None takes `cpu` on a
     CPU and `ragged_dot` on a TPU or GPU, where our own kernels have not run yet, and logs it once.
-    Raises ValueError for shapes that do not fit and NotImplementedError for an implementation that
+    Raises ValueError for shapes that do not fit and, where they are known (outside of jit), for
+    sizes below zero or of more rows than there are; NotImplementedError for an implementation that
     the devices cannot run.
     """
     check(lhs, rhs, group_sizes, groups)
@@ -117,8 +119,24 @@ def check(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, groups: jax.Ar
         )
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise InputError(f"grouped_matmul: group_sizes are {group_sizes.dtype}; give integers.")
+    _check_counts(lhs.shape[0], group_sizes)
     if groups is not None and (groups.shape != group_sizes.shape or groups.dtype != jnp.bool_):
         raise InputError(
             f"grouped_matmul: groups is {groups.dtype}{list(groups.shape)} for "
             f"{rhs.shape[0]} matrices; give bool[{rhs.shape[0]}]."
+        )
+
+
+def _check_counts(num_rows: int, group_sizes: jax.Array) -> None:
+    """Sizes that are known, as they are outside of jit, must be sizes and have their rows."""
+    is_here = getattr(group_sizes, "is_fully_addressable", True)
+    if isinstance(group_sizes, jax.core.Tracer) or not is_here:
+        return
+    sizes = np.asarray(group_sizes)
+    if sizes.size and sizes.min() < 0:
+        raise InputError(f"grouped_matmul: group {sizes.argmin()} has {sizes.min()} rows.")
+    if sizes.sum() > num_rows:
+        raise InputError(
+            f"grouped_matmul: the group sizes add up to {sizes.sum()} and lhs has {num_rows} rows; "
+            "give a row for each, or smaller groups."
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch import bench_row, bench_table, bench_tpu
+from launch import bench_row, bench_table, bench_tpu, bench_tpu_peers
 from launch.bench_row import Row
 from moejax.core.errors import InputError
 
@@ -122,3 +122,16 @@ def test_a_tpu_row_counts_each_visit_at_the_cost_of_its_kind():
         totals = bench_tpu.ours(product, {"visits": rows}, [sizes])
         rows_of_a_core = 4096 if product == "dW" else 2048
         assert rows_of_a_core <= totals[0] < 1.25 * rows_of_a_core
+
+
+def test_a_peer_kernel_counts_its_visits_and_the_ends_of_its_sums():
+    counted = {"steps": 4, "middle": 100.0, "ends": 140.0, "active": [10, 12]}
+    assert bench_tpu_peers.totals(counted, "forward", 8) == [1100.0, 1320.0]
+    assert bench_tpu_peers.totals(counted, "dW", 8) == [1320.0, 1520.0]
+
+
+def test_a_peer_that_is_not_installed_stands_in_the_table(monkeypatch):
+    monkeypatch.setattr(bench_tpu_peers.importlib.util, "find_spec", lambda name: None)
+    row = bench_tpu._beside("tokamax", "forward", "v5p forward", 0.91, bench_tpu.IDEAL)
+    assert (row.figure, row.ours, row.peer) == ("v5p forward, against tokamax", 0.91, None)
+    assert row.how == "not measured: not installed"

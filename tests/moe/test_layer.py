@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from moejax.core import tree
+from moejax.core.errors import InputError
 from moejax.core.precision import TOLERANCE
 from moejax.moe.config import CONVENTIONS, MoEConfig
 from moejax.moe.dense import dense_moe
@@ -18,6 +19,7 @@ from moejax.moe.layer import moe_layer as plain_layer
 from moejax.moe.layer import moe_shapes
 from moejax.moe.routing import abstract_router
 from moejax.moe.scores import gate_logits, scores
+from moejax.moe.shapes import init_moe
 from moejax.ops.gated_ffn import gated_ffn
 from moejax.ops.grouped_matmul import IMPLEMENTATIONS, PLATFORM
 from tests.draws import normal, router_params
@@ -246,3 +248,12 @@ def test_a_trace_holds_each_token_s_experts_and_their_raw_scores(name):
     wanted = jnp.take_along_axis(scores_BTJ, trace.experts_BTK - first, axis=2)
     np.testing.assert_allclose(trace.scores_BTK, wanted, rtol=1e-6)
     assert plain_layer(params, x_BTD, config)[1].trace is None
+
+
+def test_what_does_not_fit_is_named_with_both_numbers():
+    config = MoEConfig(4, 2)
+    params = init_moe(jax.random.key(0), 8, 12, config)
+    with pytest.raises(InputError, match=r"x \[B, T, 8\].*not \[2, 3, 9\]"):
+        plain_layer(params, jnp.ones((2, 3, 9)), config)
+    with pytest.raises(InputError, match="hold 4 experts and config.num_experts is 6"):
+        plain_layer(params, jnp.ones((2, 3, 8)), MoEConfig(6, 2))

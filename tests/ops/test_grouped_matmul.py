@@ -189,6 +189,8 @@ def test_none_chooses_and_says_so_once(caplog):
         (lambda x, w, g: (x[:, :7], w, g), ["K=7", "K=24"]),
         (lambda x, w, g: (x[0], w, g), ["(24,)", "(3, 24, 40)"]),
         (lambda x, w, g: (x, w, g.astype(jnp.float32)), ["float32", "integers"]),
+        (lambda x, w, g: (x, w, g + 1), ["add up to 12", "9 rows"]),
+        (lambda x, w, g: (x, w, g.at[1].set(-3)), ["group 1", "-3 rows"]),
     ],
 )
 def test_bad_operands_are_named_with_both_numbers(change, words):
