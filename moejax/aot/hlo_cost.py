@@ -229,7 +229,10 @@ def _flops(instruction: Instruction, shapes: dict[str, str]) -> float | None:
         return 2.0 * math.prod(_dims(instruction.shape)) * _picked(operands[0], contracted)
     if KERNELS & set(instruction.calls):
         taken = _arrays([shapes.get(name, "") for name in instruction.operands])
-        return kernel_flops(instruction.name, taken, _arrays([instruction.shape]))
+        # On a GPU the kernel's name is in the operation's alone.
+        named = re.search(r'op_name="[^"]*/([^"/]*)/pallas_call"', rest)
+        name = instruction.name + (f" {named[1]}" if named else "")
+        return kernel_flops(name, taken, _arrays([instruction.shape]))
     return 0.0
 
 

@@ -150,6 +150,17 @@ def test_flops_of_a_kernel(name, arguments, flops):
     assert found.flops == 0 and found.unknown_kernels == ("other.4",)
 
 
+def test_a_kernel_on_a_gpu_is_known_by_its_operation():
+    named = 'custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/NAME/pallas_call"}'
+    text = KERNEL.replace("KERNEL", "pallas_call").replace("ARGS", "%mask, %rows, %w")
+    text = text.replace('custom_call_target="tpu_custom_call"', named)
+    text = text.replace("bf16[16,4096,128]) custom", "bf16[1024,32]) custom")
+    found = hlo_cost.cost(hlo.parse(text.replace("NAME", "grouped_matmul")))
+    assert found.flops == 2 * 1024 * 64 * 32 and not found.unknown_kernels
+    found = hlo_cost.cost(hlo.parse(text.replace("NAME", "other")))
+    assert found.flops == 0 and found.unknown_kernels == ("pallas_call.4",)
+
+
 def test_what_lies_in_the_chips_own_memory_is_no_traffic():
     text = LOOP.replace("%y = bf16[8,32]{1,0}", "%y = bf16[8,32]{1,0:T(8,128)S(1)}")
     less = hlo_cost.cost(hlo.parse(LOOP)).traffic_bytes - 24 * 2 * (2 * 8 * 32)
