@@ -151,7 +151,8 @@ def test_flops_of_a_kernel(name, arguments, flops):
 
 
 def test_a_kernel_on_a_gpu_is_known_by_its_operation():
-    named = 'custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/NAME/pallas_call"}'
+    named = 'custom_call_target="__gpu$xla.gpu.triton"'
+    named += ', metadata={op_name="jit(f)/NAME/pallas_call"}'
     text = KERNEL.replace("KERNEL", "pallas_call").replace("ARGS", "%mask, %rows, %w")
     text = text.replace('custom_call_target="tpu_custom_call"', named)
     text = text.replace("bf16[16,4096,128]) custom", "bf16[1024,32]) custom")
