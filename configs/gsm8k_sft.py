@@ -1,21 +1,19 @@
 """SFT of SmolLM2-135M-Instruct on GSM8K, dense or upcycled: one recipe for any devices.
 
-Claim:    the same losses, step by step, on one device, on 8 devices and on 2 processes of 4
-          (of an MoE: without the routers' noise, and with the global balance loss).
+Claim:    the same losses, step by step, on one device, on 8 devices and on 2 processes of 4.
 Command:  python -m launch.train --config=configs/gsm8k_sft.py --workdir=runs/gsm8k \\
               --config.model.source=SmolLM2-135M-Instruct.Q4_1.gguf
           For the MoE: --config.model.source=runs/upcycled, which is made by
-          python -m launch.upcycle --source=SmolLM2-135M-Instruct.Q4_1.gguf --experts=8 --top_k=4 \\
-              --target=runs/upcycled
+          python -m launch.upcycle --source=SmolLM2-135M-Instruct.Q4_1.gguf --experts=4 --top_k=3 \\
+              --balance_scope=global --target=runs/upcycled
           8 CPU devices: XLA_FLAGS=--xla_force_host_platform_device_count=8 before the command;
           2 processes: --multihost=127.0.0.1:9876,2,0 in one shell, ...,2,1 in another.
           A file for the data: --config.data.source=gsm8k_train.jsonl
-Hardware: anything from 2 CPU cores (8 GiB; the MoE 16 GiB) to a pod: rows divide by 8.
-Expected: with seq_len=128, steps=3 and limit=600 the dense losses 1.8462, 1.7230, 1.5062 on one
-          device; on 8 only the first step was run (1.8462). A tiny dense model has the same losses
-          in all three places (tests/launch/test_multihost.py --slow). An MoE has them with noise
-          off and balance_scope "global": with the routers' noise each device draws its own (5.6201
-          against 5.6216 in a first loss). A whole epoch was not run yet.
+          All of it, in three steps of short rows: python -m tests.recipe DIR
+Hardware: anything from 2 CPU cores (4 GiB; the MoE 6 GiB) to a pod: rows divide by 8.
+Expected: BUILD.md, "Training on a mesh": losses equal in all three places, dense and MoE, the
+          routers' noise on. (With balance_scope "local", the default of upcycling, an MoE's balance
+          loss is another function on each mesh.) A whole epoch was not run yet.
 """
 
 from ml_collections import ConfigDict

@@ -28,8 +28,8 @@ def write(folder: Path) -> None:
     config = ModelConfig("llama", vocab, *SIZES, max_position=64)
     params = transformer.init_params(config, jax.random.key(0))
     save_any(Loaded(params, config, tokenizer), folder / "dense", "orbax")
-    # Each device draws noise of its own, and a local balance loss is another function per mesh.
-    settings = MoEConfig(4, 2, noise=False, balance_scope="global")
+    # A local balance loss is another function per mesh.
+    settings = MoEConfig(4, 2, balance_scope="global")
     moe, moe_config = upcycle(params, config, settings, jax.random.key(1))
     save_any(Loaded(moe, moe_config, tokenizer), folder / "moe", "orbax")
     rows = [{"prompt": f"hello {i}", "completion": f"{i * 7} ab\n"} for i in range(400)]
