@@ -116,8 +116,8 @@ def _plan(config, model, devices) -> dict:
     if TEXT.value:
         Path(TEXT.value).write_text(text)
     record = {"topology": TOPOLOGY.value, "mesh": dict(setup.mesh), "plan": found.to_dict()}
-    record |= {"effort": EFFORT.value}
-    return record | {"config": config.to_dict(), "remedies": list(map(dataclasses.asdict, changes))}
+    record |= {"config": config.to_dict()}
+    return record | {"effort": EFFORT.value, "remedies": list(map(dataclasses.asdict, changes))}
 
 
 def _estimated(config, model, devices, chip) -> dict:

@@ -30,7 +30,8 @@ def esft_program(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> StepProg
     method.experts is a file of --stage=select, or spread:N, N experts of each layer evenly spread.
     """
     model, settings = training_model(config, model), train_config(config, None)
-    chosen, faces = chosen_experts(config.method.experts, model), []
+    chosen = chosen_experts(config.method.experts, model)
+    faces: list[Any] = []
 
     def parts(params):
         made = make_adaptation(config, params, model, chosen)

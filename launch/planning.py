@@ -106,7 +106,7 @@ def plan(
     return read_plan(program, compiled, setup, seconds, text), setup, text
 
 
-def _options(effort: float) -> dict[str, float] | None:
+def _options(effort: float) -> dict[str, Any] | None:
     names = ("exec_time_optimization_effort", "memory_fitting_effort")
     return dict.fromkeys(names, effort) if effort else None
 
@@ -144,7 +144,8 @@ def chosen_candidates(
     fit(keys, setup) compiles one and gives the bytes it takes over those estimated; of the rest,
     those are passed over that the largest such factor does not let fit.
     """
-    chosen, factor = [], 1.0
+    chosen: list[int] = []
+    factor = 1.0
     for number, (keys, setup) in enumerate(found):
         if len(chosen) == most:
             break

@@ -117,8 +117,10 @@ def split_memory(program: StepProgram, memory: aot.Memory, setup: Setup) -> Hbm:
     params = shard_bytes(program.state.params) + shard_bytes(program.frozen)
     optimizer = shard_bytes(program.state.opt_state)
     kept = estimate(setup)
+    trained = shard_bytes(program.state.params)
+    share = trained / (trained + shard_bytes(program.frozen))  # what is frozen has no gradient
     temp = memory.total_bytes - memory.argument_bytes
-    gradients = min(temp, kept.gradients)
+    gradients = min(temp, round(share * kept.gradients))
     activations = min(temp - gradients, kept.activations)
     return Hbm(
         params=params,
