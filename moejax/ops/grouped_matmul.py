@@ -129,8 +129,9 @@ def check(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, groups: jax.Ar
 
 def _check_counts(num_rows: int, group_sizes: jax.Array) -> None:
     """Sizes that are known, as they are outside of jit, must be sizes and have their rows."""
-    is_here = getattr(group_sizes, "is_fully_addressable", True)
-    if isinstance(group_sizes, jax.core.Tracer) or not is_here:
+    if isinstance(group_sizes, jax.core.Tracer):
+        return
+    if not getattr(group_sizes, "is_fully_addressable", True):  # of other processes too
         return
     sizes = np.asarray(group_sizes)
     if sizes.size and sizes.min() < 0:
