@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import functools
 import gzip
+import itertools
 import json
 import os
 import re
@@ -109,7 +110,12 @@ class _JsonLines:
             yield key, self._parsed(line, key)
 
     def read(self, key: int) -> Any:
-        return next(self._parsed(line, key) for *_, line in self._lines(range(key, key + 1)))
+        for *_, line in self._lines(range(key, key + 1)):
+            return self._parsed(line, key)
+        raise InputError(
+            f"{self._path} has no line at byte {key} any more: bring the file back that this run "
+            "began with and start the same command again"
+        )
 
     def name(self, key: int) -> str:
         return f"{self._path}@{key}"
@@ -200,14 +206,14 @@ class _Numbered:
 
 
 class _Parquet(_Numbered):
-    """Row groups are read as they are needed; the last one that was is kept."""
+    """Row groups are read as they are needed; the last few are kept."""
 
     def __init__(self, path: Path, limit: int | None):
         self._path = path
         sizes = self._asked(lambda file: [file.metadata.row_group(i).num_rows for i in _all(file)])
-        self._starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+        self._starts = [0, *itertools.accumulate(sizes)]
         super().__init__(str(path), self._starts[-1], limit)
-        self._group = functools.lru_cache(maxsize=1)(self._read_group)
+        self._group = functools.lru_cache(maxsize=4)(self._read_group)
 
     def read(self, key: int) -> Any:
         group = bisect.bisect_right(self._starts, key) - 1

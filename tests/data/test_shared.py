@@ -99,6 +99,9 @@ def test_a_row_that_changed_is_refused(tmp_path):
     assert first[6].id and first[0].id
     with pytest.raises(InputError, match=r"a\.jsonl:8: not the row that was there"):
         first[7]
+    path.write_text("\n".join(rows[:4]))
+    with pytest.raises(InputError, match="has no line at byte .* any more: bring the file back"):
+        first[5]
 
 
 def test_a_broken_row_is_named_by_its_line_whoever_reads_it(tmp_path):
