@@ -131,6 +131,8 @@ def _estimated(config, model, devices, chip) -> dict:
     _print_head(config, model, setup)
     found = estimate(setup)
     print("\n".join(describe_hbm(found)))
+    if "method" in config:
+        print("reckoned as if all parameters were trained: what ESFT takes has to be compiled")
     print("dry run: nothing compiled")
     return {"topology": TOPOLOGY.value, "mesh": dict(setup.mesh), "hbm": dataclasses.asdict(found)}
 
