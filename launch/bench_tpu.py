@@ -57,6 +57,10 @@ def rows(peer: bool, wanted: Wanted) -> Iterator[Row]:
             f"{NUM_DRAWS} draws of groups: {min(shares):.3f} to {max(shares):.3f}; with the first "
             f"fetches {statistics.median(started):.3f}"
         )
+        if product == "dW":
+            whole, single = dw_at_most(count["visits"], tiles(product).heights, draws())
+            how += f"; at most {whole:.3f} by the matrix unit's 128 rows, {single:.3f} if each "
+            how += "group were one visit"
         if peer:
             how += "; the peer without its copies of the weights"
         share = statistics.median(shares)
@@ -108,6 +112,22 @@ def ours(product: str, count: dict[str, Any], drawn: Sequence[np.ndarray]) -> li
     """Cycles of the busier core, per draw: each of its visits at the cost of its kind."""
     costs = np.asarray(count["visits"])
     return [max(costs[kinds].sum() for kinds in kinds_of(product, sizes)) for sizes in drawn]
+
+
+def dw_at_most(
+    visits: Sequence[float], heights: Sequence[int], drawn: Sequence[np.ndarray]
+) -> tuple[float, float]:
+    """Bounds of dW's share, medians: rows rounded up alone; a visit per group, however tall.
+
+    A matrix unit sums 128 rows at a time. What a visit costs is taken as a part per row and a part
+    per visit, from its tallest and its lowest height.
+    """
+    per_row = (visits[0] - visits[len(heights) - 1]) / (heights[0] - heights[-1])
+    per_visit = visits[0] - per_row * heights[0]
+    padded = [-(-sizes // 128) * 128 for sizes in drawn]
+    whole = statistics.median(NUM_ROWS / rows.sum() for rows in padded)
+    one_each = (np.sum(per_visit + per_row * rows[rows > 0]) for rows in padded)
+    return whole, statistics.median(IDEAL / cycles_ for cycles_ in one_each)
 
 
 def kinds_of(product: str, sizes: np.ndarray) -> list[np.ndarray]:

@@ -124,6 +124,14 @@ def test_a_tpu_row_counts_each_visit_at_the_cost_of_its_kind():
         assert rows_of_a_core <= totals[0] < 1.25 * rows_of_a_core
 
 
+def test_bounds_of_the_matrices_gradient_for_visits_of_known_cost():
+    sizes = [bench_tpu.np.array([4096 - 128, 128])]  # whole visits: nothing is rounded up
+    per_row = bench_tpu.IDEAL / 4096
+    costs = [100 + per_row * height for height in (384, 256, 128)]
+    whole, single = bench_tpu.dw_at_most(costs, (384, 256, 128), sizes)
+    assert whole == 1 and single == pytest.approx(bench_tpu.IDEAL / (bench_tpu.IDEAL + 200))
+
+
 def test_a_peer_kernel_counts_its_visits_and_the_ends_of_its_sums():
     counted = {"steps": 4, "middle": 100.0, "ends": 140.0, "active": [10, 12]}
     assert bench_tpu_peers.totals(counted, "forward", 8) == [1100.0, 1320.0]
