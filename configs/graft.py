@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
             },
             "train": {
                 "steps": 200,
+                "epochs": 0,  # over the training texts, instead of steps
                 "batch_size": 8,
                 "optimizer": "adamw",
                 "lr": 1e-4,  # of the bridge

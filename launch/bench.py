@@ -12,6 +12,9 @@
   python -m launch.bench --suite=serve --peer              tokens per second beside transformers
   python -m launch.bench --suite=shadow --peer             decoding that skips heads and neurons:
                                                            timed on the CPU, counted for a TPU v5e
+  python -m launch.bench --suite=graft                     LLM Modules: an epoch from states on disk
+                                                           and a token with the bridge on the CPU;
+                                                           memory and time for a v5e, v5p and H100
   python -m launch.bench --suite=sandbox                   programs graded per second
 
 A figure that cannot be measured here (a peer that is not installed, or needs more memory) stands in
@@ -32,6 +35,8 @@ from rich.console import Console
 from launch import (
     bench_cpu,
     bench_data,
+    bench_graft,
+    bench_graft_plan,
     bench_layer,
     bench_sandbox,
     bench_serve,
@@ -44,7 +49,9 @@ from launch.bench_table import Rows, matcher, measure, record, table
 from moejax.core.errors import InputError
 from moejax.io.atomic import write_json
 
-SUITE = flags.DEFINE_string("suite", None, "kernels, layer, train, data, serve, shadow or sandbox.")
+SUITE = flags.DEFINE_string(
+    "suite", None, "kernels, layer, train, data, serve, shadow, graft or sandbox."
+)
 PEER = flags.DEFINE_bool("peer", False, "Also measure the peers, with the same formula.")
 ONLY = flags.DEFINE_string("only", None, "Measure only figures that match this regular expression.")
 OUT = flags.DEFINE_string("out", None, "JSON file for the rows, the machine and the versions.")
@@ -56,6 +63,7 @@ SUITES: dict[str, dict[str, Rows]] = {
     "data": {"cpu": bench_data.rows},
     "serve": {"cpu": bench_serve.rows},
     "shadow": {"cpu": bench_shadow.rows, "tpu": bench_shadow.tpu_rows},
+    "graft": {"cpu": bench_graft.rows, "chips": bench_graft_plan.rows},
     "sandbox": {"cpu": bench_sandbox.rows},
 }
 

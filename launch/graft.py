@@ -14,10 +14,13 @@ evaluate  bits per byte of held-out answers: with the bridge, with it shut, with
           states (is the knowledge used at all?), with every state in sight (the leak), of the
           target as it came, of the source alone; WORKDIR/evaluation.json
 report    gates, attention maps, the effect of each layer of the bridge; WORKDIR/plots
-generate  continues prompts, keys and values of both models kept
+generate  continues prompts, keys and values of all models kept; --bridges=NAME=DIR,... joins the
+          target to several sources at once, --sources=NAME says who lends (default: all)
 
-The two may have different tokenizers: configs/graft.py says what each key means. Only moejax loads
-a bridge: neither transformers nor vLLM has its layer. One process, one device.
+A run with --config.method=adapter, forward, reverse, gkd, hidden or shuffled trains a rival of the
+bridge on as many parameters and texts. The two models may have different tokenizers:
+configs/graft.py says what each key means. Only moejax loads a bridge: neither transformers nor vLLM
+has its layer. One process, one device.
 """
 
 from __future__ import annotations
@@ -30,13 +33,16 @@ from ml_collections import config_flags
 
 from configs import graft as graft_config
 from launch import cli, graft_evaluate, graft_train
+from launch.graft_lenders import read_grafted
+from launch.graft_loss import check_method
 from launch.graft_setup import Setup, cache_states, load_examples, make_setup
 from launch.settings import checked
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.data.grafting import stats
+from moejax.io.load import load_any
 from moejax.methods.graft import bridge_shapes
-from moejax.serve.grafted import generate_text
+from moejax.serve.grafted import Grafted, generate_text
 from moejax.serve.sampling import SamplingConfig
 
 STAGES = ("cache", "train", "evaluate", "report", "generate")
@@ -46,6 +52,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; resumed if it
 PROMPT = flags.DEFINE_multi_string("prompt", [], "generate: a text to continue; may be repeated.")
 NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "generate: per answer.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "generate: 0 is greedy.", lower_bound=0)
+BRIDGES = flags.DEFINE_list("bridges", [], "generate: bridges of other runs, as a=DIR,b=DIR.")
+SOURCES = flags.DEFINE_list("sources", None, "generate: who lends, by name; None: all.")
 SEED = flags.DEFINE_integer("seed", 0, "generate: of the draws.")
 
 
@@ -53,17 +61,24 @@ def main(argv) -> None:
     del argv
     if STAGE.value is None:
         raise InputError(f"--stage is missing: give one of {', '.join(STAGES)}")
-    setup = make_setup(checked(CONFIG.value, graft_config.get_config()))
+    config = checked(CONFIG.value, graft_config.get_config())
+    if STAGE.value == "generate" and BRIDGES.value:
+        _generate_with_bridges(config)
+        return
+    setup = make_setup(config)
     say = functools.partial(print, flush=True)
     for line in describe(setup):
         say(line)
     if STAGE.value == "generate":
         _generate(setup)
         return
-    train, heldout = load_examples(setup)
+    train, heldout = load_examples(setup, say)
     for name, examples in (("train", train), ("held out", heldout)):
         found = stats(examples)
         say(f"{name:8} " + ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in found.items()))
+    if STAGE.value == "train":
+        check_method(setup)
+        say(f"steps    {graft_train.num_steps(setup, len(train)):,}")
     tokens = sum(len(e.source_ids) for e in (*train, *heldout))
     size = tokens * setup.graft.read_size * (4 if setup.config.cache.dtype == "float32" else 2)
     say(f"states   {size / 1e9:.3f} GB in {setup.config.cache.dtype}")
@@ -130,10 +145,26 @@ def _generate(setup: Setup) -> None:
     if cli.DRY_RUN.value:
         print("dry run: nothing generated")
         return
-    model = graft_train.load_pair(setup, _workdir())
+    _continue(graft_train.load_pair(setup, _workdir()))
+
+
+def _generate_with_bridges(config) -> None:
+    """The target of the config with bridges of several runs, each to a source of its own."""
+    if not PROMPT.value:
+        raise InputError("--prompt is missing: give a text to continue")
+    target, dtype = config.target.model, config.compute.dtype
+    if not target:
+        raise InputError("--config.target.model is missing: a folder, .gguf file or hub id")
+    _continue(read_grafted(target, load_any(target, dtype).params, BRIDGES.value, dtype))
+
+
+def _continue(model: Grafted) -> None:
     for prompt in PROMPT.value:
         sampling = SamplingConfig(TEMPERATURE.value)
-        print(generate_text(model, prompt, NEW_TOKENS.value, sampling, SEED.value), flush=True)
+        text = generate_text(
+            model, prompt, NEW_TOKENS.value, sampling, SEED.value, SOURCES.value
+        )
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

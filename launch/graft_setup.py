@@ -89,6 +89,11 @@ def make_setup(config: ConfigDict) -> Setup:
         )
     how = "same" if paper else b.alignment
     assert source.tokenizer is not None and target.tokenizer is not None
+    if paper and config.data.target_len != config.data.source_len:
+        raise InputError(
+            f"placement 'paper' reads one state per token: data.target_len="
+            f"{config.data.target_len} and data.source_len={config.data.source_len} must be equal"
+        )
     joined = Joined(target.tokenizer, source.tokenizer, how, b.prefix, paper)
     for role, length, model in (
         ("target", config.data.target_len, target.config),
@@ -102,7 +107,7 @@ def make_setup(config: ConfigDict) -> Setup:
     return Setup(config, source, target, graft, joined)
 
 
-def load_examples(setup: Setup) -> tuple[list[GraftExample], list[GraftExample]]:
+def load_examples(setup: Setup, say=print) -> tuple[list[GraftExample], list[GraftExample]]:
     """(training, held out): the last texts of the file are held out, the same in every run."""
     data = setup.config.data
     if not data.path:
@@ -110,6 +115,8 @@ def load_examples(setup: Setup) -> tuple[list[GraftExample], list[GraftExample]]
     texts = read_texts(data.path, data.limit or None)
     examples = [make_example(text, setup.joined) for text in texts]
     kept = check_lengths(examples, setup.lengths, data.drop_long)
+    if len(kept) < len(examples):
+        say(f"left out {len(examples) - len(kept)} of {len(examples)} texts: too long")
     if not 1 <= data.heldout < len(kept):
         raise InputError(f"data.heldout={data.heldout} of {len(kept)} texts: hold out fewer")
     return kept[: -data.heldout], kept[-data.heldout :]

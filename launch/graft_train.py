@@ -28,7 +28,7 @@ from moejax.io import lineage
 from moejax.io.load import load_any, save_any
 from moejax.io.states import States
 from moejax.methods import lora
-from moejax.serve.grafted import Grafted
+from moejax.serve.grafted import Grafted, Lender
 from moejax.serve.prepare import prepare
 from moejax.train.loop import EvalFn, FitResult, RunInfo, TrainConfig, fit
 from moejax.train.optim import OptimConfig
@@ -76,16 +76,16 @@ def fit_method(
         whole = frozen.get("source") or setup.source_params()
         frozen["source_head"] = {n: whole[n] for n in ("embed", "lm_head") if n in whole}
         del whole
-    t = config.train
+    t, steps = config.train, num_steps(setup, len(examples))
     run = TrainConfig(
-        t.steps,
-        optim_config(setup),
+        steps,
+        optim_config(setup, steps),
         seed=t.seed,
         log_every=t.log_every,
         save_every=t.save_every,
         eval_every=t.eval_every,
     )
-    say(f"trained  {tree.num_params(trainable):,} parameters, {t.steps} steps, {config.method}")
+    say(f"trained  {tree.num_params(trainable):,} parameters, {steps} steps, {config.method}")
     feed = batches(setup, examples, states)
     own_texts = config.method == "gkd"
     if own_texts:
@@ -100,7 +100,18 @@ def fit_method(
     )
 
 
-def optim_config(setup: Setup) -> OptimConfig:
+def num_steps(setup: Setup, num_texts: int) -> int:
+    """Of train.steps or train.epochs; InputError unless exactly one of them is set."""
+    t = setup.config.train
+    if (t.steps > 0) == (t.epochs > 0):
+        raise InputError(
+            f"train.steps is {t.steps} and train.epochs {t.epochs}: set one of the two, the other "
+            "to 0"
+        )
+    return t.steps or max(1, num_texts // t.batch_size) * t.epochs
+
+
+def optim_config(setup: Setup, steps: int) -> OptimConfig:
     """AdamW by default, with a rate for the bridge and one for the target (the reference's way)."""
     t = setup.config.train
     if t.lr <= 0:
@@ -110,7 +121,7 @@ def optim_config(setup: Setup) -> OptimConfig:
         t.optimizer,
         t.lr,
         t.schedule,
-        round(t.warmup_share * t.steps),
+        round(t.warmup_share * steps),
         t.clip_norm,
         t.weight_decay,
         lr_scale=() if setup.config.target.train == "none" else (
@@ -214,15 +225,11 @@ def load_pair(setup: Setup, workdir: Path) -> Grafted:
         raise InputError(f"method {setup.config.method!r} has no bridge to generate with")
     bridge, target = load_trained(setup, workdir)
     dtype = setup.config.compute.dtype
-    return Grafted(
+    lender = Lender(
         setup.source.config,
         prepare(setup.source_params(), dtype),
-        setup.target.config,
-        prepare(target, dtype),
         setup.graft,
         bridge,
         setup.joined,
-        setup.options,
     )
-
-
+    return Grafted(setup.target.config, prepare(target, dtype), {"source": lender}, setup.options)

@@ -8,7 +8,9 @@ MODEL is a model folder, a .gguf file or a hub id; NAME is its last part unless 
 otherwise. Any OpenAI client works with base_url="http://localhost:8000/v1", and so do harnesses
 that speak to one: completions (echo, logprobs, n, stop, seed), chat completions (streamed too),
 models. --adapters=NAME=DIR,... lays deltas of launch.esft over MODEL for calls that say
-"adapter": "NAME", or that name one as their model. Requests share the model's slots; a client that
+"adapter": "NAME", or that name one as their model. --bridges=NAME=DIR,... joins sources to MODEL by
+bridges of launch.graft (DIR: a run's folder `bridge`); a call's "sources": ["NAME"] says who lends,
+[] that nobody does. Requests share the model's slots; a client that
 hangs up frees its own. The server listens on this machine only unless --host says otherwise; then
 give --api_key_file.
 """
@@ -25,6 +27,7 @@ from pathlib import Path
 from absl import flags
 
 from launch import cli
+from launch.graft_lenders import read_grafted
 from launch.mesh_text import parse_mesh
 from moejax.core import tree
 from moejax.core.errors import InputError
@@ -46,6 +49,7 @@ DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Type of weights, arithmetic and cache."
 )
 ADAPTERS = flags.DEFINE_list("adapters", [], "Deltas that calls can name, as law=DIR,code=DIR.")
+BRIDGES = flags.DEFINE_list("bridges", [], "Bridges to sources, as maths=DIR,law=DIR.")
 MESH = flags.DEFINE_string("mesh", None, "Devices to split over, as tensor=4 or fsdp=2,tensor=2.")
 NUM_SLOTS = flags.DEFINE_integer("num_slots", 8, "Answers decoded together.", 1)
 MAX_LENGTH = flags.DEFINE_integer(
@@ -68,6 +72,8 @@ def main(argv: Sequence[str]) -> None:
     if MODEL.value is None:
         raise InputError("--model is missing: name a model folder, a .gguf file or a hub id")
     place = on_mesh(parse_mesh(MESH.value)) if MESH.value else None
+    if BRIDGES.value and (ADAPTERS.value or MESH.value):
+        raise InputError("--bridges goes with neither --adapters nor --mesh: leave those out")
     key = _read_key()
     if cli.DRY_RUN.value:
         _show_plan(load_any(MODEL.value, abstract=True))
@@ -138,13 +144,19 @@ def _serve(loaded: Loaded, listener: socket.socket, key: str | None) -> None:
     import uvicorn  # --help and --dry_run should not wait for it
 
     from moejax.serve.engine import Engine
+    from moejax.serve.grafted_engine import GraftedEngine
     from moejax.serve.http import ServerConfig, make_app
     from moejax.serve.worker import EngineWorker
 
     tokenizer = loaded.tokenizer
     assert tokenizer is not None
-    deltas = _read_adapters(loaded)
-    engine = Engine(loaded.params, loaded.config, _settings(loaded), tokenizer.decode, deltas)
+    engine: Engine | GraftedEngine
+    if BRIDGES.value and MODEL.value:
+        model = read_grafted(MODEL.value, loaded.params, BRIDGES.value, DTYPE.value)
+        engine = GraftedEngine(model, _settings(loaded), tokenizer.decode)
+    else:
+        deltas = _read_adapters(loaded)
+        engine = Engine(loaded.params, loaded.config, _settings(loaded), tokenizer.decode, deltas)
     loaded = dataclasses.replace(loaded, params=None)  # the engine has its own layout
     started = time.perf_counter()
     print(f"compiling for {engine.settings.num_slots} slots ...", file=sys.stderr, flush=True)

@@ -67,6 +67,8 @@ def record_from_row(row: Any, where: str) -> Record:
         )
     if row.get("messages") is not None:
         return _conversation(row["messages"], where)
+    if row.get("conversations") is not None:
+        return _conversation(_shared_gpt(row, where), where)
     for question, answer in FIELD_PAIRS:
         if row.get(question) is not None and row.get(answer) is not None:
             texts = [_text(row, question, where), _text(row, answer, where)]
@@ -75,9 +77,24 @@ def record_from_row(row: Any, where: str) -> Record:
             return pair(where, texts[0], texts[1])
     known = ", ".join("/".join(names) for names in FIELD_PAIRS)
     raise InputError(
-        f"{where}: has the fields {', '.join(map(str, row)) or '(none)'}, but needs messages or "
-        f"one of {known}; rename them"
+        f"{where}: has the fields {', '.join(map(str, row)) or '(none)'}, but needs messages, "
+        f"conversations or one of {known}; rename them"
     )
+
+
+def _shared_gpt(row: Mapping[str, Any], where: str) -> Any:
+    """The form of ShareGPT, and of Bespoke-Stratos-17k: [{"from", "value"}], perhaps "system"."""
+    found = row["conversations"]
+    if not isinstance(found, Sequence) or isinstance(found, str):
+        raise InputError(f"{where}: conversations is a {type(found).__name__}, not a list")
+    names = {"human": "user", "gpt": "assistant"}
+    start = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return start + [
+        {"role": names.get(m.get("from"), m.get("from")), "content": m.get("value")}
+        if isinstance(m, Mapping)
+        else m
+        for m in found
+    ]
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:

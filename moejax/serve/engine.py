@@ -122,6 +122,8 @@ class Engine:
         if request.adapter is not None and request.adapter not in self.adapters:
             known = ", ".join(self.adapters) or "none"
             raise InputError(f"adapter {request.adapter!r} is unknown: this engine has {known}")
+        if request.sources:
+            raise InputError(f"source {request.sources[0]!r} is unknown: this model has no bridge")
         if request.stop and self._decode_text is None:
             raise InputError("stop strings need an engine that decodes text: give it decode_text")
         if len(request.stop_ids) > self.settings.max_stop_ids:

@@ -63,6 +63,7 @@ class Request:
       num_logprobs: how many most likely tokens to report at each position besides the one drawn;
         None: no log-probabilities.
       adapter: a name of what an engine's owner has laid over the parameters; None: nothing.
+      sources: names of those who lend to a grafted model; None: all of them, (): none.
     """
 
     prompt: tuple[int, ...]
@@ -75,6 +76,7 @@ class Request:
     stop: tuple[str, ...] = ()
     num_logprobs: int | None = None
     adapter: str | None = None
+    sources: tuple[str, ...] | None = None
 
     def __post_init__(self):
         for name in ("max_new_tokens", "num_samples"):

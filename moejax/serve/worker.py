@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from moejax.serve.engine import Engine
+from moejax.serve.grafted_engine import GraftedEngine
 from moejax.serve.request import Request, Update
 
 _log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class EngineWorker:
     cancels the request and frees its slots. `failure` is what ended the thread, if something did.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine | GraftedEngine):
         self.engine = engine
         self.failure: BaseException | None = None
         self._inbox: queue.SimpleQueue[_Ask | None] = queue.SimpleQueue()

@@ -77,7 +77,7 @@ GOOD = '{"prompt": "q", "completion": "a"}'
     [
         ('{"prompt": "q"', r"a\.jsonl:2: broken JSON: .* at column"),
         ('["q", "a"]', r"a\.jsonl:2: a list, not an object"),
-        ('{"text": "q"}', r"a\.jsonl:2: has the fields text, but needs messages or one of"),
+        ('{"text": "q"}', r"a\.jsonl:2: has the fields text, but needs messages, conv"),
         ('{"prompt": "q"}', r"a\.jsonl:2: has the fields prompt, but"),
         ('{"prompt": "q", "completion": " "}', r"a\.jsonl:2: field 'completion' is blank"),
         ('{"prompt": 3, "completion": "a"}', r"a\.jsonl:2: field 'prompt' is a int"),
@@ -153,3 +153,17 @@ def test_a_record_that_cannot_be_encoded_is_named():
     tokenizer = Tokenizer.from_gguf_metadata(gguf_fields(chat_template=template))
     with pytest.raises(InputError, match="f:7: the chat template writes no end-of-turn"):
         encode_record(pair("f:7", "q", "a"), tokenizer)
+
+
+def test_the_form_of_bespoke_stratos():
+    row = {"system": "Think.", "conversations": [{"from": "user", "value": "2 + 2?"},
+                                                 {"from": "gpt", "value": "4"}]}
+    assert record_from_row(row, "here").messages == (
+        {"role": "system", "content": "Think."},
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "4"},
+    )
+    with pytest.raises(InputError, match="here: message 0: 'content' must be a text"):
+        record_from_row({"conversations": [{"from": "human"}]}, "here")
+    with pytest.raises(InputError, match="is a str, not a list"):
+        record_from_row({"conversations": "x"}, "here")

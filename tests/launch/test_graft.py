@@ -8,7 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.io.load import save_any
+from configs import graft as graft_config
+from configs import graft_paper
+from launch.graft_lenders import read_grafted
+from launch.graft_setup import load_examples, make_setup
+from launch.graft_train import num_steps
+from launch.settings import checked
+from moejax.core.errors import InputError
+from moejax.io.load import load_any, save_any
 from moejax.io.loaded import Loaded
 from moejax.io.tokenizer import Tokenizer
 from moejax.models import transformer
@@ -44,6 +51,18 @@ def flags(folder, workdir, **changes) -> list[str]:
     return [f"--workdir={workdir}", *(f"--config.{name}={v}" for name, v in values.items())]
 
 
+def test_the_papers_recipe_counts_epochs_and_leaves_long_texts_out(folder, capsys):
+    config = graft_paper.get_config()
+    config.source.model = config.target.model = str(folder / "source")
+    config.data.update(path=str(folder / "texts.jsonl"), heldout=2, target_len=32, source_len=32)
+    setup = make_setup(checked(config, graft_config.get_config()))
+    train, heldout = load_examples(setup)
+    assert setup.joined.paper and len(heldout) == 2
+    assert num_steps(setup, len(train)) == 15 * len(train)
+    assert f"left out {10 - len(train)} of 12 texts" in capsys.readouterr().out
+    assert train[0].limits[0] == len(train[0].source_ids)
+
+
 def test_every_stage_with_two_tokenizers(folder, tmp_path):
     asked = flags(folder, tmp_path / "run")
     done = tiny_run.run("graft", "--stage=train", *asked)
@@ -69,6 +88,19 @@ def test_every_stage_with_two_tokenizers(folder, tmp_path):
     done = tiny_run.run("graft", "--stage=generate", *asked, "--prompt=the capital",
                         "--max_new_tokens=4")
     assert done.returncode == 0, done.stderr
+    # A bridge goes with its target wherever that is named; several may, each may be left out.
+    bridges = f"--bridges=a={run}/bridge,b={run}/bridge"
+    model = f"--config.target.model={run}/target"
+    done = tiny_run.run("graft", "--stage=generate", bridges, model, "--sources=b",
+                        "--prompt=the capital", "--max_new_tokens=4")
+    assert done.returncode == 0, done.stderr
+    params = load_any(run / "target", "float32").params
+    lenders = read_grafted(str(run / "target"), params, [f"a={run}/bridge"], "float32").lenders
+    assert list(lenders) == ["a"]
+    with pytest.raises(InputError, match="trained with another target"):
+        read_grafted(str(folder / "target"), params, [f"a={run}/bridge"], "float32")
+    with pytest.raises(InputError, match="holds no bridge"):
+        read_grafted(str(run / "target"), params, [f"a={run}"], "float32")
     # States of other layers are not these: nothing is trained on them.
     other = tiny_run.run("graft", "--stage=train", *asked, "--config.source.layers=(0,)")
     assert other.returncode == 2 and "states of another layers" in other.stderr
@@ -81,6 +113,9 @@ def test_every_stage_with_two_tokenizers(folder, tmp_path):
         ({"data.source_len": 512}, "more than the 256 positions"),
         ({"source.layers": "(7,)"}, "source has no layer 7"),
         ({"bridge.alignment": "same"}, "needs one tokenizer"),
+        ({"train.epochs": 2}, "set one of the two"),
+        ({"method": "forward"}, "it needs one tokenizer"),
+        ({"bridge.placement": "paper", "data.source_len": 48}, "must be equal"),
     ],
 )
 def test_what_cannot_work_is_one_line(folder, tmp_path, changes, said):
