@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
             "source": {
                 "model": "",  # Knowledge Source, never trained: folder, .gguf file or hub id
                 "dtype": "float32",
+                "mesh": "",  # devices to split it over, as "tensor=4"; the rest stays on one
                 "layers": (-1,),  # whose states are read: number of the block, -1 the final one
             },
             "target": {

@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
+from launch.mesh_text import parse_mesh
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.data.alignment import ALIGNMENTS
@@ -27,6 +28,7 @@ from moejax.data.grafting import (
 )
 from moejax.io import atomic, lineage
 from moejax.io.load import Loaded, find_source, load_any
+from moejax.io.sharded import on_mesh
 from moejax.io.states import States, texts_hash, write_states
 from moejax.methods.graft import GraftConfig, bridge_shapes, check_fits, init_bridge
 from moejax.methods.graft_forward import source_states
@@ -56,8 +58,12 @@ class Setup:
         return ForwardOptions(self.config.compute.dtype, self.config.compute.remat)
 
     def source_params(self) -> tree.Tree:
-        """The source's weights, on the device."""
-        return jax.device_put(load_any(self.config.source.model, self.config.source.dtype).params)
+        """The source's weights, on the device or split over all of them (source.mesh)."""
+        source = self.config.source
+        if source.mesh:
+            place = on_mesh(parse_mesh(source.mesh))
+            return load_any(source.model, source.dtype, place=place).params
+        return jax.device_put(load_any(source.model, source.dtype).params)
 
     def batch(self, examples: Sequence[GraftExample]) -> dict[str, np.ndarray]:
         """Rows of both models."""
@@ -75,6 +81,8 @@ def make_setup(config: ConfigDict) -> Setup:
         loaded[role] = load_any(name, "float32", abstract=True)
         if loaded[role].tokenizer is None:
             raise InputError(f"{name} has no tokenizer: texts cannot be read")
+    if config.source.mesh and not config.cache.use:
+        raise InputError("a source on a mesh is read from its states: leave cache.use on")
     source, target, b = loaded["source"], loaded["target"], config.bridge
     paper = b.placement == "paper"
     sizes = (source.config.d_model, target.config.d_model)

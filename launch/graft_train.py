@@ -74,7 +74,8 @@ def fit_method(
         frozen["source"] = setup.source_params()
     if config.method in DISTILLED:
         whole = frozen.get("source") or setup.source_params()
-        frozen["source_head"] = {n: whole[n] for n in ("embed", "lm_head") if n in whole}
+        head = {n: whole[n] for n in ("embed", "lm_head") if n in whole}
+        frozen["source_head"] = jax.device_put(jax.device_get(head))
         del whole
     t, steps = config.train, num_steps(setup, len(examples))
     run = TrainConfig(

@@ -24,6 +24,7 @@ from moejax.io.loaded import Loaded
 from moejax.models import transformer
 from moejax.models.config import ModelConfig
 from tests.data.test_alignment import WORDS, tokenizers
+from tests.fake_devices import results, start
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +151,10 @@ def test_texts_of_the_study(folder):
     found = [setup.joined.target.decode(example.target_ids[a:b]) for a, b in words]
     assert " <unk>" not in found and set(found) <= {" capital", " of", " France", " is", " Paris",
                                                     " the"}
+
+
+@pytest.mark.slow
+def test_a_source_on_eight_devices_dense_and_moe(tmp_path):
+    found = results(start("launch/graft_source_mesh.py", 8, str(tmp_path)))
+    assert len(found) == 4 and {r["devices"] for r in found} == {8}
+    assert all(r["error"] < (1e-5 if r["dtype"] == "float32" else 2e-2) for r in found), found
