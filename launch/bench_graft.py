@@ -1,8 +1,8 @@
 """Rows of LLM Modules on the CPU: an epoch from states on disk, and a token with the bridge.
 
-The source is SmolLM2-135M, the target a Llama of random weights with SmolLM2's 49,152 ids, bridge
-and target below 24M trained parameters. Times are taken in turns, one step (or stretch of tokens)
-of each candidate after the other; ratios are medians over the pairs.
+The source is SmolLM2-135M, the target a Llama of random weights with 8,192 ids of its own or with
+SmolLM2's 49,152, bridge and target below 24M trained parameters. Times are taken in turns, one step
+(or stretch of tokens) of each candidate after the other; ratios are medians over the pairs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from moejax.train.state import init_state
 from moejax.train.step import make_train_step
 
 ROWS, LENGTH, PAIRS = 8, 256, 5
-EPOCH = "cpu f32 SmolLM2-135M -> {:.1f}M trained, cached epoch / uncached"
+EPOCH = "cpu f32 SmolLM2-135M -> {:.1f}M trained ({:,} ids), cached epoch / uncached"
 DECODE = "cpu f32 SmolLM2-135M -> {:.1f}M target, token with bridge / (source + 1.25 target)"
 PROMPT, DRAWN = 64, 32
 
@@ -51,20 +51,22 @@ PROMPT, DRAWN = 64, 32
 def rows(peer: bool, wanted: Wanted) -> Iterator[Row]:
     """The two ratios; there is no peer."""
     del peer
-    setup, params = _setup()
-    trained = tree.num_params(trained_parts(setup, params)[0]) / 1e6
-    if wanted(EPOCH.format(trained)):
-        yield _epoch(setup, params, EPOCH.format(trained))
+    for num_ids in (8192, 0):
+        setup, params = _setup(num_ids)
+        trained = tree.num_params(trained_parts(setup, params)[0]) / 1e6
+        figure = EPOCH.format(trained, setup.target.config.vocab_size)
+        if wanted(figure):
+            yield _epoch(setup, params, figure)
     size = tree.num_params(params) / 1e6
     if wanted(DECODE.format(size)):
         yield _decode(setup, params, DECODE.format(size))
 
 
-def _setup() -> tuple[Setup, tree.Tree]:
+def _setup(num_ids: int) -> tuple[Setup, tree.Tree]:
     source = load_any(str(gguf_path()), "float32", abstract=True)
     assert source.tokenizer is not None
     target = ModelConfig(
-        "llama", source.config.vocab_size, 6, 256, 704, 4, 4, 64, max_position=1024,
+        "llama", num_ids or source.config.vocab_size, 6, 256, 704, 4, 4, 64, max_position=1024,
         tie_embeddings=True,
     )
     config = graft_config.get_config()
@@ -83,7 +85,7 @@ def _epoch(setup: Setup, params: tree.Tree, figure: str) -> Row:
     Every step of an epoch has one shape, so the ratio of steps is that of epochs.
     """
     rng = np.random.default_rng(0)
-    size = setup.source.config.vocab_size
+    size = setup.target.config.vocab_size
     examples = []
     for _ in range(ROWS * PAIRS):
         ids = rng.integers(0, size, LENGTH).tolist()

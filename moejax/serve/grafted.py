@@ -168,7 +168,9 @@ class GraftedText:
         )
         self._kept: dict[str, Any] = {}
         for name, loan in self.loans.items():
-            most = 4 * (num_target if room else self.num_new) + _CHUNK
+            # With two tokenizers a target token may settle several of the source's.
+            each = 1 if loan.lender.joined.how == "same" else 4
+            most = each * (num_target if room else self.num_new) + _CHUNK
             slots = _round_up(most + (0 if room else len(loan.source_ids)), 64)
             slots = min(slots, _round_up(loan.lender.config.max_position, _CHUNK))
             self._kept[name] = _start(model, loan.lender, slots)
