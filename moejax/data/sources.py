@@ -87,7 +87,7 @@ def _shared_gpt(row: Mapping[str, Any], where: str) -> Any:
     found = row["conversations"]
     if not isinstance(found, Sequence) or isinstance(found, str):
         raise InputError(f"{where}: conversations is a {type(found).__name__}, not a list")
-    names = {"human": "user", "gpt": "assistant"}
+    names: dict[Any, Any] = {"human": "user", "gpt": "assistant"}
     start = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     return start + [
         {"role": names.get(m.get("from"), m.get("from")), "content": m.get("value")}
