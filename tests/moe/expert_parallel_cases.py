@@ -31,6 +31,7 @@ GROUPS = {"num_groups": 4, "top_groups": 2}
 MORE = {"qwen2_moe": {"shared_ffn": 16}, "deepseek_v2": GROUPS, "deepseek_v3": GROUPS}
 CONFIGS = {
     "plain": MoEConfig(8, 2, **PLAIN, shared_ffn=16, shared_gate=True),
+    "sixty_four": MoEConfig(64, 6, **PLAIN),
     "xft": MoEConfig(8, 3, jitter=0.1, balance_scope="global"),
     **{
         name: MoEConfig(8, 3, **{**fields, **MORE.get(name, {}), "balance_scope": "global"})
@@ -39,7 +40,8 @@ CONFIGS = {
 }
 MESHES = {"ep8": (1, 1, 8, 1), "mixed": (1, 2, 2, 2), "dp_ep": (2, 1, 4, 1), "fsdp": (1, 4, 1, 2)}
 LOADS = ("balanced", "skewed", "all_to_one")
-# mesh, strategy, config, buffer factor, loads
+ONE_TOKEN = (8, 1)  # [B, T]: one on each device
+# mesh, strategy, config, buffer factor, loads, and maybe an implementation and [B, T]
 CASES = (
     ("ep8", "chunked", "plain", 1.25, LOADS),
     ("ep8", "ragged", "plain", 1.25, LOADS),
@@ -60,9 +62,12 @@ def every_case() -> Iterator[tuple]:
     for mesh, sizes in MESHES.items():
         for strategy, factor in factors.items():
             yield mesh, strategy, "plain", factor, LOADS
-            if strategy in ("chunked", "ragged") and sizes[2] > 1:
+            yield mesh, strategy, "plain", factor, LOADS, None, ONE_TOKEN
+            if sizes[2] > 1:
                 others = [name for name in CONFIGS if name != "plain"]
                 yield from ((mesh, strategy, name, factor, LOADS[1:2]) for name in others)
+            for kernel in ("ref", "ragged_dot", "cpu") if mesh == "mixed" else ():
+                yield mesh, strategy, "plain", factor, LOADS, kernel
     yield from (("fsdp", "local", name, 1.25, LOADS[1:2]) for name in CONFIGS)
 
 
@@ -80,14 +85,14 @@ def parameters(config: MoEConfig, load: str):
     return params
 
 
-def inputs():
-    x = np.random.default_rng(1).normal(size=(BATCH, T, D))
+def inputs(shape=(BATCH, T)):
+    x = np.random.default_rng(1).normal(size=(*shape, D))
     x[..., 0] = 3.0
     return jnp.asarray(x, jnp.float32)
 
 
-def mask():
-    return jnp.arange(BATCH * T).reshape(BATCH, T) % 5 > 0
+def mask(shape=(BATCH, T)):
+    return jnp.arange(shape[0] * shape[1]).reshape(shape) % 5 > 0
 
 
 def place(mesh, params, x):
@@ -109,21 +114,21 @@ def relative(ours, theirs) -> float:
 
 def gradient(layer):
     """(loss, (y, stats)), gradients of parameters and x, for layer(params, x) -> y, stats."""
-    mixer = jnp.asarray(np.random.default_rng(2).normal(size=(BATCH, T, D)), jnp.float32)
 
     def run(params, x):
         y, stats = layer(params, x)
+        mixer = jnp.asarray(np.random.default_rng(2).normal(size=x.shape), jnp.float32)
         return jnp.sum(y * mixer) + stats.balance_loss + stats.z_loss, (y, stats)
 
     return jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))
 
 
 @functools.cache
-def oracle(name: str):
+def oracle(name: str, shape=(BATCH, T)):
     config = CONFIGS[name]
 
     def single(params, x):
-        how = {"mask_BT": mask(), "rng": jax.random.key(3)}
+        how = {"mask_BT": mask(shape), "rng": jax.random.key(3)}
         stats = moe_layer(params, x, config, **how)[1]
         return dense_moe(params, x, config, **how), stats
 
@@ -131,20 +136,23 @@ def oracle(name: str):
 
 
 @functools.cache
-def wanted(name: str, load: str):
-    return oracle(name)(parameters(CONFIGS[name], load), inputs())
+def wanted(name: str, load: str, shape):
+    return oracle(name, shape)(parameters(CONFIGS[name], load), inputs(shape))
 
 
-def compare(mesh, strategy: str, name: str, factor: float, loads) -> Iterator[tuple[str, dict]]:
+def compare(
+    mesh, strategy: str, name: str, factor: float, loads, implementation=None, shape=(BATCH, T)
+) -> Iterator[tuple[str, dict]]:
     config, parallel = CONFIGS[name], Parallel(mesh, strategy, factor)
-    how = {"mask_BT": mask(), "rng": jax.random.key(3), "parallel": parallel}
+    how = {"mask_BT": mask(shape), "rng": jax.random.key(3), "parallel": parallel}
+    how["implementation"] = implementation
     ours = gradient(lambda p, x: moe_layer(p, x, config, **how))
     for load in loads:
-        got = ours(*place(mesh, parameters(config, load), inputs()))
+        got = ours(*place(mesh, parameters(config, load), inputs(shape)))
         if jax.process_count() > 1:
             got = multihost_utils.process_allgather(got, tiled=True)
         (_, (y, stats)), grads = got
-        (_, (y0, stats0)), grads0 = wanted(name, load)
+        (_, (y0, stats0)), grads0 = wanted(name, load, shape)
         losses, losses0 = ((s.balance_loss, s.z_loss) for s in (stats, stats0))
         yield (
             load,
@@ -192,9 +200,10 @@ def main(arguments: list[str]) -> None:
             found = low_precision(make_mesh(*MESHES["ep8"]), strategy, factor)
             print(json.dumps({"name": f"bfloat16-{strategy}", **found}), flush=True)
     for mesh, *case in every_case() if several else CASES[: 2 if arguments else None]:
-        strategy, name, factor, _ = case
+        strategy, name, factor, _, *more = case
         for load, found in compare(make_mesh(*MESHES[mesh]), *case):
             line = {"name": f"{mesh}-{strategy}-{name}-{load}-{factor:g}", **found}
+            line["name"] += "".join(f"-{each}" for each in more)
             print(json.dumps(line), flush=True)
 
 

@@ -55,7 +55,7 @@ def test_sharded_equals_dense_on_two_processes():
 @pytest.mark.slow
 def test_every_strategy_mesh_and_convention():
     found = results(start(PROGRAM, 8, "all"), timeout_s=3000)
-    assert len(found) == sum(len(loads) for *_, loads in every_case())
+    assert len(found) == 3 + sum(len(case[4]) for case in every_case())
     check(found)
 
 
