@@ -273,7 +273,10 @@ class _Server:
                     params, engine.config, pairs, num_top=num_top, options=options
                 )
 
-        return await self.worker.call(score)
+        try:
+            return await self.worker.call(score)
+        except InputError as error:  # an engine that cannot score prompts says so
+            raise ApiError(400, str(error), "echo") from None
 
     # -- checks ------------------------------------------------------------------------------------
 
