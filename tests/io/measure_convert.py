@@ -100,10 +100,10 @@ def convert(source: Path, target: Path, format: str = "hf", dtype: str = "keep")
     save_any(loaded, target, format, dtype)
 
 
-def rss_anon() -> int:
-    """Bytes of this process's anonymous memory."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+def rss_anon(process: int | str = "self") -> int:
+    """Bytes of a process's anonymous memory; 0 when it has ended."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
 def plain_pass(source: Path, target: Path) -> None:
