@@ -35,7 +35,7 @@ from configs import graft as graft_config
 from launch import cli, graft_evaluate, graft_train
 from launch.graft_lenders import read_grafted
 from launch.graft_loss import check_method
-from launch.graft_setup import Setup, cache_states, load_examples, make_setup
+from launch.graft_setup import BRIDGE, Setup, cache_states, check_bridge, load_examples, make_setup
 from launch.settings import checked
 from moejax.core import tree
 from moejax.core.errors import InputError
@@ -87,6 +87,8 @@ def main(argv) -> None:
         return
     workdir = _workdir()
     examples = [*train, *heldout]
+    if STAGE.value in ("evaluate", "report"):
+        check_bridge(workdir / BRIDGE)  # before the source reads all texts for it
     if STAGE.value == "cache" or setup.config.cache.use:
         cache_states(setup, examples, workdir / "states", _progress(say))
     if STAGE.value == "train":

@@ -219,12 +219,16 @@ def save_bridge(setup: Setup, bridge: tree.Tree, folder: Path) -> None:
         atomic.write_json(part / "bridge.json", described)
 
 
+def check_bridge(folder: Path) -> None:
+    """InputError unless a run has written its bridge there."""
+    if not (folder / "bridge.json").is_file():
+        raise InputError(f"{folder} holds no bridge: run the train stage first")
+
+
 def load_bridge(setup: Setup, folder: Path) -> tree.Tree:
     """Inverse of `save_bridge`; InputError for a bridge between other models or of other shapes."""
-    path = folder / "bridge.json"
-    if not path.is_file():
-        raise InputError(f"{folder} holds no bridge: run the train stage first")
-    described = atomic.read_json(path)
+    check_bridge(folder)
+    described = atomic.read_json(folder / "bridge.json")
     wanted = json.loads(json.dumps(dataclasses.asdict(setup.graft)))
     if described["method"] != setup.config.method:
         raise InputError(
