@@ -77,22 +77,27 @@ def get_config(size: str = "full") -> ConfigDict:
             },
         }
     )
-    if size == "tiny":
-        config.model.layers = 3
-        config.data.texts = ConfigDict({"gsm8k": 8, "stdlib": 8, "wikitext": 8})
-        config.data.update(slots=96, prompt=32, heldout_share=0.25)
-        config.collect.update(curvature_texts=2, part=8)
-        config.train.update(epochs=4, batch_size=8, dejavu_hidden=32, dejavu_epochs=2)
-        config.evaluate.update(windows=4, window=96, window_prompt=32, questions=6)
-        config.evaluate.update(sparsities=(0.5,), budgets=(), places=("both",), tasks=("piqa",))
-        config.evaluate.update(calibration_texts=2, static_criteria=("fisher", "jacov"))
-    elif size == "reduced":
-        config.data.texts = ConfigDict({"gsm8k": 80, "stdlib": 64, "wikitext": 56})
-        config.data.update(slots=160, prompt=80)
-        config.collect.curvature_texts = 6
-        config.train.update(dejavu_epochs=10)
-        config.evaluate.update(windows=12, questions=40, places=("both",), sparsities=(0.3, 0.5))
-        config.evaluate.static_criteria = ("l2_norm", "fisher")
-    elif size != "full":
+    if size not in ("full", "reduced", "tiny"):
         raise ValueError(f"size {size!r} is unknown: use full, reduced or tiny")
+    {"full": lambda _: None, "reduced": _reduce, "tiny": _make_tiny}[size](config)
     return config
+
+
+def _make_tiny(config: ConfigDict) -> None:
+    config.model.layers = 3
+    config.data.texts = ConfigDict({"gsm8k": 8, "stdlib": 8, "wikitext": 8})
+    config.data.update(slots=96, prompt=32, heldout_share=0.25)
+    config.collect.update(curvature_texts=2, part=8)
+    config.train.update(epochs=4, batch_size=8, dejavu_hidden=32, dejavu_epochs=2)
+    config.evaluate.update(windows=4, window=96, window_prompt=32, questions=6)
+    config.evaluate.update(sparsities=(0.5,), budgets=(), places=("both",), tasks=("piqa",))
+    config.evaluate.update(calibration_texts=2, static_criteria=("fisher", "jacov"))
+
+
+def _reduce(config: ConfigDict) -> None:
+    config.data.texts = ConfigDict({"gsm8k": 80, "stdlib": 64, "wikitext": 56})
+    config.data.update(slots=160, prompt=80)
+    config.collect.curvature_texts = 6
+    config.train.update(dejavu_epochs=10)
+    config.evaluate.update(windows=12, questions=40, places=("both",), sparsities=(0.3, 0.5))
+    config.evaluate.static_criteria = ("l2_norm", "fisher")

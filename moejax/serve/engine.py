@@ -18,9 +18,15 @@ from moejax.models.config import ModelConfig
 from moejax.serve.engine_pages import PagePool
 from moejax.serve.engine_programs import Drawn, Plan, copy_pages, decode, prefill
 from moejax.serve.engine_rows import Group, Row, clear_slot, empty_rows, fill_slot, logprob_of
-from moejax.serve.prepare import cache_place, check_prompts, context_length, prepare
+from moejax.serve.prepare import (
+    cache_place,
+    check_prompts,
+    check_room,
+    context_length,
+    prepare,
+)
 from moejax.serve.request import Answer, EngineConfig, Request, TokenLogprob, Update
-from moejax.serve.text import Decode, TextStream
+from moejax.serve.text import Decode, TextStream, add_text
 
 # Tokens of prompts read between two draws while others are being answered.
 _PREFILL_TOKENS = 512
@@ -114,11 +120,7 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raises InputError for a request that this engine can never answer."""
         check_prompts(self.config, [request.prompt])
-        if len(request.prompt) >= self.max_length:
-            raise InputError(
-                f"the prompt has {len(request.prompt)} tokens and a row here has room for "
-                f"{self.max_length}, answer included: shorten the prompt or raise max_length"
-            )
+        check_room(request.prompt, self.max_length)
         if request.adapter is not None and request.adapter not in self.adapters:
             known = ", ".join(self.adapters) or "none"
             raise InputError(f"adapter {request.adapter!r} is unknown: this engine has {known}")
@@ -384,12 +386,7 @@ class Engine:
         finish = "length" if self._state.count_B[slot] >= self._state.limit_B[slot] else None
         if ids[-1] in request.stop_ids:
             finish, ids = "stop", ids[:-1]
-        text = ""
-        if row.text is not None:
-            before = row.text.num_ids
-            text = row.text.push(ids, last=finish is not None)
-            if row.text.stopped:
-                finish, ids = "stop", ids[: row.text.num_ids - before]
+        text, ids, finish = add_text(row.text, ids, finish)
         logprobs: tuple[TokenLogprob, ...] = ()
         if request.num_logprobs is not None:
             logprobs = tuple(

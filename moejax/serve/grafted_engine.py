@@ -19,9 +19,9 @@ from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.models.config import ModelConfig
 from moejax.serve.grafted import Drawn, Grafted, GraftedText
-from moejax.serve.prepare import check_prompts, context_length
+from moejax.serve.prepare import check_prompts, check_room, context_length
 from moejax.serve.request import Answer, EngineConfig, Request, TokenLogprob, Update
-from moejax.serve.text import Decode, TextStream
+from moejax.serve.text import Decode, TextStream, add_text
 
 
 @dataclasses.dataclass
@@ -76,11 +76,7 @@ class GraftedEngine:
         """Raises InputError for a request that this engine can never answer."""
         config: ModelConfig = self.config
         check_prompts(config, [request.prompt])
-        if len(request.prompt) >= self.max_length:
-            raise InputError(
-                f"the prompt has {len(request.prompt)} tokens and a row here has room for "
-                f"{self.max_length}, answer included: shorten the prompt or raise max_length"
-            )
+        check_room(request.prompt, self.max_length)
         if request.adapter is not None:
             raise InputError(f"adapter {request.adapter!r} is unknown: a grafted model has none")
         if request.stop and self._decode_text is None:
@@ -143,12 +139,7 @@ class GraftedEngine:
         finish = "length" if row.count >= row.budget else None
         if drawn.id in request.stop_ids:
             finish, ids = "stop", []
-        text = ""
-        if row.text is not None:
-            before = row.text.num_ids
-            text = row.text.push(ids, last=finish is not None)
-            if row.text.stopped:
-                finish, ids = "stop", ids[: row.text.num_ids - before]
+        text, ids, finish = add_text(row.text, ids, finish)
         logprobs: tuple[TokenLogprob, ...] = ()
         if request.num_logprobs is not None and ids:
             logprobs = (_logprob(drawn, request.num_logprobs),)

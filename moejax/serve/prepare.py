@@ -72,6 +72,15 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> None
             )
 
 
+def check_room(prompt: Sequence[int], max_length: int) -> None:
+    """Raises InputError where a row of max_length tokens has no room for an answer."""
+    if len(prompt) >= max_length:
+        raise InputError(
+            f"the prompt has {len(prompt)} tokens and a row here has room for {max_length}, answer "
+            "included: shorten the prompt or raise max_length"
+        )
+
+
 def cache_place(params: tree.Tree, config: ModelConfig) -> NamedSharding | None:
     """Where the cache lies if the parameters lie on a mesh of several devices."""
     places = (w.sharding for w in jax.tree.leaves(params) if isinstance(w, jnp.ndarray))

@@ -68,6 +68,22 @@ class TextStream:
         return next(ends, 0)
 
 
+def add_text(
+    stream: TextStream | None, ids: list[int], finish: str | None
+) -> tuple[str, list[int], str | None]:
+    """(new text, the ids that count, how the row ended) of ids just drawn, stop strings looked for.
+
+    finish: how it ended so far, None if it goes on. Without a stream there is no text.
+    """
+    if stream is None:
+        return "", ids, finish
+    before = stream.num_ids
+    text = stream.push(ids, last=finish is not None)
+    if stream.stopped:
+        finish, ids = "stop", ids[: stream.num_ids - before]
+    return text, ids, finish
+
+
 def stream_text(decode: Decode, chunks: Iterable[Sequence[int]]) -> Iterator[str]:
     """Yields the text of ids chunk by chunk, whole characters only (`TextStream`)."""
     stream = TextStream(decode)
