@@ -10,9 +10,8 @@ that speak to one: completions (echo, logprobs, n, stop, seed), chat completions
 models. --adapters=NAME=DIR,... lays deltas of launch.esft over MODEL for calls that say
 "adapter": "NAME", or that name one as their model. --bridges=NAME=DIR,... joins sources to MODEL by
 bridges of launch.graft (DIR: a run's folder `bridge`); a call's "sources": ["NAME"] says who lends,
-[] that nobody does. Requests share the model's slots; a client that
-hangs up frees its own. The server listens on this machine only unless --host says otherwise; then
-give --api_key_file.
+[] that nobody does. Requests share the model's slots; a client that hangs up frees its own. The
+server listens on this machine only unless --host says otherwise; then give --api_key_file.
 """
 
 from __future__ import annotations
