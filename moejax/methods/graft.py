@@ -27,7 +27,12 @@ import jax.numpy as jnp
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.models.config import ModelConfig
-from moejax.ops.cross_attention import NUM_BUCKETS, attention_weights, cross_attention
+from moejax.ops.cross_attention import (
+    NUM_BUCKETS,
+    attention_weights,
+    cross_attention,
+    recency,
+)
 from moejax.ops.norm import layer_norm
 
 PLACEMENTS = ("before", "inside", "paper")
@@ -52,7 +57,9 @@ class GraftConfig:
       gate: "channel", "token" (one number per token) or "scalar" (one per layer).
       start: "tanh" (gate closed), "zero_output" (sigmoid gate, adapter and W_o start at 0): both
         leave the target as it is at step 0; "sigmoid" starts about half open.
-      distance_bias: learned bias per head and distance to the newest state in sight.
+      distance_bias: learned bias per head and distance to the newest state in sight; starts so
+        that the first heads read the newest states and the last ones all (`recency`). Without
+        it attention starts uniform, and a state says most about the token after its own.
     """
 
     source_size: int
@@ -182,14 +189,19 @@ def bridge_shapes(graft: GraftConfig, target: ModelConfig) -> dict[str, tuple[in
 
 
 def init_bridge(key: jax.Array, graft: GraftConfig, target: ModelConfig) -> tree.Tree:
-    """Normal weights of variance 1 / inputs, ones and zeros for norms and biases; start's zeros."""
+    """Normal weights of variance 1 / inputs, ones and zeros for norms and biases; start's zeros.
+
+    The distance bias starts as `moejax.ops.cross_attention.recency`.
+    """
     params = {}
     for index, (path, shape) in enumerate(sorted(bridge_shapes(graft, target).items())):
         name = path.rsplit("/", 1)[-1]
         stacked = 1 if path.startswith("layers/") else 0
         if name == "scale":
             params[path] = jnp.ones(shape)
-        elif name.startswith("b") or name == "distance" or _starts_at_zero(graft, path):
+        elif name == "distance":
+            params[path] = jnp.broadcast_to(recency(graft.num_heads), shape)
+        elif name.startswith("b") or _starts_at_zero(graft, path):
             params[path] = jnp.zeros(shape)
         else:
             own = shape[stacked:]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Distances up to this are told apart one by one, larger ones by their logarithm.
 EXACT_DISTANCES = 8
 NUM_BUCKETS = 24
 _FARTHEST = 4096
+STEEPEST, FLATTEST = 4.0, 1 / 32  # slopes of `recency`
 # Float32 scores of so many bytes exist at a time; queries are cut so that they do.
 MAX_SCORE_BYTES = 64 << 20
 
@@ -81,3 +83,22 @@ def bucket(distance: jax.Array) -> jax.Array:
     step = jnp.log(above) / jnp.log(_FARTHEST / EXACT_DISTANCES) * rest
     far = jnp.minimum(EXACT_DISTANCES + step.astype(jnp.int32), NUM_BUCKETS - 1)
     return jnp.where(distance < EXACT_DISTANCES, distance, far)
+
+
+def first_distances() -> np.ndarray:
+    """The smallest distance that falls into each bucket, float64 [NUM_BUCKETS]."""
+    numbers = np.arange(NUM_BUCKETS)
+    share = np.maximum(numbers - EXACT_DISTANCES, 0) / (NUM_BUCKETS - EXACT_DISTANCES)
+    far = EXACT_DISTANCES * (_FARTHEST / EXACT_DISTANCES) ** share
+    return np.where(numbers < EXACT_DISTANCES, numbers, far)
+
+
+def recency(num_heads: int) -> np.ndarray:
+    """A bias [num_heads, NUM_BUCKETS] by which the first heads look at the newest keys, float32.
+
+    -slope * distance as in ALiBi (arXiv 2108.12409), slopes in equal ratios from 4 (the newest key
+    has 98% of the weight of equal scores) to 1/32 (the newest 32 have 63%).
+    """
+    share = np.arange(num_heads) / max(num_heads - 1, 1)
+    slopes = STEEPEST * (FLATTEST / STEEPEST) ** share
+    return (-slopes[:, None] * first_distances()).astype(np.float32)

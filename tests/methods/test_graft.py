@@ -16,7 +16,13 @@ from moejax.methods.graft_forward import SEES_ALL, grafted, make_reading, source
 from moejax.models import transformer
 from moejax.models.config import EmbeddingConfig, ModelConfig
 from moejax.models.transformer import unembed
-from moejax.ops.cross_attention import attention_weights, bucket, cross_attention
+from moejax.ops.cross_attention import (
+    NUM_BUCKETS,
+    attention_weights,
+    bucket,
+    cross_attention,
+    first_distances,
+)
 
 SOURCE = ModelConfig("llama", 19, 3, 12, 20, 2, 1, 6, max_position=64)
 TARGET = ModelConfig("llama", 19, 5, 16, 24, 2, 2, 8, max_position=64)
@@ -243,6 +249,19 @@ def test_cross_attention_in_chunks_and_its_gradient():
     np.testing.assert_allclose(weights.sum(-1), jnp.broadcast_to(sums, (2, 3, 11)), atol=1e-6)
     distances = bucket(jnp.array([0, 1, 7, 8, 9, 100, 4095, 100_000]))
     assert distances.tolist() == sorted(distances.tolist()) and distances[-1] == 23
+
+
+def test_a_fresh_bridge_reads_the_newest_states_first():
+    firsts = np.ceil(first_distances()).astype(int)
+    assert bucket(jnp.asarray(firsts)).tolist() == list(range(NUM_BUCKETS))
+    layer = init_bridge(jax.random.key(0), KINDS["before_scalar"], TARGET)["layers"]
+    q, k = jnp.zeros((1, 1, 4, 4)), jnp.zeros((1, 4, 200, 4))
+    for bias in layer["distance"]:
+        weights = attention_weights(q, k, jnp.array([[160]]), bias)[0, :, 0]
+        newest = np.asarray(weights[:, 159])
+        np.testing.assert_allclose(newest[0], 1 - np.exp(-4), rtol=1e-3)
+        assert (np.diff(newest) < 0).all() and (np.diff(weights[:, :160]) >= 0).all()
+        assert not weights[:, 160:].any()
 
 
 def test_what_cannot_be_joined_is_refused():
