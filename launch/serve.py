@@ -10,8 +10,11 @@ that speak to one: completions (echo, logprobs, n, stop, seed), chat completions
 models. --adapters=NAME=DIR,... lays deltas of launch.esft over MODEL for calls that say
 "adapter": "NAME", or that name one as their model. --bridges=NAME=DIR,... joins sources to MODEL by
 bridges of launch.graft (DIR: a run's folder `bridge`); a call's "sources": ["NAME"] says who lends,
-[] that nobody does. Requests share the model's slots; a client that hangs up frees its own. The
-server listens on this machine only unless --host says otherwise; then give --api_key_file.
+[] that nobody does. --shadow=DIR (RUN/predictor of launch.shadow) skips the heads and neurons that
+a prompt needs least, --sparsity of them; a call's "sparsity": 0.3 says its own share, 0 asks for
+the dense model, and /health tells what the audit has seen. Requests share the model's slots; a
+client that hangs up frees its own. The server listens on this machine only unless --host says
+otherwise; then give --api_key_file.
 """
 
 from __future__ import annotations
@@ -33,11 +36,15 @@ from moejax.core.errors import InputError
 from moejax.io import lineage
 from moejax.io.load import Loaded, load_any
 from moejax.io.sharded import on_mesh
-from moejax.methods import adapter_files, esft_delta
+from moejax.methods import adapter_files, esft_delta, shadow_predictor
 from moejax.methods.esft_delta import Delta
+from moejax.methods.shadow_audit import Audit, AuditConfig
+from moejax.methods.shadow_decode import check_plan
+from moejax.methods.shadow_mask import check_sparsity
 from moejax.models.transformer import ForwardOptions
 from moejax.serve.prepare import context_length
-from moejax.serve.request import EngineConfig, Request
+from moejax.serve.request import EngineConfig
+from moejax.serve.sparse import Policy, Sparse, ready
 
 MODEL = flags.DEFINE_string("model", None, "Model folder, .gguf file or hub id.")
 SERVED_NAME = flags.DEFINE_string("served_name", None, "Name in the API; None: MODEL's last part.")
@@ -49,6 +56,15 @@ DTYPE = flags.DEFINE_enum(
 )
 ADAPTERS = flags.DEFINE_list("adapters", [], "Deltas that calls can name, as law=DIR,code=DIR.")
 BRIDGES = flags.DEFINE_list("bridges", [], "Bridges to sources, as maths=DIR,law=DIR.")
+SHADOW = flags.DEFINE_string("shadow", None, "Folder of MODEL's predictor, RUN/predictor.")
+SPARSITY = flags.DEFINE_float("sparsity", 0.5, "--shadow: heads and neurons skipped, [0, 1).")
+REFRESH_EVERY = flags.DEFINE_integer(
+    "refresh_every", 0, "--shadow: decide anew after so many tokens; 0: by the prompt alone.", 0
+)
+AUDIT_SHARE = flags.DEFINE_float("audit_share", 0.01, "--shadow: answers also read by the dense.")
+AUDIT_LIMIT = flags.DEFINE_float(
+    "audit_limit", 0.5, "--shadow: drift, nats per token, past which all answers are dense."
+)
 MESH = flags.DEFINE_string("mesh", None, "Devices to split over, as tensor=4 or fsdp=2,tensor=2.")
 NUM_SLOTS = flags.DEFINE_integer("num_slots", 8, "Answers decoded together.", 1)
 MAX_LENGTH = flags.DEFINE_integer(
@@ -64,6 +80,7 @@ MAX_OPEN = flags.DEFINE_integer(
 MAX_BODY_KB = flags.DEFINE_integer("max_body_kb", 1024, "Largest request, in kB.", 1)
 
 MAX_LOGPROBS = 20
+_SHADOWS = ("sparsity", "refresh_every", "audit_share", "audit_limit")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -73,17 +90,31 @@ def main(argv: Sequence[str]) -> None:
     place = on_mesh(parse_mesh(MESH.value)) if MESH.value else None
     if BRIDGES.value and (ADAPTERS.value or MESH.value):
         raise InputError("--bridges goes with neither --adapters nor --mesh: leave those out")
+    audit = _read_audit()
     key = _read_key()
     if cli.DRY_RUN.value:
         _show_plan(load_any(MODEL.value, abstract=True))
         return
     # Before the model is read: a port that is taken should not cost that time.
     with _listen() as listener:
-        # A delta knows its base by the stored weights' hash; the engine then makes them DTYPE.
-        loaded = load_any(MODEL.value, "keep" if ADAPTERS.value else DTYPE.value, place=place)
+        # A delta knows its base by the stored weights' hash, a predictor its model by that of
+        # float32; the engine then makes them DTYPE.
+        dtype = "keep" if ADAPTERS.value else "float32" if SHADOW.value else DTYPE.value
+        loaded = load_any(MODEL.value, dtype, place=place)
         if loaded.tokenizer is None:
             raise InputError(f"{MODEL.value} has no tokenizer: texts cannot be read")
-        _serve(loaded, listener, key)
+        _serve(loaded, listener, key, audit)
+
+
+def _read_audit() -> Audit:
+    """That of --audit_share; InputError for flags of --shadow that are wrong or go with nothing."""
+    given = [name for name in _SHADOWS if flags.FLAGS[name].present]
+    if given and not SHADOW.value:
+        raise InputError(f"--{given[0]} needs --shadow: name the folder of MODEL's predictor")
+    if SHADOW.value and (BRIDGES.value or ADAPTERS.value or MESH.value):
+        raise InputError("--shadow goes with none of --bridges, --adapters, --mesh: leave them out")
+    check_sparsity(SPARSITY.value)
+    return Audit(AuditConfig(AUDIT_SHARE.value, AUDIT_LIMIT.value))
 
 
 def _read_key() -> str | None:
@@ -134,17 +165,27 @@ def _read_adapters(loaded: Loaded) -> dict[str, Delta]:
     return found
 
 
+def _read_sparse(loaded: Loaded) -> Sparse:
+    """The model laid out by the predictor of --shadow, which must be of these very weights."""
+    sha256 = lineage.hash_params(loaded.params)
+    predictor = shadow_predictor.load(str(SHADOW.value), loaded.config, sha256)
+    share = SPARSITY.value
+    policy = Policy(predictor.info.sizes, (share, share), REFRESH_EVERY.value)
+    return ready(loaded.params, loaded.config, predictor, policy)
+
+
 def _name() -> str:
     source = str(MODEL.value)
     return SERVED_NAME.value or Path(source).name.removesuffix(".gguf") or source
 
 
-def _serve(loaded: Loaded, listener: socket.socket, key: str | None) -> None:
+def _serve(loaded: Loaded, listener: socket.socket, key: str | None, audit: Audit) -> None:
     import uvicorn  # --help and --dry_run should not wait for it
 
     from moejax.serve.engine import Engine
     from moejax.serve.grafted_engine import GraftedEngine
     from moejax.serve.http import ServerConfig, make_app
+    from moejax.serve.shadow_engine import ShadowEngine
     from moejax.serve.worker import EngineWorker
 
     tokenizer = loaded.tokenizer
@@ -153,13 +194,15 @@ def _serve(loaded: Loaded, listener: socket.socket, key: str | None) -> None:
     if BRIDGES.value and MODEL.value:
         model = read_grafted(MODEL.value, loaded.params, BRIDGES.value, DTYPE.value)
         engine = GraftedEngine(model, _settings(loaded), tokenizer.decode)
+    elif SHADOW.value:
+        engine = ShadowEngine(_read_sparse(loaded), _settings(loaded), tokenizer.decode, audit)
     else:
         deltas = _read_adapters(loaded)
         engine = Engine(loaded.params, loaded.config, _settings(loaded), tokenizer.decode, deltas)
     loaded = dataclasses.replace(loaded, params=None)  # the engine has its own layout
     started = time.perf_counter()
     print(f"compiling for {engine.settings.num_slots} slots ...", file=sys.stderr, flush=True)
-    engine.run([Request((0,) * 2, 2, num_logprobs=1)])
+    engine.warm()
     host, port = listener.getsockname()[:2]
     print(
         f"{_name()} at http://{host}:{port}/v1 (compiled in {time.perf_counter() - started:.0f} s; "
@@ -183,7 +226,14 @@ def _serve(loaded: Loaded, listener: socket.socket, key: str | None) -> None:
 
 def _show_plan(loaded: Loaded) -> None:
     """Prints what would be served and what it takes."""
-    config, settings = loaded.config, _settings(loaded)
+    config, settings, skips = loaded.config, _settings(loaded), ""
+    if SHADOW.value:
+        sizes = shadow_predictor.load(SHADOW.value, config).info.sizes
+        check_plan(config, sizes)
+        skips = (
+            f"shadow   {SPARSITY.value:.0%} of {sizes.heads} heads by {sizes.unit} and of "
+            f"{sizes.blocks} blocks of {sizes.block} neurons, the first {sizes.first} layers dense\n"
+        )
     itemsize = 4 if DTYPE.value == "float32" else 2
     kept = sum(heads * size for heads, size in config.cache_shapes)
     per_token = config.num_layers * kept * itemsize
@@ -200,6 +250,7 @@ def _show_plan(loaded: Loaded) -> None:
             if settings.num_pages
             else f"{settings.num_slots * settings.max_length * per_token / 1e9:.3f} GB\n"
         )
+        + skips
         + f"address  http://{HOST.value}:{PORT.value}/v1, "
         + ("a key is wanted\n" if API_KEY_FILE.value else "no key\n")
         + "dry run: nothing served"

@@ -16,9 +16,8 @@ from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.methods import shadow_predictor as predictors
 from moejax.methods.shadow_audit import Audit, AuditConfig, compare
-from moejax.methods.shadow_decode import check_plan, lay_out, num_read_bytes
+from moejax.methods.shadow_decode import num_read_bytes
 from moejax.methods.shadow_mask import check_sparsity
-from moejax.methods.shadow_order import reordered
 from moejax.serve import sparse
 from moejax.serve.sampling import SamplingConfig
 
@@ -59,17 +58,13 @@ def make_ready(values: dict[str, Any], model: Model) -> sparse.Sparse:
     share = check_sparsity(values["sparsity"])
     config = model.loaded.config
     predictor = read_predictor(values, model)
-    sizes = predictor.info.sizes
-    check_plan(config, sizes)
-    params = reordered(model.loaded.params, config, predictor.order_LF)
     policy = sparse.Policy(
-        sizes,
+        predictor.info.sizes,
         None if values["policy"] == "dense" else (share, share),
         values["refresh_every"],
         values["policy"] == "predicted",
     )
-    weights = jax.device_put(predictor.params)
-    return sparse.Sparse(config, lay_out(params, config, sizes), policy, weights, predictor.static)
+    return sparse.ready(model.loaded.params, config, predictor, policy)
 
 
 def read_predictor(values: dict[str, Any], model: Model) -> predictors.Predictor:

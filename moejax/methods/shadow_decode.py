@@ -98,26 +98,55 @@ def kept_by_scores(scores: Mask, sizes: Sizes, sparsity: tuple[float, float]) ->
 
 
 def plan_of(kept_B: Kept, sizes: Sizes) -> Plan:
-    """The plan of a batch from each row's lists [B, L - first, K]: one row's own, else the union.
-
-    A union is as long as the longest of its layers, rounded up to a UNION_STEPS-th of all units;
-    layers with fewer repeat a unit of theirs with factor 0.
-    """
+    """The plan of a batch from each row's lists [B, L - first, K]: one row's own, else `union`."""
     if kept_B.heads.shape[0] == 1:
         return Plan(Kept(kept_B.heads[0], kept_B.blocks[0]))
-    heads = _union(np.asarray(kept_B.heads), sizes.heads)
-    blocks = _union(np.asarray(kept_B.blocks), sizes.blocks)
+    return union(Mask(*(kept_units(k, n) for k, n in _parts(kept_B, sizes))), sizes)
+
+
+def kept_units(kept_LK: Any, num_units: int) -> np.ndarray:
+    """Lists [..., K] as bool [..., units]."""
+    kept_LK = np.asarray(kept_LK)
+    has_LU = np.zeros((*kept_LK.shape[:-1], num_units), bool)
+    np.put_along_axis(has_LU, kept_LK, True, axis=-1)
+    return has_LU
+
+
+def union(has_B: Mask, sizes: Sizes) -> Plan:
+    """The plan of rows that keep different units, each under its own factors.
+
+    has_B: bool [B, L - first, units] of numpy. Both lists are cut to one of UNION_STEPS lengths,
+    `lengths(step, sizes)`, so that few programs are compiled: the least in which what any row keeps
+    has room in every layer. Layers with fewer repeat a unit of theirs with factor 0.
+    """
+    any_B = [np.any(has, axis=0) for has in (has_B.heads, has_B.blocks)]
+    most = [int(np.sum(any_LU, axis=-1).max()) for any_LU in any_B]
+    fits = (lengths(step, sizes) for step in range(1, UNION_STEPS + 1))
+    length = next(pair for pair in fits if pair[0] >= most[0] and pair[1] >= most[1])
+    heads = _union(np.asarray(has_B.heads), any_B[0], length[0])
+    blocks = _union(np.asarray(has_B.blocks), any_B[1], length[1])
     return Plan(Kept(heads[0], blocks[0]), heads[1], blocks[1])
 
 
-def _union(kept_BLK: np.ndarray, num_units: int) -> tuple[jax.Array, jax.Array]:
+def lengths(step: int, sizes: Sizes) -> tuple[int, int]:
+    """Heads and blocks in the lists of a union, `step` of UNION_STEPS."""
+    return -(-sizes.heads * step // UNION_STEPS), -(-sizes.blocks * step // UNION_STEPS)
+
+
+def empty_lists(pair: tuple[int, int], num_rows: int, sizes: Sizes) -> Plan:
+    """A plan of a union's shapes that keeps nothing."""
+    num_layers = sizes.num_layers - sizes.first
+    kept = (jnp.zeros((num_layers, n), jnp.int32) for n in pair)
+    return Plan(Kept(*kept), *(jnp.zeros((num_rows, num_layers, n)) for n in pair))
+
+
+def _parts(kept: Kept, sizes: Sizes):
+    return (kept.heads, sizes.heads), (kept.blocks, sizes.blocks)
+
+
+def _union(has_BLU: np.ndarray, any_LU: Any, length: int) -> tuple[jax.Array, jax.Array]:
     """The lists [L, K] and the factors [B, L, K]."""
-    has_BLU = np.zeros((*kept_BLK.shape[:2], num_units), bool)
-    np.put_along_axis(has_BLU, kept_BLK, True, axis=-1)
-    any_LU = np.asarray(has_BLU.any(axis=0))
-    step = -(-num_units // UNION_STEPS)
-    length = min(num_units, -(-int(any_LU.sum(-1).max()) // step) * step)
-    if length == num_units:  # all units, in order
+    if length == any_LU.shape[-1]:  # all units, in order
         any_LU = np.ones_like(any_LU)
     lists = np.zeros((any_LU.shape[0], length), np.int32)
     factors = np.zeros((has_BLU.shape[0], *lists.shape), np.float32)

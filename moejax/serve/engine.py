@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from moejax.models.cache import init_pool
 from moejax.models.config import ModelConfig
 from moejax.serve.engine_pages import PagePool
 from moejax.serve.engine_programs import Drawn, Plan, copy_pages, decode, prefill
-from moejax.serve.engine_rows import Group, Row, clear_slot, empty_rows, fill_slot, logprob_of
+from moejax.serve.engine_rows import Group, Row, clear_slot, empty_rows, fill_slot, update_of
 from moejax.serve.prepare import (
     cache_place,
     check_prompts,
@@ -25,8 +26,8 @@ from moejax.serve.prepare import (
     context_length,
     prepare,
 )
-from moejax.serve.request import Answer, EngineConfig, Request, TokenLogprob, Update
-from moejax.serve.text import Decode, TextStream, add_text
+from moejax.serve.request import NO_PREDICTOR, Answer, EngineConfig, Request, Update
+from moejax.serve.text import Decode, TextStream
 
 # Tokens of prompts read between two draws while others are being answered.
 _PREFILL_TOKENS = 512
@@ -67,7 +68,8 @@ class Engine:
             )
         self.config, self.settings = config, settings
         self.params = prepare(params, settings.options.compute_dtype)
-        self._adapters = Adapters.of(self.params, config, deltas or {})
+        laid_over = self.params if deltas else {"layers": {}}
+        self._adapters = Adapters.of(laid_over, config, deltas or {})
         self._decode_text = decode_text
         on_cpu = platform() == "cpu"
         self._chunk = settings.prefill_chunk or (64 if on_cpu else 256)
@@ -126,6 +128,8 @@ class Engine:
             raise InputError(f"adapter {request.adapter!r} is unknown: this engine has {known}")
         if request.sources:
             raise InputError(f"source {request.sources[0]!r} is unknown: this model has no bridge")
+        if request.sparsity and self._plan.sizes is None:
+            raise InputError(NO_PREDICTOR.format(request.sparsity))
         if request.stop and self._decode_text is None:
             raise InputError("stop strings need an engine that decodes text: give it decode_text")
         if len(request.stop_ids) > self.settings.max_stop_ids:
@@ -145,6 +149,14 @@ class Engine:
                 f"the request may need {needed} pages and the cache has {self._num_pages}: lower "
                 "max_new_tokens or raise num_pages"
             )
+
+    def report(self) -> dict[str, Any]:
+        """What else the server should tell of its health."""
+        return {}
+
+    def warm(self) -> None:
+        """Compiles what requests need."""
+        self.run([Request((0,) * 2, 2, num_logprobs=self.settings.max_logprobs and 1, sparsity=0)])
 
     @property
     def adapters(self) -> list[str]:
@@ -185,10 +197,7 @@ class Engine:
             return []
         steps_left = np.where(self._state.finished_B, 0, self._state.limit_B - self._state.count_B)
         num_steps = min(self.settings.num_steps, int(steps_left.max()))
-        self._pool, drawn = decode(
-            self._plan, self.params, self._pool, self._state, num_steps, bool(self._waiting)
-        )
-        return self._take(jax.device_get(drawn))
+        return self._take(self._draw(num_steps))
 
     def answers(
         self,
@@ -364,6 +373,13 @@ class Engine:
         self._pool = prefill(self._plan, self.params, self._pool, tokens_BT, rows)
         group.num_read += num_tokens
 
+    def _draw(self, num_steps: int) -> Drawn:
+        """Runs the program; what it drew, on the host."""
+        self._pool, drawn = decode(
+            self._plan, self.params, self._pool, self._state, num_steps, bool(self._waiting)
+        )
+        return jax.device_get(drawn)
+
     def _take(self, drawn: Drawn) -> list[Update]:
         """Reads what was drawn, frees the slots of rows that ended, and tells their owners."""
         updates = []
@@ -375,22 +391,8 @@ class Engine:
             state.length_B[slot] += len(ids)
             state.count_B[slot] += len(ids)
             state.last_B[slot] = ids[-1]
-            update = self._update(slot, row, ids, drawn)
+            update = update_of(row, slot, state, ids, drawn)
             updates.append(update)
             if update.finish is not None:
                 self._free(slot)
         return updates
-
-    def _update(self, slot: int, row: Row, ids: list[int], drawn: Drawn) -> Update:
-        request = row.group.request
-        finish = "length" if self._state.count_B[slot] >= self._state.limit_B[slot] else None
-        if ids[-1] in request.stop_ids:
-            finish, ids = "stop", ids[:-1]
-        text, ids, finish = add_text(row.text, ids, finish)
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if request.num_logprobs is not None:
-            logprobs = tuple(
-                logprob_of(drawn, slot, step, request.num_logprobs) for step in range(len(ids))
-            )
-        owner = row.group.request_id
-        return Update(owner, row.sample, tuple(ids), text, logprobs, finish)

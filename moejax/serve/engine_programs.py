@@ -16,8 +16,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.core import tree
+from moejax.methods import shadow_decode
+from moejax.methods.shadow_mask import Sizes
 from moejax.models.cache import PagedCache
 from moejax.models.config import ModelConfig
+from moejax.models.inserted import Inserted
 from moejax.models.transformer import ForwardOptions, forward, unembed
 from moejax.serve.sampling import SamplingRows, sample
 
@@ -33,6 +36,8 @@ class Plan:
       num_steps: most tokens per row that one call of `decode` draws.
       num_top: most likely tokens reported where log-probabilities are wanted; None: never wanted.
       place: how pages lie on a mesh; None on one device.
+      sizes: of the lists of heads and neurons that `decode` computes alone; None: it takes none.
+      keeps_logits: `Drawn` has those of every token.
     """
 
     config: ModelConfig
@@ -40,6 +45,8 @@ class Plan:
     num_steps: int
     num_top: int | None = None
     place: NamedSharding | None = None
+    sizes: Sizes | None = None
+    keeps_logits: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -69,12 +76,18 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """ids_BN, -1 where nothing was drawn; its ln p, and the most likely tokens, where wanted."""
+    """ids_BN, -1 where nothing was drawn; its ln p, and the most likely tokens, where wanted.
 
-    ids_BN: jax.Array
-    log_probs_BN: jax.Array
-    top_ids_BNK: jax.Array
-    top_log_probs_BNK: jax.Array
+    context_BE: what layer 0's heads mixed at the newest token read, where `Plan.sizes` are given;
+    logits_BNV: with `Plan.keeps_logits`.
+    """
+
+    ids_BN: Any
+    log_probs_BN: Any
+    top_ids_BNK: Any
+    top_log_probs_BNK: Any
+    context_BE: Any = None
+    logits_BNV: Any = None
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -83,10 +96,14 @@ def prefill(plan: Plan, params: tree.Tree, pool: Pool, tokens_BT, rows) -> Pool:
 
     rows: (pages_BP, length_B before it, valid_B, rope_length_B).
     """
-    cache = PagedCache(*pool, *rows)
-    filled = forward(params, plan.config, tokens_BT, cache=cache, options=plan.options).cache
-    assert isinstance(filled, PagedCache)
-    return _placed(plan, (filled.k, filled.v))
+    return _read(plan, params, pool, tokens_BT, rows)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def reread(plan: Plan, params: tree.Tree, pool: Pool, tokens_BT, rows) -> tuple[Pool, jax.Array]:
+    """`prefill` over what was there, with every head and neuron, and the logits [B, T, V]."""
+    pool, hidden_BTD = _read(plan, params, pool, tokens_BT, rows)
+    return pool, unembed(params, plan.config, hidden_BTD)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -101,13 +118,22 @@ def copy_pages(plan: Plan, pool: Pool, sources_Z, targets_Z) -> Pool:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode(
-    plan: Plan, params: tree.Tree, pool: Pool, rows: Rows, num_steps, returns_early
+    plan: Plan,
+    params: tree.Tree,
+    pool: Pool,
+    rows: Rows,
+    num_steps,
+    returns_early,
+    lists: shadow_decode.Plan | None = None,
 ) -> tuple[Pool, Drawn]:
     """Draws up to `num_steps` tokens for every row that is not finished.
 
     Stops when all rows are; with `returns_early` as soon as one more is, so that its slot can be
-    filled again.
+    filled again. lists: what is computed, of parameters laid out for that (`plan.sizes`).
     """
+    if lists is not None:
+        assert plan.sizes is not None
+        params = shadow_decode.with_plan(params, plan.config, plan.sizes, lists)
     num_rows = rows.last_B.shape[0]
     rows = jax.tree.map(jnp.asarray, rows)
     keys_B = jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))(
@@ -120,6 +146,8 @@ def decode(
         jnp.zeros(shape, jnp.float32),
         jnp.zeros((*shape, num_top), jnp.int32),
         jnp.zeros((*shape, num_top), jnp.float32),
+        None if plan.sizes is None else jnp.zeros((num_rows, _context_size(plan.config))),
+        jnp.zeros((*shape, plan.config.vocab_size)) if plan.keeps_logits else None,
     )
     num_finished = jnp.sum(rows.finished_B)
 
@@ -138,7 +166,28 @@ def decode(
     return _placed(plan, pool), drawn
 
 
+def seeing(contexts: list[jax.Array]) -> Inserted:
+    """Notes what each layer's heads mixed, [B, T, H, C], the first one's first; of split layers."""
+
+    def heads(_, x_BTHC):
+        contexts.append(x_BTHC)
+        return x_BTHC, None
+
+    return Inserted(heads=heads)
+
+
 # -- inside ----------------------------------------------------------------------------------------
+
+
+def _read(plan: Plan, params: tree.Tree, pool: Pool, tokens_BT, rows) -> tuple[Pool, jax.Array]:
+    cache = PagedCache(*pool, *rows)
+    out = forward(params, plan.config, tokens_BT, cache=cache, options=plan.options)
+    assert isinstance(out.cache, PagedCache)
+    return _placed(plan, (out.cache.k, out.cache.v)), out.hidden_BTD
+
+
+def _context_size(config: ModelConfig) -> int:
+    return config.num_heads * (config.head_size if config.mla is None else config.mla.v_size)
 
 
 def _step(plan: Plan, params, keys_B, carry):
@@ -148,12 +197,23 @@ def _step(plan: Plan, params, keys_B, carry):
     valid_B = active_B.astype(jnp.int32)
     k, v = pool
     cache = PagedCache(k, v, rows.pages_BP, rows.length_B, valid_B, rows.rope_length_B)
-    out = forward(params, plan.config, rows.last_B[:, None], cache=cache, options=plan.options)
+    contexts: list[jax.Array] = []
+    out = forward(
+        params,
+        plan.config,
+        rows.last_B[:, None],
+        cache=cache,
+        options=plan.options,
+        inserted=None if plan.sizes is None else seeing(contexts),
+    )
     assert isinstance(out.cache, PagedCache)
     logits_BV = unembed(params, plan.config, out.hidden_BTD[:, 0])
     step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, rows.count_B)
     ids_B = sample(logits_BV, step_keys_B, rows.sampling)
     drawn = _write(plan, drawn, step, logits_BV, jnp.where(active_B, ids_B, -1), rows.wants_B)
+    if contexts:
+        context_BE = contexts[0].reshape(drawn.context_BE.shape).astype(jnp.float32)
+        drawn = dataclasses.replace(drawn, context_BE=context_BE)
     stopped_B = jnp.any(ids_B[:, None] == rows.stop_ids_BZ, axis=-1)
     count_B = rows.count_B + valid_B
     rows = dataclasses.replace(
@@ -169,6 +229,8 @@ def _step(plan: Plan, params, keys_B, carry):
 def _write(plan: Plan, drawn: Drawn, step, logits_BV, ids_B, wants_B) -> Drawn:
     """The tokens of one step, with their ln p in the model's own distribution."""
     news = {"ids_BN": ids_B}
+    if plan.keeps_logits:
+        news["logits_BNV"] = logits_BV
     if plan.num_top is not None:
         num_top = plan.num_top
 

@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 
 from moejax.serve.engine_programs import Drawn, Rows
-from moejax.serve.request import Request, TokenLogprob
+from moejax.serve.request import Request, TokenLogprob, Update
 from moejax.serve.sampling import SamplingConfig, SamplingRows
-from moejax.serve.text import TextStream
+from moejax.serve.text import TextStream, add_text
 
 
 @dataclasses.dataclass
@@ -94,6 +94,21 @@ def clear_slot(rows: Rows, slot: int) -> None:
     fill = SamplingConfig()
     for name in ("temperature", "top_k", "top_p", "min_p"):
         getattr(rows.sampling, f"{name}_B")[slot] = getattr(fill, name)
+
+
+def update_of(row: Row, slot: int, rows: Rows, ids: list[int], drawn: Drawn) -> Update:
+    """What a row's owner is told of the ids drawn; `rows` count them already."""
+    request = row.group.request
+    finish = "length" if rows.count_B[slot] >= rows.limit_B[slot] else None
+    if ids[-1] in request.stop_ids:
+        finish, ids = "stop", ids[:-1]
+    text, ids, finish = add_text(row.text, ids, finish)
+    logprobs: tuple[TokenLogprob, ...] = ()
+    if request.num_logprobs is not None:
+        logprobs = tuple(
+            logprob_of(drawn, slot, step, request.num_logprobs) for step in range(len(ids))
+        )
+    return Update(row.group.request_id, row.sample, tuple(ids), text, logprobs, finish)
 
 
 def logprob_of(drawn: Drawn, slot: int, step: int, num_top: int) -> TokenLogprob:

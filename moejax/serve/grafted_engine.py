@@ -20,7 +20,7 @@ from moejax.core.errors import InputError
 from moejax.models.config import ModelConfig
 from moejax.serve.grafted import Drawn, Grafted, GraftedText
 from moejax.serve.prepare import check_prompts, check_room, context_length
-from moejax.serve.request import Answer, EngineConfig, Request, TokenLogprob, Update
+from moejax.serve.request import NO_PREDICTOR, Answer, EngineConfig, Request, TokenLogprob, Update
 from moejax.serve.text import Decode, TextStream, add_text
 
 
@@ -79,12 +79,22 @@ class GraftedEngine:
         check_room(request.prompt, self.max_length)
         if request.adapter is not None:
             raise InputError(f"adapter {request.adapter!r} is unknown: a grafted model has none")
+        if request.sparsity:
+            raise InputError(NO_PREDICTOR.format(request.sparsity))
         if request.stop and self._decode_text is None:
             raise InputError("stop strings need an engine that decodes text: give it decode_text")
         most = self.settings.max_logprobs or 0
         if request.num_logprobs is not None and request.num_logprobs > most:
             raise InputError(f"{request.num_logprobs} log-probabilities are wanted, at most {most}")
         self.model.chosen(request.sources)
+
+    def report(self) -> dict[str, Any]:
+        """What else the server should tell of its health."""
+        return {}
+
+    def warm(self) -> None:
+        """Compiles what requests need."""
+        self.run([Request((0,) * 2, 2, num_logprobs=self.settings.max_logprobs and 1)])
 
     @contextlib.contextmanager
     def laid(self, adapter: str | None) -> Iterator[tree.Tree]:

@@ -106,7 +106,8 @@ class _Server:
         if self.worker.failure is not None:
             raise ApiError(503, "the engine has failed: start the server again")
         engine = self.worker.engine
-        return JSONResponse({"status": "ok", "running": engine.num_running, "open": self.num_open})
+        found = {"status": "ok", "running": engine.num_running, "open": self.num_open}
+        return JSONResponse(found | engine.report())
 
     async def models(self, request: Request) -> Response:
         self._check_key(request)

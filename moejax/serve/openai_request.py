@@ -1,9 +1,9 @@
 """What clients of OpenAI's API send, checked and turned into requests of the engine.
 
 The fields of https://platform.openai.com/docs/api-reference/completions and /chat that a language
-model alone can honour; `top_k` and `min_p` beside them, as other servers have, `adapter`, and for a
-grafted model `sources`. What would change an answer and is not supported is refused by name and
-never ignored.
+model alone can honour; beside them `top_k` and `min_p`, as other servers have, `adapter`, for a
+grafted model `sources`, and for one with a predictor `sparsity`. What would change an answer and is
+not supported is refused by name and never ignored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_CHOICES = 128
 # Said about a request, not about its answer.
 _IGNORED = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"}
 _SHARED = {"model", "n", "stream", "stream_options", "stop", "seed", "temperature", "top_p"}
-_SHARED |= {"top_k", "min_p", "max_tokens", "adapter", "sources"}
+_SHARED |= {"top_k", "min_p", "max_tokens", "adapter", "sources", "sparsity"}
 _COMPLETION = _SHARED | {"prompt", "echo", "logprobs", "best_of"}
 _CHAT = _SHARED | {"messages", "max_completion_tokens", "logprobs", "top_logprobs"}
 # Refused unless they say what happens anyway.
@@ -161,6 +161,10 @@ def _maker(body, n: int, num_logprobs: int | None, most: int, tokenizer, limits:
     ):
         raise BadRequestError(f"sources must be a list of names, got {sources!r}", "sources")
 
+    sparsity = _float(body, "sparsity", 0.0, 0, 1)
+    if sparsity == 1:
+        raise BadRequestError("sparsity must be below 1: it is the share not computed", "sparsity")
+
     def make(ids: list[int]) -> Request:
         if len(ids) + (most > 0) > limits.max_length:
             raise BadRequestError(
@@ -179,6 +183,7 @@ def _maker(body, n: int, num_logprobs: int | None, most: int, tokenizer, limits:
             num_logprobs=num_logprobs,
             adapter=adapter,
             sources=None if sources is None else tuple(sources),
+            sparsity=None if body.get("sparsity") is None else sparsity,
         )
 
     return make

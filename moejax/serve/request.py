@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 from moejax.core.errors import InputError
+from moejax.methods.shadow_mask import check_sparsity
 from moejax.models.transformer import ForwardOptions
 from moejax.serve.sampling import SamplingConfig
+
+NO_PREDICTOR = "sparsity {:g}: nothing is skipped here, this engine has no predictor (--shadow)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Request:
         None: no log-probabilities.
       adapter: a name of what an engine's owner has laid over the parameters; None: nothing.
       sources: names of those who lend to a grafted model; None: all of them, (): none.
+      sparsity: share of heads and of neurons not computed, by an engine that has a predictor; 0:
+        the dense model; None: the engine's own.
     """
 
     prompt: tuple[int, ...]
@@ -77,6 +82,7 @@ class Request:
     num_logprobs: int | None = None
     adapter: str | None = None
     sources: tuple[str, ...] | None = None
+    sparsity: float | None = None
 
     def __post_init__(self):
         for name in ("max_new_tokens", "num_samples"):
@@ -86,6 +92,8 @@ class Request:
             raise InputError(f"seed must be a number of 32 bits, got {self.seed}")
         if any(not text for text in self.stop):
             raise InputError("a stop string is empty: leave it out")
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,14 +18,22 @@ import numpy as np
 
 from moejax.core import tree
 from moejax.core.errors import InputError
-from moejax.methods.shadow_decode import Plan, kept_by_scores, plan_of, with_plan
+from moejax.methods.shadow_decode import (
+    Plan,
+    check_plan,
+    kept_by_scores,
+    lay_out,
+    plan_of,
+    with_plan,
+)
 from moejax.methods.shadow_mask import Kept, Mask, Sizes
-from moejax.methods.shadow_predictor import predict
+from moejax.methods.shadow_order import reordered
+from moejax.methods.shadow_predictor import Predictor, predict
 from moejax.models.cache import KVCache, init_cache
 from moejax.models.config import ModelConfig
-from moejax.models.inserted import Inserted
 from moejax.models.options import ForwardOptions
 from moejax.models.transformer import forward, unembed
+from moejax.serve.engine_programs import seeing
 from moejax.serve.prepare import bucket, check_prompts, context_length
 from moejax.serve.sampling import SamplingConfig, sample
 
@@ -82,6 +90,16 @@ class Answer:
     ids: list[int]
     finished: bool
     logits_TV: np.ndarray | None = None
+
+
+def ready(params: tree.Tree, config: ModelConfig, predictor: Predictor, policy: Policy) -> Sparse:
+    """The model with its neurons in the predictor's order, laid out; policy.sizes: the predictor's.
+
+    InputError for a model whose decoding cannot skip anything.
+    """
+    check_plan(config, policy.sizes)
+    laid_out = lay_out(reordered(params, config, predictor.order_LF), config, policy.sizes)
+    return Sparse(config, laid_out, policy, jax.device_put(predictor.params), predictor.static)
 
 
 def start(model: Sparse, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> State:
@@ -180,16 +198,6 @@ def dense_logits(model: Sparse, prompt: Sequence[int], ids: Sequence[int]) -> np
 # -- inside ----------------------------------------------------------------------------------------
 
 
-def _seeing(contexts: list[jax.Array]) -> Inserted:
-    """Notes what each layer's heads mixed, the first one's first; layers are walked one by one."""
-
-    def heads(_, x_BTHC):
-        contexts.append(x_BTHC)
-        return x_BTHC, None
-
-    return Inserted(heads=heads)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _prefill(config, options, num_slots: int, params, tokens_BT, start_B) -> State:
     dtype = options.compute_dtype
@@ -200,7 +208,7 @@ def _prefill(config, options, num_slots: int, params, tokens_BT, start_B) -> Sta
 def _read(config, options, params, cache: KVCache, tokens_BT) -> State:
     contexts: list[jax.Array] = []
     output = forward(
-        params, config, tokens_BT, cache=cache, options=options, inserted=_seeing(contexts)
+        params, config, tokens_BT, cache=cache, options=options, inserted=seeing(contexts)
     )
     last_BD = output.hidden_BTD[:, -1]
     context_BE = contexts[0][:, -1].reshape(last_BD.shape[0], -1)

@@ -15,6 +15,7 @@ from moejax.methods import shadow_predictor as predictors
 from moejax.models import transformer
 from moejax.models.cache import init_cache
 from moejax.models.config import AttentionConfig, ModelConfig
+from moejax.models.inserted import Inserted
 from moejax.moe.config import MoEConfig
 from moejax.serve import sparse
 
@@ -73,7 +74,7 @@ def masked_text(params, model, prompt, num_tokens):
             contexts.append(x[:, -1].reshape(1, -1))
             return x if masking is None else masking.heads(part, x)[0], None
 
-        inserted = dataclasses.replace(masking or sparse.Inserted(), heads=heads)
+        inserted = dataclasses.replace(masking or Inserted(), heads=heads)
         new = jnp.asarray([tokens])
         out = transformer.forward(split, config, new, cache=cache, inserted=inserted)
         cache, logits = out.cache, transformer.unembed(split, config, out.hidden_BTD[0, -1])

@@ -1,0 +1,120 @@
+"""Sparse rows behind the server's engine: each answers as it would alone, dense ones as densely."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from moejax.core.errors import InputError
+from moejax.io.tokenizer import Tokenizer
+from moejax.methods.shadow_audit import Audit, AuditConfig, compare
+from moejax.serve import sparse
+from moejax.serve.engine import Engine
+from moejax.serve.openai_request import ApiLimits, BadRequestError, parse_completion
+from moejax.serve.request import EngineConfig, Request
+from moejax.serve.sampling import SamplingConfig
+from moejax.serve.shadow_engine import ShadowEngine
+from tests.serve.test_sparse import PROMPTS, masked_text, model_of
+from tests.tiny_tokenizer import gguf_fields
+
+SETTINGS = EngineConfig(
+    num_slots=3, max_length=64, page_size=8, prefill_chunk=16, num_steps=4, max_logprobs=2
+)
+NEW = 9
+
+
+def engine_of(case, refresh_every=0, audit=None, num_slots=3):
+    model = model_of(case, refresh_every)[1]
+    return ShadowEngine(model, dataclasses.replace(SETTINGS, num_slots=num_slots), None, audit)
+
+
+def asked(prompt, sparsity=None, **more):
+    return Request(tuple(prompt), NEW, SamplingConfig(0), num_logprobs=1, sparsity=sparsity, **more)
+
+
+def alone(case, prompt, refresh_every=0):
+    """Ids and ln p of `launch.shadow --stage=generate`, which test_sparse.py holds to the masks."""
+    model = model_of(case, refresh_every)[1]
+    (answer,) = sparse.generate(model, [list(prompt)], NEW, with_logits=True)
+    log_probs = answer.logits_TV - np.log(np.exp(answer.logits_TV).sum(-1, keepdims=True))
+    return answer.ids, log_probs[np.arange(NEW), answer.ids]
+
+
+def drift_of(model, request, share):
+    """The audit's number from whole logits."""
+    policy = dataclasses.replace(model.policy, sparsity=(share, share))
+    model = dataclasses.replace(model, policy=policy)
+    (answer,) = sparse.generate(model, [list(request.prompt)], NEW, with_logits=True)
+    dense_TV = sparse.dense_logits(model, request.prompt, answer.ids)
+    return compare(dense_TV[1:], answer.logits_TV[1:]).drift
+
+
+def ln_p(answer):
+    return [token.log_prob for token in answer.logprobs]
+
+
+@pytest.mark.parametrize(
+    ("case", "refresh"),
+    [
+        ("gqa_heads", 3),
+        pytest.param("experts", 0, marks=pytest.mark.slow),
+        pytest.param("opt", 0, marks=pytest.mark.slow),
+        pytest.param("gqa_groups", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_rows_together_are_the_rows_alone_and_the_dense_model(case, refresh):
+    """Three rows of unlike masks, the second of them dense, and a fourth that waits for a slot."""
+    engine = engine_of(case, refresh)
+    requests = [asked(PROMPTS[0]), asked(PROMPTS[1], 0.0), asked(PROMPTS[1]), asked(PROMPTS[0])]
+    answers = [found[0] for found in engine.run(requests)]
+    for at in (0, 2, 3):
+        ids, log_probs = alone(case, requests[at].prompt, refresh)
+        assert answers[at].ids == ids
+        np.testing.assert_allclose(ln_p(answers[at]), log_probs, atol=2e-5)
+    params, model = model_of(case, refresh)
+    dense = Engine(params, model.config, SETTINGS).run([requests[1]])[0][0]
+    assert answers[1].ids == dense.ids != answers[2].ids
+    np.testing.assert_allclose(ln_p(answers[1]), ln_p(dense), atol=2e-5)
+    if case != "experts":  # the same bits, whoever shares its steps
+        assert engine.run([requests[1]])[0][0].logprobs == answers[1].logprobs
+
+
+def test_an_audit_past_the_limit_turns_later_answers_dense(caplog):
+    audit = Audit(AuditConfig(share=1.0, drift_limit=1e-9, least=2))
+    engine = engine_of("gqa_heads", 3, audit)
+    requests = [asked(PROMPTS[0], 0.25), asked(PROMPTS[1])]
+    first = engine.run(requests)
+    params, model = model_of("gqa_heads", 3)
+    report = engine.report()["shadow"]
+    assert report["audited"] == report["requests"] == 2 and report["fell_back_at"] == 2
+    wanted = [drift_of(model, requests[at], 0.25 if at == 0 else 0.5) for at in (0, 1)]
+    np.testing.assert_allclose(report["drift"], np.mean(wanted), rtol=1e-4)
+    assert "dense since request 2" in caplog.text
+    dense = Engine(params, model.config, SETTINGS).run([asked(PROMPTS[1])])[0][0]
+    assert engine.run([asked(PROMPTS[1])])[0][0].ids == dense.ids != first[1][0].ids
+    assert engine.report()["shadow"]["requests"] == 2  # dense ones are not audited
+
+
+def test_a_sparsity_of_almost_nothing_drifts_by_almost_nothing():
+    """The audit's dense pass reads the very tokens: where no mask differs, nor do the logits."""
+    audit = Audit(AuditConfig(share=1.0))
+    engine = engine_of("gqa_heads", 3, audit)
+    engine.run([asked(PROMPTS[0], 1e-9), asked(PROMPTS[1], 1e-9)])
+    report = engine.report()["shadow"]
+    assert report["audited"] == 2 and report["agreement"] == 1 and report["drift"] < 1e-9
+
+
+def test_what_is_refused():
+    with pytest.raises(InputError, match=r"sparsity 1 lies outside \[0, 1\)"):
+        asked(PROMPTS[0], 1.0)
+    params, model = model_of("gqa_heads", 3)
+    plain = Engine(params, model.config, SETTINGS)
+    with pytest.raises(InputError, match="sparsity 0.5: nothing is skipped here"):
+        plain.check(asked(PROMPTS[0], 0.5))
+    plain.check(asked(PROMPTS[0], 0.0))
+    limits, tokenizer = ApiLimits(64), Tokenizer.from_gguf_metadata(gguf_fields())
+    (request,) = parse_completion({"prompt": "hello", "sparsity": 0}, tokenizer, limits).requests
+    assert request.sparsity == 0
+    for wrong in (1, -0.1, "half", True, float("nan")):
+        with pytest.raises(BadRequestError, match="sparsity must be"):
+            parse_completion({"prompt": "hello", "sparsity": wrong}, tokenizer, limits)
