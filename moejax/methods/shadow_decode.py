@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from moejax.models.sparse import by_rows
 from moejax.models.transformer import split_layers
 
 # Unions are rounded up to so many equal parts of a layer, so that few programs are compiled.
-UNION_STEPS = 8
+UNION_STEPS = 4
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +102,8 @@ def plan_of(kept_B: Kept, sizes: Sizes) -> Plan:
     """The plan of a batch from each row's lists [B, L - first, K]: one row's own, else `union`."""
     if kept_B.heads.shape[0] == 1:
         return Plan(Kept(kept_B.heads[0], kept_B.blocks[0]))
-    return union(Mask(*(kept_units(k, n) for k, n in _parts(kept_B, sizes))), sizes)
+    has_B = Mask(*(kept_units(k, n) for k, n in _parts(kept_B, sizes)))
+    return union(has_B, lengths(sizes))
 
 
 def kept_units(kept_LK: Any, num_units: int) -> np.ndarray:
@@ -112,25 +114,33 @@ def kept_units(kept_LK: Any, num_units: int) -> np.ndarray:
     return has_LU
 
 
-def union(has_B: Mask, sizes: Sizes) -> Plan:
+def union(has_B: Mask, allowed: Sequence[tuple[int, int]]) -> Plan:
     """The plan of rows that keep different units, each under its own factors.
 
-    has_B: bool [B, L - first, units] of numpy. Both lists are cut to one of UNION_STEPS lengths,
-    `lengths(step, sizes)`, so that few programs are compiled: the least in which what any row keeps
-    has room in every layer. Layers with fewer repeat a unit of theirs with factor 0.
+    has_B: bool [B, L - first, units] of numpy. allowed: `lengths` of the lists, of which the first
+    is taken in which what any row keeps has room in every layer, so that few programs are compiled.
+    Layers with fewer repeat a unit of theirs with factor 0.
     """
     any_B = [np.any(has, axis=0) for has in (has_B.heads, has_B.blocks)]
     most = [int(np.sum(any_LU, axis=-1).max()) for any_LU in any_B]
-    fits = (lengths(step, sizes) for step in range(1, UNION_STEPS + 1))
-    length = next(pair for pair in fits if pair[0] >= most[0] and pair[1] >= most[1])
+    length = next(pair for pair in allowed if pair[0] >= most[0] and pair[1] >= most[1])
     heads = _union(np.asarray(has_B.heads), any_B[0], length[0])
     blocks = _union(np.asarray(has_B.blocks), any_B[1], length[1])
     return Plan(Kept(heads[0], blocks[0]), heads[1], blocks[1])
 
 
-def lengths(step: int, sizes: Sizes) -> tuple[int, int]:
-    """Heads and blocks in the lists of a union, `step` of UNION_STEPS."""
-    return -(-sizes.heads * step // UNION_STEPS), -(-sizes.blocks * step // UNION_STEPS)
+def lengths(sizes: Sizes, sparsity: tuple[float, float] | None = None) -> list[tuple[int, int]]:
+    """What lists of (heads, blocks) may be as long as, ascending: UNION_STEPS parts of all units.
+
+    And what one row of this sparsity keeps.
+    """
+    units = sizes.heads, sizes.blocks
+    found = {
+        tuple(-(-n * step // UNION_STEPS) for n in units) for step in range(1, UNION_STEPS + 1)
+    }
+    if sparsity is not None:
+        found.add(tuple(num_kept(n, s) for n, s in zip(units, sparsity, strict=True)))
+    return sorted(((heads, blocks) for heads, blocks in found), key=lambda pair: (pair[1], pair[0]))
 
 
 def empty_lists(pair: tuple[int, int], num_rows: int, sizes: Sizes) -> Plan:

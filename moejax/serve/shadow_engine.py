@@ -72,6 +72,7 @@ class ShadowEngine(Engine):
         self._plan = dataclasses.replace(self._plan, sizes=sizes, keeps_logits=keeps_logits)
         self._seats: list[_Seat | None] = [None] * num_slots
         self._num_sparse = 0
+        self._lengths = shadow_decode.lengths(sizes, self.policy.sparsity)
         shape = num_slots, sizes.num_layers - sizes.first
         self._has_B = Mask(*(np.zeros((*shape, n), bool) for n in (sizes.heads, sizes.blocks)))
         self._lists: shadow_decode.Plan | None = None  # made when they are needed next
@@ -86,8 +87,7 @@ class ShadowEngine(Engine):
         super().warm()
         sizes, own = self.policy.sizes, self.policy.sparsity or (0.0, 0.0)
         kept = [num_kept(n, s) for n, s in zip((sizes.heads, sizes.blocks), own, strict=True)]
-        for step in range(1, shadow_decode.UNION_STEPS):
-            pair = shadow_decode.lengths(step, sizes)
+        for pair in self._lengths:
             if pair[0] >= kept[0] and pair[1] >= kept[1]:
                 lists = shadow_decode.empty_lists(pair, self.settings.num_slots, sizes)
                 self._run(1, lists)  # nobody is there: nothing is computed
@@ -101,7 +101,7 @@ class ShadowEngine(Engine):
         for _, seat in seats:
             num_steps = min(num_steps, self._num_until_due(seat))
         if self._lists is None:
-            self._lists = shadow_decode.union(self._has_B, self.policy.sizes)
+            self._lists = shadow_decode.union(self._has_B, self._lengths)
         drawn = self._run(num_steps, self._lists)
         self._look(seats, drawn)
         return jax.device_get(dataclasses.replace(drawn, context_BE=None, logits_BNV=None))

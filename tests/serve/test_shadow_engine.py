@@ -14,7 +14,7 @@ from moejax.serve.openai_request import ApiLimits, BadRequestError, parse_comple
 from moejax.serve.request import EngineConfig, Request
 from moejax.serve.sampling import SamplingConfig
 from moejax.serve.shadow_engine import ShadowEngine
-from tests.serve.test_sparse import PROMPTS, masked_text, model_of
+from tests.serve.test_sparse import PROMPTS, model_of
 from tests.tiny_tokenizer import gguf_fields
 
 SETTINGS = EngineConfig(
