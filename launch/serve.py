@@ -232,7 +232,7 @@ def _show_plan(loaded: Loaded) -> None:
         check_plan(config, sizes)
         skips = (
             f"shadow   {SPARSITY.value:.0%} of {sizes.heads} heads by {sizes.unit} and of "
-            f"{sizes.blocks} blocks of {sizes.block} neurons, none of the first {sizes.first} layers\n"
+            f"{sizes.blocks} blocks of {sizes.block} neurons, after layer {sizes.first - 1}\n"
         )
     itemsize = 4 if DTYPE.value == "float32" else 2
     kept = sum(heads * size for heads, size in config.cache_shapes)
