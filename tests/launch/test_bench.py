@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -13,18 +11,14 @@ from rich.console import Console
 from launch import bench_row, bench_table, bench_tpu, bench_tpu_peers
 from launch.bench_row import Row
 from moejax.core.errors import InputError
+from tests import commands
 
-ROOT = Path(__file__).parents[2]
 ROWS = [
     Row("cpu forward", 1.62, "x", ">= 1.5", 1.0, "grouped_mm", "paired, median of 7"),
     Row("tpu temp", 1553.25, "MB", "<= 700", 7270.0, "8x buffer", "compiled for v5p:2x2x2"),
     Row("h100 spills", None, "", how="not measured: libtpu is missing"),
 ]
-
-
-def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launch.bench", "--compile_cache=", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+run = functools.partial(commands.run, "bench")
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,13 @@
 """What every command does with a mistake: one line that names it, exit code 2."""
 
-import subprocess
-import sys
-from pathlib import Path
+import functools
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import commands
+
 SFT = "--config=configs/quickstart_sft.py"
-
-
-def run(*args):
-    command = [sys.executable, "-m", "launch.train", *args]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+run = functools.partial(commands.run, "train")
 
 
 @pytest.mark.parametrize(

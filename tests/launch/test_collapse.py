@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from launch import collapse_problems as collapse
+from tests import commands
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +78,10 @@ def test_tuning_raises_pass_1_and_lowers_pass_k():
 
 
 def test_the_command(tmp_path):
-    command = [sys.executable, "-m", "launch.collapse", f"--out={tmp_path}", "--steps=200"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root)
+    asked = ["collapse", f"--out={tmp_path}", "--steps=200"]
+    done = commands.run(*asked)
     assert done.returncode == 0, done.stderr
     assert set(json.loads((tmp_path / "collapse.json").read_text())) == {"bandit", "tuning"}
     assert (tmp_path / "collapse.png").stat().st_size > 10_000
-    done = subprocess.run([*command, "--beta=0"], capture_output=True, text=True, cwd=root)
+    done = commands.run(*asked, "--beta=0")
     assert done.returncode == 2 and "must be above 0" in done.stderr

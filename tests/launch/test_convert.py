@@ -4,10 +4,7 @@ import errno
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,9 +18,9 @@ from moejax.io import atomic, safetensors
 from moejax.io.load import Loaded, load_any, save_any
 from moejax.models.config import ModelConfig
 from moejax.moe.config import MoEConfig
+from tests import commands
 from tests.tiny_llama import BASE, random_params, tensors_of, write_llama, write_tokenizer
 
-ROOT = Path(__file__).parents[2]
 MOE = ModelConfig("llama", 67, 2, 16, 24, 2, 1, 8, moe=MoEConfig(4, 3))
 INDEX = "model.safetensors.index.json"
 Usage = namedtuple("Usage", "total used free")
@@ -35,15 +32,6 @@ def run(source, target, **more):
         flags.FLAGS(["convert", "--source=x", "--target=x"])
     with flagsaver.flagsaver(source=str(source), target=str(target), **more):
         convert.main([])
-
-
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "launch.convert", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
 
 
 @pytest.fixture
@@ -358,9 +346,9 @@ def test_an_moe_asks_for_our_own_format(tmp_path):
 
 
 def test_exit_codes_and_one_line(tmp_path):
-    done = command(f"--source={tmp_path / 'none'}", f"--target={tmp_path / 'out'}")
+    done = commands.run("convert", f"--source={tmp_path / 'none'}", f"--target={tmp_path / 'out'}")
     assert done.returncode == 2 and done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1 and "none is missing" in done.stderr
-    done = command(f"--source={tmp_path}", "--target=x", "--format=pickle")
+    done = commands.run("convert", f"--source={tmp_path}", "--target=x", "--format=pickle")
     assert done.returncode == 2 and "pickle" in done.stderr and "hf" in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +11,9 @@ import pytest
 
 from moejax.methods import score_files
 from moejax.methods.expert_selection import ExpertScores
+from tests import commands
 
-ROOT = Path(__file__).parents[2]
-
-
-def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "launch.esft", "--compile_cache=", *flags],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+run = functools.partial(commands.run, "esft")
 
 
 @pytest.fixture

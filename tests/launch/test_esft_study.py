@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-DATA = ROOT.parent / "shared" / "data"
+from tests import commands
+
+DATA = commands.ROOT.parent / "shared" / "data"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.exists(), reason="the study's data is not beside the checkout")
 def test_the_tiny_study_goes_through_and_goes_on(tmp_path):
     def run():
-        return subprocess.run(
-            [sys.executable, "-m", "launch.esft_study", "--compile_cache=",
-             "--config=configs/esft/study.py:tiny", f"--workdir={tmp_path}"],
-            cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-            timeout=1800,
-        )
+        flags = ["--config=configs/esft/study.py:tiny", f"--workdir={tmp_path}"]
+        return commands.run("esft_study", *flags, timeout_s=1800)
 
     done = run()
     assert done.returncode == 0, done.stderr[-2000:]

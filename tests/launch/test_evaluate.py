@@ -20,9 +20,10 @@ from moejax.io.loaded import Loaded
 from moejax.io.tokenizer import Tokenizer
 from moejax.models import transformer
 from moejax.models.config import ModelConfig
+from tests import commands
 from tests.tiny_tokenizer import gguf_fields
 
-ROOT = Path(__file__).parents[2]
+ROOT = commands.ROOT
 
 
 # Runs the command on each list of flags, in one process to import jax once.
@@ -103,9 +104,7 @@ def test_functions_are_asked_graded_and_not_asked_again(folder):
     assert result["form"] == "chat" and result["pass_at_1_n"] == 3 and "jax" in str(result)
     path.write_text("".join(json.dumps({**r, "mark": 1}) + "\n" for r in records[:2]))
     # As a user runs it: a process of its own.
-    command = [sys.executable, "-m", "launch.evaluate", "--compile_cache=", *flags]
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    again = commands.run("evaluate", *flags)
     assert again.returncode == 0, again.stderr
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert [record.get("mark") for record in found] == [1, 1, None]

@@ -20,8 +20,8 @@ from moejax.io.loaded import Loaded
 from moejax.io.tokenizer import Tokenizer
 from moejax.models import transformer
 from moejax.models.config import ModelConfig
+from tests import commands
 from tests.data.test_alignment import WORDS, tokenizers
-from tests.launch import tiny_run
 from tests.tiny_tokenizer import gguf_fields
 
 
@@ -65,7 +65,7 @@ def test_the_papers_recipe_counts_epochs_and_leaves_long_texts_out(folder, capsy
 
 def test_every_stage_with_two_tokenizers(folder, tmp_path):
     asked = flags(folder, tmp_path / "run")
-    done = tiny_run.run("graft", "--stage=train", *asked)
+    done = commands.run("graft", "--stage=train", *asked)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     assert (run / "bridge" / "bridge.safetensors").is_file()
@@ -73,25 +73,25 @@ def test_every_stage_with_two_tokenizers(folder, tmp_path):
     records = [json.loads(x) for x in (run / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [r["nll"] for r in records if "nll" in r]
     assert losses[-1] < losses[0]
-    done = tiny_run.run("graft", "--stage=evaluate", *asked)
+    done = commands.run("graft", "--stage=evaluate", *asked)
     assert done.returncode == 0, done.stderr
     arms = json.loads((run / "evaluation.json").read_text())["arms"]
     assert set(arms) == {"bridge", "bridge shut", "target as it came", "shuffled states",
                          "all states in sight", "source alone"}
     assert all(0 < arm["bits_per_byte"] < 20 for arm in arms.values())
     assert arms["bridge"]["bits_per_byte"] < arms["target as it came"]["bits_per_byte"]
-    done = tiny_run.run("graft", "--stage=report", *asked)
+    done = commands.run("graft", "--stage=report", *asked)
     assert done.returncode == 0, done.stderr
     assert {p.name for p in (run / "plots").glob("*.png")} >= {
         "bits_per_byte.png", "gates.png", "attention_0.png", "layers.png"
     }
-    done = tiny_run.run("graft", "--stage=generate", *asked, "--prompt=the capital",
+    done = commands.run("graft", "--stage=generate", *asked, "--prompt=the capital",
                         "--max_new_tokens=4")
     assert done.returncode == 0, done.stderr
     # A bridge goes with its target wherever that is named; several may, each may be left out.
     bridges = f"--bridges=a={run}/bridge,b={run}/bridge"
     model = f"--config.target.model={run}/target"
-    done = tiny_run.run("graft", "--stage=generate", bridges, model, "--sources=b",
+    done = commands.run("graft", "--stage=generate", bridges, model, "--sources=b",
                         "--prompt=the capital", "--max_new_tokens=4")
     assert done.returncode == 0, done.stderr
     params = load_any(run / "target", "float32").params
@@ -102,7 +102,7 @@ def test_every_stage_with_two_tokenizers(folder, tmp_path):
     with pytest.raises(InputError, match="holds no bridge"):
         read_grafted(str(run / "target"), params, [f"a={run}"], "float32")
     # States of other layers are not these: nothing is trained on them.
-    other = tiny_run.run("graft", "--stage=train", *asked, "--config.source.layers=(0,)")
+    other = commands.run("graft", "--stage=train", *asked, "--config.source.layers=(0,)")
     assert other.returncode == 2 and "states of another layers" in other.stderr
 
 
@@ -119,6 +119,6 @@ def test_every_stage_with_two_tokenizers(folder, tmp_path):
     ],
 )
 def test_what_cannot_work_is_one_line(folder, tmp_path, changes, said):
-    done = tiny_run.run("graft", "--stage=train", *flags(folder, tmp_path / "x", **changes))
+    done = commands.run("graft", "--stage=train", *flags(folder, tmp_path / "x", **changes))
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "x").exists()

@@ -13,8 +13,8 @@ from moejax.io.load import save_any
 from moejax.io.loaded import Loaded
 from moejax.models import transformer
 from moejax.models.config import ModelConfig
+from tests import commands
 from tests.data.test_alignment import WORDS, tokenizers
-from tests.launch import tiny_run
 
 
 @pytest.mark.slow
@@ -33,7 +33,7 @@ def test_every_stage_once(tmp_path):
         "--config=configs/graft_study.py:tiny", f"--config.source={tmp_path}/source",
         f"--config.data.folder={tmp_path}", f"--workdir={workdir}",
     ]
-    done = tiny_run.run("graft_study", *asked)
+    done = commands.run("graft_study", *asked)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((workdir / "table.csv").open()))
     arms = [row["arm"] for row in rows]
@@ -48,10 +48,10 @@ def test_every_stage_once(tmp_path):
     result = workdir / "arms" / "bridge" / "seed_0" / "result.json"
     kept = json.loads(result.read_text())
     result.unlink()
-    done = tiny_run.run("graft_study", *asked, "--stage=report")
+    done = commands.run("graft_study", *asked, "--stage=report")
     assert done.returncode == 0 and "| bridge |" not in done.stdout
-    done = tiny_run.run("graft_study", *asked)
+    done = commands.run("graft_study", *asked)
     assert done.returncode == 0 and done.stdout.count("trained  ") == 1, done.stderr
     assert json.loads(result.read_text())["scores"] == kept["scores"]
-    refused = tiny_run.run("graft_study", *asked, "--config.gap=5.0")
+    refused = commands.run("graft_study", *asked, "--config.gap=5.0")
     assert refused.returncode == 2 and "choose other texts" in refused.stderr

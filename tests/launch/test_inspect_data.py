@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from moejax.io.tokenizer import Tokenizer
+from tests import commands
 from tests.tiny_tokenizer import gguf_fields, smollm2_gguf
 
-ROOT = Path(__file__).parents[2]
-
-
-def inspect(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launch.inspect_data", "--compile_cache=", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+inspect = functools.partial(commands.run, "inspect_data")
 
 
 @pytest.fixture

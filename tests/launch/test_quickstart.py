@@ -1,9 +1,6 @@
 """The main job on a model of two tiny layers that speaks SmolLM2's tokens."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -19,18 +16,15 @@ from moejax.io.tokenizer import Tokenizer
 from moejax.models import transformer
 from moejax.models.config import ModelConfig
 from moejax.report import MODELS
+from tests import commands
+from tests.commands import Done
 
-ROOT = Path(__file__).parents[2]
 
-
-def run(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        *(sys.executable, "-m", "launch.quickstart", f"--model={folder / 'model'}"),
-        *(f"--out={folder / 'out'}", "--steps=2", "--eval_examples=4", "--max_new_tokens=2"),
-        *("--compile_cache=", *flags),
-    ]
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+def run(folder: Path, *flags: str) -> Done:
+    return commands.run(
+        *("quickstart", f"--model={folder / 'model'}", f"--out={folder / 'out'}"),
+        *("--steps=2", "--eval_examples=4", "--max_new_tokens=2", *flags),
+    )
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from launch import rl_run as rl
 from moejax.core.errors import InputError
 from moejax.evals.tasks import TASKS, Grading
 from moejax.evals.tasks.base import Grade, Item
+from tests import commands
 from tests.launch import tiny_run
 
 
@@ -22,7 +23,7 @@ def test_two_iterations_from_the_command_line_and_one_more(tmp_path):
         "--config.rl.prompts=2", "--config.rl.answers=4", "--config.rl.max_answer=4",
         "--config.data.heldout=2", "--config.rl.minibatches=2", "--config.train.save_every=1",
     ]
-    done = tiny_run.run("rl", *flags, "--config.rl.iterations=2")
+    done = commands.run("rl", *flags, "--config.rl.iterations=2")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "rl"
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -34,7 +35,7 @@ def test_two_iterations_from_the_command_line_and_one_more(tmp_path):
     assert {"id", "completion", "reward", "problem"} <= sample.keys()
     assert (folder / "curves.png").stat().st_size > 5000
     assert (folder / "model" / "lineage.json").is_file()
-    dry = tiny_run.run("rl", *flags, "--config.data.heldout=9", "--dry_run")
+    dry = commands.run("rl", *flags, "--config.data.heldout=9", "--dry_run")
     assert dry.returncode == 2 and "leaves fewer than the 2 of an iteration" in dry.stderr
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -22,20 +19,18 @@ from moejax.methods.upcycle import upcycle
 from moejax.models import transformer
 from moejax.models.config import ModelConfig
 from moejax.moe.config import MoEConfig
+from tests import commands
+from tests.commands import Done
 from tests.tiny_tokenizer import gguf_fields
 
-ROOT = Path(__file__).parents[2]
 
-
-def run(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        *(sys.executable, "-m", "launch.train", "--config=configs/quickstart_sft.py"),
+def run(folder: Path, *flags: str) -> Done:
+    return commands.run(
+        *("train", "--config=configs/quickstart_sft.py", "--config.train.steps=3"),
         *(f"--config.model.source={folder / 'model'}", f"--workdir={folder / 'run'}"),
         *(f"--config.data.source={folder / 'data.jsonl'}", "--config.data.seq_len=64"),
-        *("--config.train.steps=3", "--compile_cache=", *flags),
-    ]
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        *flags,
+    )
 
 
 @pytest.fixture(scope="module")

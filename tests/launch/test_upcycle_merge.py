@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -22,20 +19,8 @@ from moejax.methods import merge as merging
 from moejax.models import transformer
 from moejax.models.config import ModelConfig
 from moejax.moe.config import MoEConfig
+from tests import commands
 from tests.tiny_tokenizer import gguf_fields
-
-ROOT = Path(__file__).parents[2]
-
-
-def run(command: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", f"launch.{command}", "--compile_cache=", *flags],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +50,7 @@ def data_flags(folder: Path) -> list[str]:
 
 
 def test_upcycled_and_merged_untouched_is_the_dense_model(folder):
-    done = run(
+    done = commands.run(
         "upcycle", f"--source={folder / 'dense'}", f"--target={folder / 'moe'}",
         "--experts=4", "--top_k=3", "--gate=linear", "--seed=7",
     )  # fmt: skip
@@ -73,7 +58,7 @@ def test_upcycled_and_merged_untouched_is_the_dense_model(folder):
     moe = load_any(folder / "moe")
     assert moe.config.moe == MoEConfig(4, 3, gate="linear")
     assert moe.lineage[-2]["op"] == "upcycle" and moe.lineage[-2]["args"]["seed"] == 7
-    done = run(
+    done = commands.run(
         "merge", f"--source={folder / 'moe'}", f"--target={folder / 'back'}", "--mode=uniform"
     )
     assert done.returncode == 0, done.stderr
@@ -89,7 +74,7 @@ def test_a_learned_merge_is_written_and_says_how_far_it_went(folder):
         f"--target={folder / 'learned'}", f"--workdir={folder / 'run'}",
         "--config.train.steps=3", "--per_matrix",
     ]  # fmt: skip
-    done = run("merge", *flags)
+    done = commands.run("merge", *flags)
     assert done.returncode == 0, done.stderr
     assert "step 3/3  loss" in done.stdout and "of equal" in done.stdout
     saved = json.loads((folder / "run" / "coefficients.json").read_text())
@@ -101,12 +86,12 @@ def test_a_learned_merge_is_written_and_says_how_far_it_went(folder):
     )
     for path, leaf in tree.flatten(wanted).items():
         np.testing.assert_allclose(tree.flatten(learned.params)[path], leaf, atol=1e-6)
-    again = run("merge", *flags, "--overwrite")
+    again = commands.run("merge", *flags, "--overwrite")
     assert again.returncode == 0 and "step 3/3  loss" not in again.stdout, again.stderr
 
 
 def test_the_grid_keeps_the_lambda_of_the_lowest_loss(folder):
-    done = run(
+    done = commands.run(
         "merge", *data_flags(folder), f"--source={folder / 'drifted'}",
         f"--target={folder / 'grid'}", "--mode=grid", "--lams=0.2,1",
     )  # fmt: skip
@@ -118,12 +103,12 @@ def test_the_grid_keeps_the_lambda_of_the_lowest_loss(folder):
 
 
 def test_dry_runs_write_nothing(folder):
-    done = run(
+    done = commands.run(
         "upcycle", f"--source={folder / 'dense'}", f"--target={folder / 'none'}", "--dry_run"
     )
     assert done.returncode == 0 and "layers/0/moe/router/w_hidden [2, 16, 7]" in done.stdout
     assert "GFLOP" in done.stdout and "dry run" in done.stdout
-    done = run(
+    done = commands.run(
         "merge", *data_flags(folder), f"--source={folder / 'drifted'}",
         f"--target={folder / 'none'}", "--dry_run",
     )  # fmt: skip
@@ -147,7 +132,7 @@ def test_dry_runs_write_nothing(folder):
 )
 def test_bad_input_is_one_line_and_leaves_the_target_alone(folder, command, flags, words):
     flags = [flag.replace("--source=", f"--source={folder}/") for flag in flags]
-    done = run(command, *flags, f"--target={folder / 'untouched'}")
+    done = commands.run(command, *flags, f"--target={folder / 'untouched'}")
     assert done.returncode == 2
     assert words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (folder / "untouched").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -21,21 +22,11 @@ from moejax.io.tokenizer import Tokenizer
 from moejax.methods.interpolate import Deltas, interpolate
 from moejax.models import transformer
 from moejax.models.config import ModelConfig
+from tests import commands
 from tests.tiny_tokenizer import gguf_fields
 
-ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
-
-
-def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "launch.wise", "--compile_cache=", *flags],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+run = functools.partial(commands.run, "wise")
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +141,7 @@ def refusals(folder) -> dict[str, str]:
     done = subprocess.run(
         [sys.executable, "-c", _EACH, json.dumps(BAD)],
         cwd=folder,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(commands.ROOT)},
         capture_output=True,
         text=True,
         timeout=120,

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +11,7 @@ from configs.wise import study
 from launch import wise_arms, wise_training
 from launch.wise_training import EOS, Lab, decode, encode, rows_of
 from moejax.data.countdown import solves
-
-ROOT = Path(__file__).parents[2]
+from tests import commands
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +65,15 @@ def test_matched_temperature_is_read_between_those_drawn():
 
 @pytest.mark.slow
 def test_every_stage_and_again(tmp_path):
-    command = [sys.executable, "-m", "launch.wise_study", f"--workdir={tmp_path}"]
-    command += ["--config=configs/wise/study.py:tiny"]
-    first = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    asked = ["wise_study", f"--workdir={tmp_path}", "--config=configs/wise/study.py:tiny"]
+    first = commands.run(*asked)
     assert first.returncode == 0, first.stderr
     found = json.loads((tmp_path / "study.json").read_text())
     assert set(found) == {"facts", "chosen", "collapse", "differences", "rl", "matched"}
     assert len(list((tmp_path / "plots").glob("*.png"))) == 4
     samples = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("samples/*.jsonl")}
     assert len(samples) == 17
-    again = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    again = commands.run(*asked)
     assert again.returncode == 0 and "test:" not in again.stdout
     assert {p: p.stat().st_mtime_ns for p in samples} == samples
     assert json.loads((tmp_path / "study.json").read_text()) == found

@@ -12,6 +12,7 @@ from launch import wise_choice
 from moejax.evals.sampled import Sampled
 from moejax.evals.sweep import Arm, Criterion, Problem
 from moejax.serve.sampling import SamplingConfig
+from tests import commands
 from tests.launch import tiny_run
 
 
@@ -69,7 +70,7 @@ def test_a_sweep_from_the_command_line_twice(tmp_path):
         "--num_samples=4", "--k=1,4", "--criterion=pass@4", "--max_new_tokens=4",
         "--delta_grid=0,0.5,1", "--sampling=temperature=1", "--sampling=temperature=0.7,top_k=5",
     ]
-    done = tiny_run.run("wise", *flags)
+    done = commands.run("wise", *flags)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "sweep"
     found = json.loads((folder / "sweep.json").read_text())
@@ -80,10 +81,10 @@ def test_a_sweep_from_the_command_line_twice(tmp_path):
     }
     assert len(list((folder / "plots").glob("*.png"))) == 5
     drawn = {p: p.stat().st_mtime_ns for p in (folder / "samples").iterdir()}
-    again = tiny_run.run("wise", *flags)
+    again = commands.run("wise", *flags)
     assert again.returncode == 0 and "draw " not in again.stdout
     assert {p: p.stat().st_mtime_ns for p in drawn} == drawn
-    other = tiny_run.run("wise", *flags, "--num_samples=5")
+    other = commands.run("wise", *flags, "--num_samples=5")
     assert other.returncode == 2 and "another config" in other.stderr
 
 
@@ -97,6 +98,6 @@ def test_a_sweep_from_the_command_line_twice(tmp_path):
     ],
 )
 def test_what_cannot_be_swept_is_one_line(flags, said, tmp_path):
-    done = tiny_run.run("wise", "--stage=sweep", f"--out={tmp_path / 'x'}", *flags)
+    done = commands.run("wise", "--stage=sweep", f"--out={tmp_path / 'x'}", *flags)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "x").exists()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -19,8 +16,6 @@ from moejax.models import transformer
 from moejax.models.config import ModelConfig
 from tests.tiny_tokenizer import gguf_fields
 
-ROOT = Path(__file__).parents[2]
-
 
 def write(folder: Path, num_problems: int = 10) -> None:
     """folder/early, folder/late and folder/sums.jsonl in GSM8K's form."""
@@ -32,15 +27,3 @@ def write(folder: Path, num_problems: int = 10) -> None:
         save_any(Loaded(params, config, tokenizer, lineage=history), folder / name, "hf")
     rows = [{"question": f"{i}+1?", "answer": f"#### {i + 1}"} for i in range(num_problems)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def run(module: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Runs a launcher as a user does."""
-    return subprocess.run(
-        [sys.executable, "-m", f"launch.{module}", "--compile_cache=", *flags],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
