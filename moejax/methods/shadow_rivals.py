@@ -27,11 +27,19 @@ PLACES = {
 
 
 def sizes_at(params: tree.Tree, config: ModelConfig, tokens_BT: jax.Array, rule: str) -> Any:
-    """Absolute values at a rule's places, {place: [L, B, T, ..]}: what thresholds come from."""
+    """Absolute values at a rule's places, {place: [L, B, T, ..]}: what thresholds come from.
+
+    NaN of experts that a token did not choose: those of the others are cut.
+    """
     places = PLACES[rule]
     watch = {place: (lambda part, x: (x, jnp.abs(x))) for place in places}
     out = _watched(params, config, tokens_BT, Watch(watch))
-    return {place: out[place] for place in places}
+    found = {place: out[place] for place in places}
+    for place in ("gate", "neurons"):
+        if config.moe is not None and place in found:
+            chosen = jnp.any(found[place] > 0, axis=-1, keepdims=True)
+            found[place] = jnp.where(chosen, found[place], jnp.nan)
+    return found
 
 
 class Watch:
@@ -52,14 +60,14 @@ def _watched(params, config: ModelConfig, tokens_BT, watch: Watch):
 def thresholds(values: dict[str, np.ndarray], sparsity: float) -> dict[str, np.ndarray]:
     """Per place float32 [L]: the `sparsity` quantile of a layer's absolute values.
 
-    values: per place [L, anything] of calibration texts. TEAL (arXiv 2408.14690, section 4.1) and
-    CATS (arXiv 2404.08763, eq. 3) both cut at the empirical quantile; TEAL's search for uneven
-    shares per layer is left out.
+    values: per place [L, anything] of calibration texts, NaN left out. TEAL (arXiv 2408.14690,
+    section 4.1) and CATS (arXiv 2404.08763, eq. 3) both cut at the empirical quantile; TEAL's
+    search for uneven shares per layer is left out.
     """
     if not 0 <= sparsity < 1:
         raise InputError(f"sparsity {sparsity:g} lies outside [0, 1)")
     return {
-        place: np.quantile(v.reshape(len(v), -1), sparsity, axis=1).astype(np.float32)
+        place: np.nanquantile(v.reshape(len(v), -1), sparsity, axis=1).astype(np.float32)
         for place, v in values.items()
     }
 

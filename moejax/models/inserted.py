@@ -73,6 +73,6 @@ def changed(change: OnPlace | None, x: jax.Array) -> jax.Array:
     return x if change is None else change(x)
 
 
-def composed(first: OnPlace, then: OnPlace) -> OnPlace:
-    """x -> then(first(x))."""
-    return lambda x: then(first(x))
+def composed(first: OnPlace, then: OnPlace | None) -> OnPlace:
+    """x -> then(first(x)); first alone without `then`."""
+    return first if then is None else lambda x: then(first(x))

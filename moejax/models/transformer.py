@@ -281,8 +281,6 @@ def _block(layer, x_BTD, rng, extend, context: _Context, window: Window):
     at, seen = context.inserted.inside(part)
     on_heads, on_neurons, on_gate = at("heads"), at("neurons"), at("gate")
     activation = ACTIVATION[config.activation]
-    if on_gate is not None:
-        activation = composed(activation, on_gate)
     cast = tree.map_with_path(lambda path, w: _cast(path, w, options), adapted(layer))
 
     def attend(x):
@@ -295,15 +293,15 @@ def _block(layer, x_BTD, rng, extend, context: _Context, window: Window):
     def feed(x):
         x = changed(at("mlp_in"), x)
         if "mlp" in cast:
-            return feed_forward(cast["mlp"], x, activation, on_neurons), None
+            return feed_forward(cast["mlp"], x, composed(activation, on_gate), on_neurons), None
         assert config.moe is not None
         how: dict[str, Any] = {"activation": activation, "rng": rng}
         how |= {"mask_BT": context.mask_BT, "trace": options.trace_routing}
         how |= {"parallel": options.parallel}
         if "rows_up" in cast["moe"]["experts"]:
             return sparse_moe(cast["moe"], x, config.moe, **how)
-        if on_neurons is not None:
-            return changed_moe(cast["moe"], x, config.moe, on_neurons, **how)
+        if on_neurons is not None or on_gate is not None:
+            return changed_moe(cast["moe"], x, config.moe, (on_gate, on_neurons), **how)
         how["implementation"] = options.moe_implementation
         return moe_layer(cast["moe"], x, config.moe, **how)
 

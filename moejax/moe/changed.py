@@ -13,12 +13,14 @@ from moejax.moe.routing import route
 from moejax.moe.scores import expert_inputs
 from moejax.ops.gated_ffn import Activation
 
+OnPlace = Callable[[jax.Array], jax.Array]
+
 
 def changed_moe(
     params: dict[str, Any],
     x_BTD: jax.Array,
     config: MoEConfig,
-    on_neurons: Callable[[jax.Array], jax.Array],
+    changes: tuple[OnPlace | None, OnPlace | None],
     *,
     activation: Activation = jax.nn.silu,
     mask_BT: jax.Array | None = None,
@@ -28,10 +30,12 @@ def changed_moe(
 ) -> tuple[jax.Array, MoEStats]:
     """`moe_layer` by its definition, every expert on every token, with its neurons changed.
 
-    y_n = sum_e g_ne W_down,e f(a_ne), a_ne = act(W_gate,e x_n) * (W_up,e x_n) where token n chose
-    expert e, else 0. on_neurons is f: [B, T, E, F] to the same. The network beside the experts
-    (`shared`) is not changed. On one device only; E / K times the arithmetic of `moe_layer`.
+    y_n = sum_e g_ne W_down,e f(a_ne), a_ne = h(act(W_gate,e x_n)) * (W_up,e x_n) where token n
+    chose expert e, else 0. changes are h and f, [B, T, E, F] to the same, or None. The network
+    beside the experts (`shared`) is not changed. On one device only; E / K times `moe_layer`'s
+    arithmetic.
     """
+    on_gate, on_neurons = changes
     if parallel is not None or "tuned" in params["experts"]:
         raise InputError("neurons of experts are changed on one device, without ESFT's parts")
     num_sequences, num_tokens, d_model = x_BTD.shape
@@ -49,9 +53,14 @@ def changed_moe(
         return y.astype(x.dtype) + w.get(f"b_{name}", jnp.zeros((), x.dtype))
 
     gate_NEF, up_NEF = (affine("nd,edf->nef", x_ND, name) for name in ("gate", "up"))
-    a_NEF = jnp.where(weights_NE[..., None] != 0, activation(gate_NEF) * up_NEF, 0)
-    shape = a_NEF.shape[1:]
-    a_NEF = on_neurons(a_NEF.reshape(num_sequences, num_tokens, *shape)).reshape(-1, *shape)
+    chosen_NE1 = weights_NE[..., None] != 0
+    shape = num_sequences, num_tokens, *gate_NEF.shape[1:]
+
+    def by_place(change: OnPlace | None, x_NEF: jax.Array) -> jax.Array:
+        return x_NEF if change is None else change(x_NEF.reshape(shape)).reshape(x_NEF.shape)
+
+    gate_NEF = by_place(on_gate, jnp.where(chosen_NE1, activation(gate_NEF), 0))
+    a_NEF = by_place(on_neurons, jnp.where(chosen_NE1, gate_NEF * up_NEF, 0))
     y_ND = jnp.einsum("ned,ne->nd", affine("nef,efd->ned", a_NEF, "down"), weights_NE)
     y_ND = add_shared_network(params, y_ND.astype(x_ND.dtype), x_ND, activation)
     stats = layer_stats(routing, x_BTD.shape[:2] if trace else None)

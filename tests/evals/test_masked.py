@@ -13,6 +13,7 @@ from moejax.evals import masked
 from moejax.methods import shadow_mask, shadow_rivals
 from moejax.models import transformer
 from moejax.models.config import ModelConfig
+from moejax.moe.config import MoEConfig
 from moejax.serve.likelihood import log_likelihoods
 
 CONFIG = ModelConfig("llama", 61, 3, 32, 48, 4, 2, 8, initializer_range=0.2)
@@ -112,6 +113,33 @@ def test_thresholds_drop_their_share(rule):
     assert np.abs(cut - dense).max() > 1e-3
     with pytest.raises(InputError, match="outside"):
         shadow_rivals.thresholds(values, 1.0)
+
+
+@pytest.mark.parametrize("rule", [pytest.param("teal", marks=pytest.mark.slow), "cats"])
+def test_thresholds_inside_experts_are_those_of_the_chosen_ones(rule):
+    """And the network beside them, whose activations are others, is neither measured nor cut."""
+    config = dataclasses.replace(CONFIG, moe=MoEConfig(4, 2, shared_ffn=24))
+    params = transformer.init_params(config, jax.random.key(0))
+    tokens = jnp.array([[1, 2, 3, 4], [9, 8, 7, 6], [3, 1, 4, 1]])
+    values = jax.device_get(shadow_rivals.sizes_at(params, config, tokens, rule))
+    last = values["gate" if rule == "cats" else "neurons"]
+    assert last.shape == (3, 3, 4, 4, 48) and np.isnan(last).mean() == 0.5
+    limits = shadow_rivals.thresholds(values, 0.4)
+    for place, v in values.items():
+        flat = v.reshape(3, -1)
+        share = (flat < limits[place][:, None]).sum(1) / np.isfinite(flat).sum(1)
+        np.testing.assert_allclose(share, 0.4, atol=0.02)
+    none = {place: jnp.zeros(3) for place in values}
+    cut = jax.tree.map(jnp.asarray, limits)
+
+    @jax.jit
+    def logits(limits):
+        inserted = limits and shadow_rivals.thresholding(config, limits)
+        return transformer.logits(params, config, tokens, inserted=inserted)
+
+    want = logits(None)
+    np.testing.assert_allclose(logits(none), want, rtol=1e-4, atol=1e-5)
+    assert np.abs(logits(cut) - want).max() > 1e-3
 
 
 def test_cats_is_its_formula():
