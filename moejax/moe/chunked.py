@@ -27,6 +27,8 @@ from moejax.ops.gated_ffn import Activation
 MAX_PARTS = 5
 # But two at least, and no more than leave so many pairs in each: less would fill no matrix unit.
 MIN_PAIRS = 4096
+# A grouped product on a TPU takes rows in blocks of 16: other numbers would be copied to be padded.
+ROWS_TOGETHER = 16
 # Names the loops over further rounds in a compiled program: of a balanced load they run none.
 UNBALANCED = "unbalanced_rounds"
 # Name the exchanges there, with what travels: send_x, send_d_y, back_y, back_d_x.
@@ -70,9 +72,13 @@ def bounds(num_tokens: int, top_k: int) -> list[tuple[int, int]]:
 
 
 def slots_per_exchange(num_tokens: int, top_k: int, shards: int, factor: float) -> int:
-    """Rows to one receiver in one exchange: factor times the balanced load of the largest part."""
+    """Rows to one receiver in one exchange: factor times the balanced load of the largest part.
+
+    Rounded up so that what a device receives fills blocks of ROWS_TOGETHER.
+    """
     most = max(end - first for first, end in bounds(num_tokens, top_k))
-    return max(1, math.ceil(factor * most * top_k / shards))
+    step = ROWS_TOGETHER // math.gcd(shards, ROWS_TOGETHER)
+    return -(-math.ceil(factor * most * top_k / shards) // step) * step
 
 
 def buffer_rows(num_tokens: int, top_k: int, shards: int, factor: float) -> int:
@@ -111,14 +117,14 @@ Arrays = dict[str, jax.Array]
 class Products:
     """What happens to received rows, in steps, beside each of which other rows may travel.
 
-    begin: of the arrays named in `early`, something for `finish`, which makes what goes back and
-    keeps something for `experts`: gradients of the experts, None in a forward pass.
+    begin: something for `finish`, which makes what goes back and keeps something for `experts`.
+    That adds gradients of the experts to their sum so far, in float32: None before the first part,
+    and in a forward pass.
     """
 
-    early: tuple[str, ...]
     begin: Callable[[Arrays, jax.Array], Arrays]
     finish: Callable[[Arrays, Arrays, jax.Array], tuple[Arrays, Arrays]]
-    experts: Callable[[Arrays, jax.Array], ExpertParams | None]
+    experts: Callable[[Arrays, jax.Array, ExpertParams | None], ExpertParams | None]
 
 
 def _send(
@@ -179,38 +185,31 @@ def _first_exchanges(
 ) -> tuple[Arrays, Any]:
     """The exchange of each part, as a pipeline: what all tokens get, gradients of the experts.
 
-    While part i begins, the early rows of part i + 1 are on their way, and so may be the results of
-    part i - 1; while it finishes, the other rows of part i + 1; while the experts' gradients of
-    part i are computed, its own results. Barriers keep it so, and keep more than that from being in
-    memory.
+    While part i begins, the results of part i - 1 may still be on their way; while it finishes, the
+    rows of part i + 1 are; while the experts' gradients of part i are computed, its own results.
+    Barriers keep it so, and keep more than that from being in memory.
     """
     fence = jax.lax.optimization_barrier
     num_tokens, top_k = weights_NK.shape
     cut = bounds(num_tokens, top_k)
     turns = [turn(pairs, 0, exchange.slots) for pairs in moves.parts]
     weights = [weights_NK[first:end] for first, end in cut]
-    early = {name: a for name, a in operands.items() if name in products.early}
-    late = {name: a for name, a in operands.items() if name not in products.early}
     found, total, back = [], None, None
     got = _send(exchange, operands, turns[0].pair_S, top_k)
     for i, one in enumerate(turns):
-        coming: Arrays = {}
-        more, first = i + 1 < len(turns), cut[min(i + 1, len(cut) - 1)][0]
-        after_S = turns[min(i + 1, len(turns) - 1)].pair_S
-        if more:
-            got, after_S = fence((got, after_S))
-            coming = _send(exchange, early, after_S, top_k, first)
         rows = _sorted(got, one)
         begun = products.begin(rows, one.sizes_E)
-        rows, begun, back, coming, after_S = fence((rows, begun, back, coming, after_S))
+        after_S = [after.pair_S for after in turns[i + 1 : i + 2]]
+        rows, begun, back, after_S = fence((rows, begun, back, after_S))
         if back is not None:
             found.append(_collect(back, weights[i - 1], turns[i - 1]))
-        if more:
-            coming = coming | _send(exchange, late, after_S, top_k, first)
+        coming: Arrays = {}
+        if after_S:
+            coming = _send(exchange, operands, after_S[0], top_k, cut[i + 1][0])
         out, kept = _finished(products, rows, begun, one)
         out, kept, coming = fence((out, kept, coming))
         back = _send_back(exchange, out)
-        total = _add(total, products.experts(kept, one.sizes_E))
+        total = products.experts(kept, one.sizes_E, total)
         total, got, found[-1:] = fence((total, coming, found[-1:]))
     assert back is not None
     found.append(_collect(back, weights[-1], turns[-1]))
@@ -232,7 +231,7 @@ def _every_exchange(
         rows = _sorted(got, one)
         out, kept = _finished(products, rows, products.begin(rows, one.sizes_E), one)
         more = _collect(_send_back(exchange, out), weights_NK, one)
-        total = _add(total, products.experts(kept, one.sizes_E))
+        total = products.experts(kept, one.sizes_E, total)
         return number + 1, (jax.tree.map(jnp.add, found, more), total)
 
     start = (jnp.zeros((), jnp.int32), first)
@@ -292,7 +291,7 @@ def _forward_products(exchange: Exchange, experts: ExpertParams) -> Products:
             return begun, {}
         return {"y": grouped_down(experts, begun["hidden"], sizes_E, implementation)}, {}
 
-    return Products((), begin, finish, lambda kept, sizes_E: None)
+    return Products(begin, finish, lambda kept, sizes_E, total: None)
 
 
 def _backward_products(exchange: Exchange, experts: ExpertParams) -> Products:
@@ -305,10 +304,10 @@ def _backward_products(exchange: Exchange, experts: ExpertParams) -> Products:
         d_x, d_weights, kept = rows_backward(Block(sizes_E, *kinds), experts, rows, begun)
         return {"d_x": d_x, "d_weights": d_weights}, kept
 
-    def of_experts(kept, sizes_E):
-        return params_backward(Block(sizes_E, *kinds), experts, kept)
+    def of_experts(kept, sizes_E, total):
+        return params_backward(Block(sizes_E, *kinds), experts, kept, total)
 
-    return Products(("x", "weights"), begin, finish, of_experts)
+    return Products(begin, finish, of_experts)
 
 
 def _tuned_products(exchange: Exchange, experts: ExpertParams) -> Products:
@@ -327,13 +326,14 @@ def _tuned_products(exchange: Exchange, experts: ExpertParams) -> Products:
         d_own, d_x = pull((rows["weights"][:, None] * d_y_RD).astype(y_RD.dtype))
         return {"d_x": d_x, "d_weights": d_weights}, d_own
 
-    return Products(("x", "weights"), lambda rows, sizes_E: {}, finish, lambda kept, sizes_E: kept)
+    def of_experts(kept, sizes_E, total):
+        return _add(total, kept)
+
+    return Products(lambda rows, sizes_E: {}, finish, of_experts)
 
 
 def _add(total, more):
-    """Sums in float32; None where there is nothing to add."""
-    if more is None:
-        return total
+    """Sums in float32; total may be None."""
     more = jax.tree.map(lambda d: d.astype(jnp.float32), more)
     return more if total is None else jax.tree.map(jnp.add, total, more)
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from moejax.moe.experts import ExpertParams, bias_rows
 from moejax.ops.gated_ffn import Activation
 from moejax.ops.grouped_matmul import grouped_matmul
+from moejax.ops.grouped_outer import grouped_outer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,33 +68,41 @@ def rows_backward(
         return (weights_R[:, None] * a_RF).astype(rows_RD.dtype)
 
     d_gate_RF, d_up_RF = pull(weighted(d_hidden_RF))
+    made = (d_gate_RF, d_up_RF, weighted(hidden_RF), d_weights_R)
+    # Of what they are made of nothing is in memory beside the products that follow.
+    d_gate_RF, d_up_RF, hidden_RF, d_weights_R = jax.lax.optimization_barrier(made)
     d_rows_RD = _rows_gradient(block, rows_RD, cast["w_gate"], d_gate_RF)
     d_rows_RD += _rows_gradient(block, rows_RD, cast["w_up"], d_up_RF)
-    rest = {"x": rows_RD, "d_y": d_y_RD, "hidden": weighted(hidden_RF), "weights": weights_R}
+    rest = {"x": rows_RD, "d_y": d_y_RD, "hidden": hidden_RF, "weights": weights_R}
     return d_rows_RD, d_weights_R, {**rest, "d_gate": d_gate_RF, "d_up": d_up_RF}
 
 
-def params_backward(block: Block, params: ExpertParams, rest: dict[str, jax.Array]) -> ExpertParams:
-    """Gradients of the experts' matrices and biases, in the dtype of the rows."""
+def params_backward(
+    block: Block, params: ExpertParams, rest: dict[str, jax.Array], total: ExpertParams | None
+) -> ExpertParams:
+    """Gradients of the experts' matrices and biases in float32, added to `total` if given."""
     sides = {"gate": ("x", "d_gate"), "up": ("x", "d_up"), "down": ("hidden", "d_y")}
-    found = {}
+    before, found = total or {}, {}
     for name, (left, right) in sides.items():
-        w = params[f"w_{name}"].astype(rest["x"].dtype)
-        found[f"w_{name}"] = _matrices_gradient(block, rest[left], w, rest[right])
+        found[f"w_{name}"] = grouped_outer(
+            rest[left],
+            rest[right],
+            block.group_sizes_E,
+            before.get(f"w_{name}"),
+            implementation=block.implementation,
+        )
     for name, (_, right) in sides.items():
         if f"b_{name}" in params:
             d_R = rest[right].astype(jnp.float32)
             d_R = rest["weights"][:, None] * d_R if name == "down" else d_R
             found[f"b_{name}"] = _sums_by_group(d_R, block.group_sizes_E)
+            if total is not None:
+                found[f"b_{name}"] += total[f"b_{name}"]
     return found
 
 
 def _rows_gradient(block: Block, x_R: jax.Array, w: Any, d_R: jax.Array) -> jax.Array:
     return jax.vjp(lambda x_R: block.times(x_R, w), x_R)[1](d_R)[0]
-
-
-def _matrices_gradient(block: Block, x_R: jax.Array, w: Any, d_R: jax.Array) -> jax.Array:
-    return jax.vjp(lambda w: block.times(x_R, w), w)[1](d_R)[0]
 
 
 def _sums_by_group(d_R: jax.Array, group_sizes_E: jax.Array) -> jax.Array:

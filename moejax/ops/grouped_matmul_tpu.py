@@ -92,6 +92,21 @@ def _gated_backward(activation, interpret, saved, d_out: jax.Array):
 grouped_gated_tpu.defvjp(_gated_forward, _gated_backward)
 
 
+def grouped_outer_tpu(
+    lhs: jax.Array,
+    d_out: jax.Array,
+    group_sizes: jax.Array,
+    before: jax.Array | None,
+    interpret: Interpret = False,
+) -> jax.Array:
+    """See `moejax.ops.grouped_outer.grouped_outer`: before + sums are one kernel, in place."""
+    shape = (group_sizes.size, lhs.shape[1], d_out.shape[1])
+    if 0 in (lhs.shape[0], *shape):
+        return jnp.zeros(shape, jnp.float32) if before is None else before
+    tiles = outer_tiles(*shape[1:], lhs.dtype, added=True)
+    return outer(lhs, d_out, group_sizes, None, tiles, interpret, jnp.float32, before)
+
+
 def _rows(form: Form, xs, ws, group_sizes, interpret) -> list[jax.Array]:
     (num_rows, depth), num_groups = xs[0].shape, ws[0].shape[0]
     columns = ws[0].shape[1 if form.transposed else 2]

@@ -3,8 +3,8 @@
 Each core owns half of every matrix and goes through the groups' visits (`tpu_visits`) once per
 tile. A visit sums as many rows as its height has; a matrix unit sums 128 at a time, so heights are
 multiples of that. All but the last visit of a group add to a float32 sum in VMEM, the last one
-writes that and its own product as the result, in the type of the operands. Groups that are not
-asked for are visited once, to write zeros.
+writes that and its own product as the result. Groups that are not asked for are visited once, to
+write zeros. Given a sum of earlier rows, the result is added to it where it lies.
 """
 
 import functools
@@ -27,8 +27,13 @@ def outer(
     groups: jax.Array | None,
     tiles: OuterTiles,
     interpret: Any = False,
+    out_dtype: Any = None,
+    before: jax.Array | None = None,
 ) -> jax.Array:
-    """out[e] = sum over rows r of group e of lhs[r]^T d_out[r]: [R, K], [R, N] -> [E, K, N]."""
+    """out[e] = sum over rows r of group e of lhs[r]^T d_out[r]: [R, K], [R, N] -> [E, K, N].
+
+    out_dtype: the operands' if None. before [E, K, N], of out_dtype: what is added to.
+    """
     (num_rows, k), n = lhs.shape, d_out.shape[1]
     rows = max(-(-num_rows // BLOCK) * BLOCK, tiles.heights[-1])
     tiles = tiles._replace(heights=tuple(h for h in tiles.heights if h <= rows))
@@ -37,7 +42,11 @@ def outer(
         blocked(lhs, rows, -(-k // tiles.k) * tiles.k),
         blocked(d_out, rows, -(-n // tiles.n) * tiles.n),
     )
-    out = call(*operands, visits, visits.num[0], tiles, interpret)
+    out_dtype = out_dtype or lhs.dtype
+    if before is not None:
+        filling = (0, operands[0].shape[2] - k), (0, operands[1].shape[2] - n)
+        before = jnp.pad(before, ((0, 0), *filling))
+    out = call(*operands, visits, visits.num[0], tiles, interpret, None, out_dtype, before)
     return out[:, :k, :n]
 
 
@@ -49,6 +58,8 @@ def call(
     tiles: OuterTiles,
     interpret: Any = False,
     known: int | None = None,
+    out_dtype: Any = None,
+    before: jax.Array | None = None,
 ) -> jax.Array:
     """The kernel on blocked rows [R / 16, 16, K] and [R / 16, 16, N]; K and N are whole tiles.
 
@@ -57,6 +68,8 @@ def call(
     """
     k, n, num_groups = lhs.shape[2], d_out.shape[2], visits.starts.size
     tallest = tiles.heights[0] // BLOCK
+    out_shape = jax.ShapeDtypeStruct((num_groups, k, n), out_dtype or lhs.dtype)
+    added = [] if before is None else [before]
 
     def place(i, j):  # the first dimension of the grid is that which the cores share
         return (i, j) if tiles.cores_split == "k" else (j, i)
@@ -70,6 +83,7 @@ def call(
     def out_index(i, j, v, group, *_):
         return group[0, v], *place(i, j)
 
+    out_spec = pl.BlockSpec((None, tiles.k, tiles.n), out_index)
     return pl.pallas_call(
         functools.partial(_kernel, heights=tiles.heights, known=known),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -78,24 +92,26 @@ def call(
             in_specs=[
                 pl.BlockSpec(tuple(map(pl.Element, (tallest, BLOCK, tiles.k))), lhs_index),
                 pl.BlockSpec(tuple(map(pl.Element, (tallest, BLOCK, tiles.n))), d_out_index),
-            ],
-            out_specs=pl.BlockSpec((None, tiles.k, tiles.n), out_index),
+            ]
+            + [out_spec] * len(added),
+            out_specs=out_spec,
             scratch_shapes=[pltpu.VMEM((tiles.k, tiles.n), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct((num_groups, k, n), lhs.dtype),
+        out_shape=out_shape,
+        input_output_aliases={len(visits) + 2: 0} if added else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=tiles.vmem_bytes,
         ),
-        cost_estimate=cost([lhs, d_out], [(num_groups, k, n)], [lhs.shape[0] * BLOCK * k * n]),
+        cost_estimate=cost([lhs, d_out, *added], [out_shape], [lhs.shape[0] * BLOCK * k * n]),
         interpret=interpret,
         name="grouped_matmul_dw",
-    )(*visits, lhs, d_out)
+    )(*visits, lhs, d_out, *added)
 
 
 def _kernel(*refs, heights, known):
     visits = Visits(*refs[: len(Visits._fields)])
-    lhs, d_out, out, total = refs[len(Visits._fields) :]
+    lhs, d_out, *before, out, total = refs[len(Visits._fields) :]
     v = pl.program_id(2)
     g, kind = visits.group[0, v], visits.kind[0, v]
     computed = visits.fetch[0, v] + visits.skip[0, v]
@@ -120,7 +136,10 @@ def _kernel(*refs, heights, known):
         @kind_is(kind, i, known)
         def _(height=height):
             product = summed(height)
-            out[...] = (jnp.where(is_first, 0.0, total[...]) + product).astype(out.dtype)
+            whole = jnp.where(is_first, 0.0, total[...]) + product
+            for earlier in before:
+                whole += earlier[...]
+            out[...] = whole.astype(out.dtype)
 
     def knows(which):
         return None if known is None else known == which
@@ -136,4 +155,4 @@ def _kernel(*refs, heights, known):
 
     @when(kind == len(heights) + 1, knows(len(heights) + 2))
     def _():
-        out[...] = jnp.zeros_like(out)
+        out[...] = before[0][...] if before else jnp.zeros_like(out)

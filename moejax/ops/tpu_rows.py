@@ -89,6 +89,7 @@ def call(
     w_block = (None, tile, depth) if form.transposed else (None, depth, tile)
     last_group = ws[0].shape[0] - 1
     products = [num_blocks * BLOCK * depth * width] * len(form.pairs)
+    out_shape = [jax.ShapeDtypeStruct((num_blocks, BLOCK, width), xs[0].dtype)] * form.num_outs
 
     def x_index(c, j, v, group, kind, fetch, *_):
         return fetch[c, v], 0, 0
@@ -111,30 +112,28 @@ def call(
                 pltpu.SemaphoreType.DMA(()),
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct((num_blocks, BLOCK, width), xs[0].dtype)] * form.num_outs,
+        out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=tiles.vmem_bytes,
         ),
-        cost_estimate=cost([*xs, *ws], [(num_blocks * BLOCK, width)] * form.num_outs, products),
+        cost_estimate=cost([*xs, *ws], out_shape, products),
         interpret=interpret,
         name=form.name,
     )(*visits, *xs, *ws)
 
 
 def cost(
-    operands: Sequence[jax.Array], outs: Sequence[tuple[int, ...]], products: Sequence[int]
+    operands: Sequence[jax.Array], outs: Sequence[jax.ShapeDtypeStruct], products: Sequence[int]
 ) -> pl.CostEstimate:
     """What XLA's scheduler is told, so that it puts a kernel beside exchanges that it can hide.
 
-    operands: read once each. outs: shapes that are written, of the operands' dtype. products: the
-    multiply-adds of each matrix product.
+    operands: read once each. outs: written once each. products: the multiply-adds of each matrix
+    product.
     """
-    itemsize = operands[0].dtype.itemsize
-    moved = sum(a.size for a in operands) + sum(math.prod(shape) for shape in outs)
-    return pl.CostEstimate(
-        flops=2 * sum(products), bytes_accessed=moved * itemsize, transcendentals=0
-    )
+    arrays: list[Any] = [*operands, *outs]
+    moved = sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
+    return pl.CostEstimate(flops=2 * sum(products), bytes_accessed=moved, transcendentals=0)
 
 
 def blocked(x: jax.Array, rows: int, columns: int) -> jax.Array:

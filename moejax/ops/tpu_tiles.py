@@ -88,20 +88,22 @@ def rows_tiles(
 
 
 @functools.lru_cache
-def outer_tiles(k: int, n: int, dtype: jnp.dtype) -> OuterTiles:
+def outer_tiles(k: int, n: int, dtype: jnp.dtype, added: bool = False) -> OuterTiles:
     """For the sums of products of rows [R, k]^T and [R, n]; raises as `rows_tiles` does.
 
+    added: whether they are added to float32 sums, which are read and written instead of the dtype.
     The cheapest tiles that fit: products of what fills the last tiles count, and so does a core
     that waits because the number of tiles is odd.
     """
     dtype = checked(dtype)
     most, heights = vmem_bytes(), (384, 256, 128)
     best = None
+    each = 8 + (2 * 2 * 4 if added else 2 * dtype.itemsize)
     for num_k, num_n in itertools.product(range(1, 65), repeat=2):
         unit_k, unit_n = -(-_units(k) // num_k), -(-_units(n) // num_n)
         area = unit_k * unit_n * LANES * LANES
         fetched = 2 * dtype.itemsize * heights[0] * (unit_k + unit_n) * LANES
-        if area > MAX_OUTER_TILE or fetched + area * (2 * dtype.itemsize + 8) > most:
+        if area > MAX_OUTER_TILE or fetched + area * each > most:
             continue
         visit = unit_k * unit_n * UNIT_CYCLES + VISIT_CYCLES  # of 256 rows
         for split in ("k", "n"):

@@ -13,6 +13,7 @@ from moejax.core.precision import TOLERANCE
 from moejax.ops import grouped_matmul as module
 from moejax.ops import grouped_matmul_cpu as cpu
 from moejax.ops.grouped_matmul import IMPLEMENTATIONS, PLATFORM, grouped_matmul
+from moejax.ops.grouped_outer import grouped_outer
 
 # The others have suites of their own over the same cases.
 ANYWHERE = [name for name in IMPLEMENTATIONS if name not in PLATFORM]
@@ -56,6 +57,21 @@ def assert_close(got, wanted, dtype):
     got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
     bound = TOLERANCE[dtype] * max(1e-30, np.abs(wanted).max())
     np.testing.assert_allclose(got, wanted, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("implementation", ANYWHERE)
+def test_sums_over_two_calls_equal_the_definition(implementation):
+    sizes = CASES["empty_middle_and_last"]
+    lhs, rhs, group_sizes = operands(sizes, NUM_ROWS)
+    d_out = operands(sizes, NUM_ROWS, k=40)[0]
+    wanted, start = np.zeros(rhs.shape), 0
+    for e, size in enumerate(sizes):
+        rows = slice(start, start := start + size)
+        wanted[e] = np.asarray(lhs[rows], np.float64).T @ np.asarray(d_out[rows], np.float64)
+    once = grouped_outer(lhs, d_out, group_sizes, implementation=implementation)
+    assert_close(once, wanted, "float32")
+    twice = grouped_outer(lhs, d_out, group_sizes, rhs, implementation=implementation)
+    assert_close(twice, wanted + np.asarray(rhs, np.float64), "float32")
 
 
 @functools.partial(jax.jit, static_argnums=0)  # compiled once per shape, not once per case

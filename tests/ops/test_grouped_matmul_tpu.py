@@ -13,7 +13,13 @@ from moejax.ops import tpu_tiles, tpu_visits
 from moejax.ops.grouped_gated import grouped_gated
 from moejax.ops.grouped_matmul import grouped_matmul
 from moejax.ops.grouped_matmul_ref import grouped_matmul_ref
-from moejax.ops.grouped_matmul_tpu import PRODUCT, grouped_gated_tpu, grouped_matmul_tpu
+from moejax.ops.grouped_matmul_tpu import (
+    PRODUCT,
+    grouped_gated_tpu,
+    grouped_matmul_tpu,
+    grouped_outer_tpu,
+)
+from moejax.ops.grouped_outer import grouped_outer
 from moejax.ops.tpu_outer import outer
 from moejax.ops.tpu_rows import multiply
 from moejax.ops.tpu_tiles import OuterTiles, Tiles
@@ -42,17 +48,20 @@ def test_forward_equals_the_definition_without_a_race(case):
     assert not interpreter.races.races_found
 
 
-@pytest.mark.parametrize(("split", "masked"), [("k", True), ("n", False)])
+@pytest.mark.parametrize(("split", "masked", "added"), [("k", True, False), ("n", False, True)])
 @pytest.mark.parametrize("case", slow(CASES, ("no_block_multiple",)))
-def test_sums_of_a_group_equal_the_definition_without_a_race(case, split, masked):
-    lhs, _, group_sizes = operands(CASES[case], NUM_ROWS, k=K, n=N)
-    d_out = operands(CASES[case], NUM_ROWS, k=N, n=K, seed=1)[0]
+def test_sums_of_a_group_equal_the_definition_without_a_race(case, split, masked, added):
+    dtype = "bfloat16" if added else "float32"  # and added in float32
+    lhs, _, group_sizes = operands(CASES[case], NUM_ROWS, dtype, K, N)
+    d_out = operands(CASES[case], NUM_ROWS, dtype, N, K, seed=1)[0]
     groups = jnp.arange(group_sizes.size) % 2 == 0 if masked else None
     tiles = OuterTiles((128, 64), 128, 128, split, 48 << 20)
-    got = outer(lhs, d_out, group_sizes, groups, tiles, interpreted())
-    zeros = jnp.zeros((group_sizes.size, K, N))
-    pull = jax.vjp(lambda w: grouped_matmul_ref(lhs, w, group_sizes, groups), zeros)[1]
-    assert_close(got, pull(d_out)[0], "float32")
+    before = operands(CASES[case], NUM_ROWS, k=K, n=N, seed=2)[1] if added else None
+    got = outer(lhs, d_out, group_sizes, groups, tiles, interpreted(), jnp.float32, before)
+    zeros, exact = jnp.zeros((group_sizes.size, K, N)), lhs.astype(jnp.float32)
+    pull = jax.vjp(lambda w: grouped_matmul_ref(exact, w, group_sizes, groups), zeros)[1]
+    sums = pull(d_out.astype(jnp.float32))[0]
+    assert_close(got, sums + (before if added else 0.0), "float32")
     assert not interpreter.races.races_found
 
 
@@ -107,6 +116,19 @@ def test_bfloat16_and_fewer_rows_than_a_block():
     assert_close(got, by_hand(lhs, rhs, [3, 0, 6]), "bfloat16")
 
 
+@pytest.mark.slow
+def test_sums_of_two_calls_are_added_in_float32():
+    lhs, _, group_sizes = operands([3, 0, 6], 10, "bfloat16", 24, 40)
+    d_out = operands([3, 0, 6], 10, "bfloat16", 40, 24, seed=1)[0]
+    exact = [a.astype(jnp.float32) for a in (lhs, d_out)]
+    sums = grouped_outer(*exact, group_sizes, implementation="ref")
+    first = grouped_outer_tpu(lhs, d_out, group_sizes, None, interpreted())
+    second = grouped_outer_tpu(lhs, d_out, group_sizes, first, interpreted())
+    assert_close(first, sums, "float32")
+    assert_close(second, 2 * sums, "float32")
+    assert not interpreter.races.races_found
+
+
 HEIGHTS = (256, 128, 96, 64, 32)
 of_rows = functools.partial(jax.jit, static_argnums=(1, 2))(tpu_visits.row_visits)
 of_sums = functools.partial(jax.jit, static_argnums=(2, 3))(tpu_visits.outer_visits)
@@ -156,6 +178,7 @@ def test_tiles_divide_what_the_cores_share_and_fit():
             tpu_tiles.outer_tiles.cache_clear()
             assert tpu_tiles.outer_tiles(2048, 1408, "bfloat16")[1:4] == (1024, 1408, "k")
             assert tpu_tiles.outer_tiles(1408, 2048, "bfloat16")[1:4] == (1408, 1024, "n")
+            assert tpu_tiles.outer_tiles(1408, 2048, "bfloat16", True)[1:4] == (1408, 1024, "n")
     tpu_tiles.outer_tiles.cache_clear()
 
 
@@ -189,20 +212,22 @@ from jax.sharding import Mesh, PartitionSpec as P
 from moejax.aot import compile as aot, topology
 from moejax.ops.grouped_gated import grouped_gated
 from moejax.ops.grouped_matmul import grouped_matmul
+from moejax.ops.grouped_outer import grouped_outer
 
 mesh = Mesh(topology.devices(sys.argv[1])[:1], ("one",))
 for dtype, (m, k, n, e) in [("bfloat16", (4096, 2048, 1408, 8)), ("float32", (300, 136, 200, 64))]:
-    def step(x, gate, up, down, sizes, groups):
+    def step(x, gate, up, down, sizes, groups, d_y, total):
         def loss(x, gate, up, down):
             how = {"implementation": "tpu", "groups": groups}
             y = grouped_gated(x, gate, up, sizes, jax.nn.silu, **how)
             y = grouped_matmul(y, down, sizes, **how)
             return jnp.sum(y.astype(jnp.float32) ** 2)
-        return jax.grad(loss, (0, 1, 2, 3))(x, gate, up, down)
+        total = grouped_outer(x, d_y, sizes, total, implementation="tpu")
+        return jax.grad(loss, (0, 1, 2, 3))(x, gate, up, down), total
 
     args = [aot.abstract(s, d, mesh, P()) for s, d in
             [((m, k), dtype), ((e, k, n), dtype), ((e, k, n), dtype), ((e, n, k), dtype),
-             ((e,), jnp.int32), ((e,), jnp.bool_)]]
+             ((e,), jnp.int32), ((e,), jnp.bool_), ((m, n), dtype), ((e, k, n), jnp.float32)]]
     text = aot.compile_for(step, *args).as_text()
     names = ("grouped_gated", "grouped_gated_dx", "grouped_matmul_dx", "grouped_matmul_dw")
     print(dtype, [name for name in names if name in text])
