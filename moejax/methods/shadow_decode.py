@@ -27,6 +27,8 @@ from moejax.models.config import ModelConfig
 from moejax.models.sparse import by_rows
 from moejax.models.transformer import split_layers
 
+# Leaves of which the kept heads alone are read.
+_OF_HEADS = tuple(f"attn/rows_{name}" for name in ("q", "o", "k_up", "v_up"))
 # Unions are rounded up to so many equal parts of a layer, so that few programs are compiled.
 UNION_STEPS = 4
 
@@ -45,10 +47,7 @@ class Plan:
 
 
 def lay_out(params: tree.Tree, config: ModelConfig, sizes: Sizes) -> tree.Tree:
-    """The tree as decoding with skipped parts reads it, layer by layer.
-
-    InputError for attention whose heads cannot be skipped (MLA).
-    """
+    """The tree as decoding with skipped parts reads it, layer by layer."""
     if not any(isinstance(run, tuple) for run in params["layers"].values()):
         params = split_layers(params)
     relaid = jax.jit(functools.partial(by_rows, num_units=sizes.heads, block=sizes.block))
@@ -170,8 +169,6 @@ def _union(has_BLU: np.ndarray, any_LU: Any, length: int) -> tuple[jax.Array, ja
 
 def check_plan(config: ModelConfig, sizes: Sizes) -> None:
     """InputError for a model whose decoding cannot skip anything of these sizes."""
-    if config.mla is not None:
-        raise InputError("heads of latent attention (MLA) are not skipped in decoding")
     if sizes.first >= config.num_layers:
         raise InputError(f"no layer is left to prune of {config.num_layers}")
 
@@ -195,7 +192,7 @@ def num_read_bytes(params: tree.Tree, config: ModelConfig, plan: Plan | None, si
             blocks = plan.kept.blocks.shape[-1] / sizes.blocks if plan and skips else 1.0
             for path, w in tree.flatten(layer).items():
                 share = 1.0
-                if path in ("attn/rows_q", "attn/rows_o"):
+                if path in _OF_HEADS:
                     share = heads
                 elif "rows_" in path and not path.startswith("attn/"):
                     share = blocks

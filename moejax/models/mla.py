@@ -138,7 +138,7 @@ def mla(
     if spec.scale is None:
         spec = dataclasses.replace(spec, scale=config.head_size**-0.5)
     q_BTHC = _queries(config, params, x_BTD, inputs)
-    latent_B1SK = _latent(config, params, x_BTD, inputs)[:, None]
+    latent_B1SK = latent(config, params, x_BTD, inputs)[:, None]
     latent_B1SK, _, state = extend(latent_B1SK, latent_B1SK[..., :0])
     sizes = q_BTHC.shape[1], latent_B1SK.shape[2]
     cached = inputs.visible.slot is not None
@@ -158,28 +158,30 @@ def _queries(config: MLAConfig, params, x_BTD, inputs: AttentionInputs) -> jax.A
     if config.q_rank is None:
         q_BTHC = jnp.einsum("btd,dhc->bthc", x_BTD, params["w_q"])
     else:
-        down = _affine(params, "q_down", x_BTD)
+        down = affine(params, "q_down", x_BTD)
         down = rms_norm(down, params["q_norm"]["scale"], config.norm_eps)
         q_BTHC = jnp.einsum("btq,qhc->bthc", down, params["w_q_up"])
     still, turning = jnp.split(q_BTHC, [config.nope_size], axis=-1)
-    return jnp.concatenate([still, _turned(config, turning, inputs)], axis=-1)
+    return jnp.concatenate([still, turned(config, turning, inputs)], axis=-1)
 
 
-def _latent(config: MLAConfig, params, x_BTD, inputs: AttentionInputs) -> jax.Array:
-    """[B, T, R + P]: what is kept of each token."""
-    down = _affine(params, "kv_down", x_BTD)
+def latent(config: MLAConfig, params, x_BTD, inputs: AttentionInputs) -> jax.Array:
+    """[B, T, R + P]: what the cache keeps of each token."""
+    down = affine(params, "kv_down", x_BTD)
     c_BTR, k_BTP = jnp.split(down, [config.kv_rank], axis=-1)
     c_BTR = rms_norm(c_BTR, params["kv_norm"]["scale"], config.norm_eps)
-    k_BTP = _turned(config, k_BTP[:, :, None], inputs)[:, :, 0]
+    k_BTP = turned(config, k_BTP[:, :, None], inputs)[:, :, 0]
     return jnp.concatenate([c_BTR, k_BTP], axis=-1)
 
 
-def _affine(params, name: str, x: jax.Array) -> jax.Array:
+def affine(params, name: str, x: jax.Array) -> jax.Array:
+    """x w_NAME + b_NAME, if there is a bias."""
     y = x @ params[f"w_{name}"]
     return y + params[f"b_{name}"] if f"b_{name}" in params else y
 
 
-def _turned(config: MLAConfig, x_BTHP: jax.Array, inputs: AttentionInputs) -> jax.Array:
+def turned(config: MLAConfig, x_BTHP: jax.Array, inputs: AttentionInputs) -> jax.Array:
+    """Rope, of queries and keys alike."""
     # Pairs are put apart and stay so: queries and keys are permuted alike, their products are not.
     if config.interleaved:
         pairs = x_BTHP.reshape(*x_BTHP.shape[:-1], -1, 2)

@@ -3,7 +3,7 @@
 A unit of heads is one query head, or all that share a group of keys and values; R are its channels.
 `by_rows` makes such a layer out of a plain one: attn has rows_q and rows_o [U, R, D] and rows_k and
 rows_v [G, C, D] in place of w_*, mlp has rows_gate, rows_up and rows_down [M, P, D], moe has the
-experts of `moejax.moe.sparse`. Where attn, mlp or moe also has
+experts of `moejax.moe.sparse`; latent attention is in `moejax.models.sparse_mla`. Where attn, mlp or moe also has
 
     kept    int32 [K], which units or blocks of neurons are computed; and maybe
     weight  [B, K], factors per row, 0 for what only another row of the batch keeps
@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from moejax.core import tree
-from moejax.core.errors import InputError
 from moejax.models.attend import attend
 from moejax.models.mha import AttentionInputs, Extend, OnHeads, finished
+from moejax.models.sparse_mla import mla_by_rows
 from moejax.moe.sparse import rows_of_experts
 from moejax.ops.attention import Window
 from moejax.ops.gated_ffn import Activation
@@ -35,14 +35,14 @@ from moejax.ops.sparse_matmul import sparse_matmul
 def by_rows(layer: tree.Tree, num_units: int, block: int) -> tree.Tree:
     """A layer's weights by rows. num_units: U, the heads or the groups. block: P."""
     attn, made = dict(layer["attn"]), dict(layer)
-    if "w_q" not in attn:
-        raise InputError("heads of latent attention (MLA) are not skipped in decoding")
-    w_q, d_model = attn.pop("w_q"), attn["w_o"].shape[-1]
-    rows = (num_units, -1, d_model)
-    attn["rows_q"] = jnp.transpose(w_q, (1, 2, 0)).reshape(rows)
-    attn |= {f"rows_{name}": jnp.transpose(attn.pop(f"w_{name}"), (1, 2, 0)) for name in "kv"}
-    attn["rows_o"] = attn.pop("w_o").reshape(rows)
-    made["attn"] = attn
+    if "w_kv_up" in attn:
+        made["attn"] = mla_by_rows(attn)
+    else:
+        rows = (num_units, -1, attn["w_o"].shape[-1])
+        attn["rows_q"] = jnp.transpose(attn.pop("w_q"), (1, 2, 0)).reshape(rows)
+        attn |= {f"rows_{name}": jnp.transpose(attn.pop(f"w_{name}"), (1, 2, 0)) for name in "kv"}
+        attn["rows_o"] = attn.pop("w_o").reshape(rows)
+        made["attn"] = attn
     if "mlp" in layer:
         made["mlp"] = _rows_of_neurons(layer["mlp"], block)
     else:

@@ -27,6 +27,7 @@ from moejax.models.mla import mla
 from moejax.models.options import BLOCK_INPUT, REMAT_POLICIES, ForwardOptions
 from moejax.models.params import abstract_params, init_leaf, init_params
 from moejax.models.sparse import sparse_mha
+from moejax.models.sparse_mla import sparse_mla
 from moejax.moe.changed import changed_moe
 from moejax.moe.expert_parallel import split_rows, whole_columns
 from moejax.moe.layer import MoEStats, moe_layer
@@ -286,7 +287,8 @@ def _block(layer, x_BTD, rng, extend, context: _Context, window: Window):
     def attend(x):
         x = changed(at("attn_in"), x)
         if config.mla is not None:
-            return mla(config.mla, cast["attn"], x, context.inputs, extend, window, on_heads)
+            latent = sparse_mla if "rows_q" in cast["attn"] else mla
+            return latent(config.mla, cast["attn"], x, context.inputs, extend, window, on_heads)
         heads = sparse_mha if "rows_q" in cast["attn"] else mha
         return heads(cast["attn"], x, context.inputs, extend, window, on_heads)
 

@@ -59,6 +59,7 @@ def ln_p(answer):
         ("gqa_heads", 3),
         pytest.param("experts", 0, marks=pytest.mark.slow),
         pytest.param("opt", 0, marks=pytest.mark.slow),
+        pytest.param("latent_low_rank", 3, marks=pytest.mark.slow),
         pytest.param("gqa_groups", 4, marks=pytest.mark.slow),
     ],
 )

@@ -16,6 +16,7 @@ from moejax.models import transformer
 from moejax.models.cache import init_cache
 from moejax.models.config import AttentionConfig, ModelConfig
 from moejax.models.inserted import Inserted
+from moejax.models.mla import MLAConfig
 from moejax.moe.config import MoEConfig
 from moejax.serve import sparse
 
@@ -25,7 +26,18 @@ OPT = dataclasses.replace(
 )
 NORMED = dataclasses.replace(LLAMA, attention=AttentionConfig(qk_norm="all"))
 MOE = dataclasses.replace(LLAMA, moe=MoEConfig(4, 2))
+LATENT = dataclasses.replace(
+    LLAMA,
+    num_kv_heads=4,
+    head_size=10,
+    mla=MLAConfig(kv_rank=12, q_rank=None, nope_size=6, rope_size=4, v_size=8),
+)
 CASES = {
+    "latent": (LATENT, "query"),
+    "latent_low_rank": (
+        dataclasses.replace(LATENT, mla=dataclasses.replace(LATENT.mla, q_rank=14)),
+        "query",
+    ),
     "opt": (OPT, "query"),
     "gqa_groups": (LLAMA, "group"),
     "gqa_heads": (LLAMA, "query"),
@@ -98,6 +110,8 @@ def close(got, wanted):
         ("opt", 0),
         ("gqa_groups", 3),
         ("experts", 0),
+        ("latent", 3),
+        pytest.param("latent_low_rank", 0, marks=pytest.mark.slow),
         pytest.param("gqa_groups", 0, marks=pytest.mark.slow),
         pytest.param("gqa_heads", 3, marks=pytest.mark.slow),
         pytest.param("norm_of_all_heads", 0, marks=pytest.mark.slow),
