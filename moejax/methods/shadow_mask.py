@@ -18,7 +18,7 @@ import numpy as np
 from moejax.core.errors import InputError
 from moejax.models.config import ModelConfig
 from moejax.models.inserted import Inserted
-from moejax.models.masked import masking, one_neuron_shape
+from moejax.models.masked import check_alike, masking, one_neuron_shape
 
 BUDGETS = ("local", "global", "hybrid")
 HEAD_UNITS = ("query", "group")
@@ -53,6 +53,7 @@ def sizes_of(config: ModelConfig, block: int, unit: str = "query", first: int = 
         raise InputError(f"blocks of {block} neurons do not divide a layer's {shape[-1]}")
     if not 0 <= first < config.num_layers:
         raise InputError(f"{first} layers never pruned, of {config.num_layers}: leave at least one")
+    check_alike(config, first)
     heads = config.num_heads if unit == "query" else config.num_kv_heads
     return Sizes(config.num_layers, heads, math.prod(shape) // block, block, unit, first)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.methods import shadow_scores as criteria_of
 from moejax.models.config import ModelConfig
-from moejax.models.masked import one_neuron_shape, probing, seen_of
+from moejax.models.masked import is_masked, one_neuron_shape, probing, seen_of
 from moejax.models.transformer import ForwardOptions, forward, unembed
 
 FFN = ("layers/*/mlp/w_*", "layers/*/moe/experts/w_*")
@@ -214,6 +215,10 @@ class _OfText:
             return {}
         found: dict[str, list[jax.Array]] = {"plainact": [], "grad_norm": []}
         for run in config.runs:
+            if not is_masked(config, run):
+                zeros = jnp.zeros((run.num_layers, math.prod(one_neuron_shape(config))))
+                found = {name: [*parts, zeros] for name, parts in found.items()}
+                continue
             below = ("mlp",) if run.kind == "dense" else ("moe", "experts")
             w, g = (_at(part["layers"][run.name], below) for part in (weights, grads))
             plainact = criteria_of.plainact_weights

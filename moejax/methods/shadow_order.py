@@ -8,7 +8,7 @@ import numpy as np
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.models.config import ModelConfig
-from moejax.models.masked import by_run, neuron_shape
+from moejax.models.masked import by_run, is_masked, one_neuron_shape
 
 # Leaves of a feed-forward layer, and which of their dims counts neurons.
 _DIM = {"w_gate": -1, "w_up": -1, "b_gate": -1, "b_up": -1, "w_down": -2}
@@ -26,11 +26,13 @@ def reordered(params: tree.Tree, config: ModelConfig, order_LF: np.ndarray) -> t
     flat = tree.flatten(params)
     for run in config.runs:
         part = by_run(config, order_LF)[run.name]
-        if part.shape[1:] != neuron_shape(config, run):
+        if part.shape[1:] != one_neuron_shape(config):
             raise InputError(
                 f"the order of neurons is {list(part.shape[1:])} per layer, the model's "
-                f"{list(neuron_shape(config, run))}"
+                f"{list(one_neuron_shape(config))}"
             )
+        if not is_masked(config, run):
+            continue
         below = "mlp" if run.kind == "dense" else "moe/experts"
         for name, dim in _DIM.items():
             path = f"layers/{run.name}/{below}/{name}"

@@ -66,9 +66,13 @@ def thresholds(values: dict[str, np.ndarray], sparsity: float) -> dict[str, np.n
     """
     if not 0 <= sparsity < 1:
         raise InputError(f"sparsity {sparsity:g} lies outside [0, 1)")
+
+    def of_layer(values: np.ndarray) -> float:
+        there = values[np.isfinite(values)]
+        return float(np.quantile(there, sparsity)) if there.size else 0.0
+
     return {
-        place: np.nanquantile(v.reshape(len(v), -1), sparsity, axis=1).astype(np.float32)
-        for place, v in values.items()
+        place: np.array([of_layer(layer) for layer in v], np.float32) for place, v in values.items()
     }
 
 

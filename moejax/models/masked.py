@@ -22,14 +22,31 @@ def neuron_shape(config: ModelConfig, run: LayerRun) -> tuple[int, ...]:
 
 
 def one_neuron_shape(config: ModelConfig) -> tuple[int, ...]:
-    """`neuron_shape` of a model whose layers are all alike; InputError if they are not."""
-    shapes = {neuron_shape(config, run) for run in config.runs}
-    if len(shapes) > 1:
-        raise InputError(
-            f"layers with neurons of {len(shapes)} shapes ({sorted(shapes)}): a mask needs layers "
-            "that are all dense or all of experts"
-        )
-    return shapes.pop()
+    """`neuron_shape` of the layers that masks and scores are of: the last ones'.
+
+    First layers of another shape, as the dense one before DeepSeek-V2's experts, are never masked
+    and their neurons' scores are zeros (`check_alike`).
+    """
+    return neuron_shape(config, config.runs[-1])
+
+
+def check_alike(config: ModelConfig, first: int) -> None:
+    """InputError unless all layers from `first` on have neurons of one shape."""
+    end = 0
+    for run in config.runs:
+        end += run.num_layers
+        shape, last = neuron_shape(config, run), one_neuron_shape(config)
+        if shape != last and end > first:
+            raise InputError(
+                f"layer {end - 1} has neurons of shape {list(shape)}, the last one {list(last)}: a "
+                "mask needs layers that are all dense or all of experts, but for the first ones, "
+                f"which are never pruned (mask.first, now {first})"
+            )
+
+
+def is_masked(config: ModelConfig, run: LayerRun) -> bool:
+    """Whether a run's neurons have the shape that masks are of."""
+    return neuron_shape(config, run) == one_neuron_shape(config)
 
 
 def by_run(config: ModelConfig, part_L: Any) -> dict[str, Any]:
@@ -40,6 +57,15 @@ def by_run(config: ModelConfig, part_L: Any) -> dict[str, Any]:
         found[run.name] = jax.tree.map(lambda x, a=first, b=last: x[a:b], part_L)
         first = last
     return found
+
+
+def _of_places(config: ModelConfig, heads_L: Any, neurons_L: Any) -> dict[str, Any]:
+    """`Inserted.layers` of both places; without neurons where a run has others."""
+    layers = by_run(config, {"heads": heads_L, "neurons": neurons_L})
+    for run in config.runs:
+        if not is_masked(config, run):
+            del layers[run.name]["neurons"]
+    return layers
 
 
 def masking(
@@ -54,7 +80,7 @@ def masking(
     All ones is the dense model bit for bit; of experts, whose hidden layers are computed another
     way with a function inside, up to rounding: `mask_experts` is exact there.
     """
-    layers = by_run(config, {"heads": heads_LBH, "neurons": neurons})
+    layers = _of_places(config, heads_LBH, neurons)
 
     def factor(mask, x):
         after = (1,) * (x.ndim - mask.ndim - 1)
@@ -64,11 +90,10 @@ def masking(
             mask = jnp.where(later_BT.reshape(*later_BT.shape, *(1,) * (x.ndim - 2)), mask, 1)
         return mask.astype(x.dtype)
 
-    return Inserted(
-        heads=lambda part, x: (x * factor(part["heads"], x), None),
-        neurons=lambda part, x: (x * factor(part["neurons"], x), None),
-        layers=layers,
-    )
+    def change(place: str):
+        return lambda part, x: (x * factor(part[place], x) if place in part else x, None)
+
+    return Inserted(heads=change("heads"), neurons=change("neurons"), layers=layers)
 
 
 def mask_experts(params: tree.Tree, config: ModelConfig, neurons_LEF: jax.Array) -> tree.Tree:
@@ -79,7 +104,8 @@ def mask_experts(params: tree.Tree, config: ModelConfig, neurons_LEF: jax.Array)
     flat = tree.flatten(params)
     for name, part_LEF in by_run(config, neurons_LEF).items():
         path = f"layers/{name}/moe/experts/w_down"
-        flat[path] = flat[path] * part_LEF[..., None].astype(flat[path].dtype)
+        if path in flat:
+            flat[path] = flat[path] * part_LEF[..., None].astype(flat[path].dtype)
     return tree.unflatten(flat)
 
 
@@ -89,15 +115,22 @@ def probing(config: ModelConfig, heads_LBTHC: jax.Array, neurons: jax.Array) -> 
     With probes of zeros nothing changes and dL/dprobe is dL/dx, so that one backward pass gives
     gradients and `Output.seen` the values. neurons: [L, B, T, F] or [L, B, T, E, F].
     """
-    layers = by_run(config, {"heads": heads_LBTHC, "neurons": neurons})
+    layers = _of_places(config, heads_LBTHC, neurons)
 
-    def change(place):
-        return lambda part, x: (x + part[place].astype(x.dtype), x)
+    def change(place: str):
+        return lambda part, x: (x + part[place].astype(x.dtype) if place in part else x, x)
 
     return Inserted(heads=change("heads"), neurons=change("neurons"), layers=layers)
 
 
 def seen_of(config: ModelConfig, seen: dict[str, Any]) -> dict[str, jax.Array]:
-    """`Output.seen` of runs joined: "heads" and "neurons", [L, ...]."""
-    runs = [seen[run.name] for run in config.runs]
-    return {place: jnp.concatenate([run[place] for run in runs]) for place in runs[0]}
+    """`Output.seen` of runs joined, [L, ...]; zeros for neurons of runs that are never masked."""
+
+    def part(run: LayerRun, place: str) -> jax.Array:
+        x = seen[run.name][place]
+        if place not in ("gate", "neurons") or is_masked(config, run):
+            return x
+        return jnp.zeros((run.num_layers, *places[place].shape[1:]), x.dtype)
+
+    places = seen[config.runs[-1].name]
+    return {place: jnp.concatenate([part(run, place) for run in config.runs]) for place in places}

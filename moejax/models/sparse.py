@@ -3,7 +3,8 @@
 A unit of heads is one query head, or all that share a group of keys and values; R are its channels.
 `by_rows` makes such a layer out of a plain one: attn has rows_q and rows_o [U, R, D] and rows_k and
 rows_v [G, C, D] in place of w_*, mlp has rows_gate, rows_up and rows_down [M, P, D], moe has the
-experts of `moejax.moe.sparse`; latent attention is in `moejax.models.sparse_mla`. Where attn, mlp or moe also has
+experts of `moejax.moe.sparse`; latent attention is in `moejax.models.sparse_mla`. Where attn, mlp
+or moe also has
 
     kept    int32 [K], which units or blocks of neurons are computed; and maybe
     weight  [B, K], factors per row, 0 for what only another row of the batch keeps

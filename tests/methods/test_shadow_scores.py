@@ -20,11 +20,12 @@ def same(got, want):
 
 
 @pytest.mark.slow
-def test_gates_derivative_is_snip():
-    """|dLoss/dm| by differences, of a head, a neuron and an expert's neuron."""
+@pytest.mark.parametrize("num_dense", [0, 1])
+def test_gates_derivative_is_snip(num_dense):
+    """|dLoss/dm| by differences, of heads and experts' neurons; none of a dense layer's before."""
     from moejax.models.masked import masking
 
-    config = dataclasses.replace(LLAMA, moe=MoEConfig(3, 2))
+    config = dataclasses.replace(LLAMA, moe=MoEConfig(3, 2), num_dense_layers=num_dense)
     params = transformer.init_params(config, jax.random.key(0))
     found = measure(params, config, TEXT, Asked(("snip",)), len(TOKENS))
     assert found["neurons"]["snip"].shape == (L, 3 * F)
@@ -40,6 +41,7 @@ def test_gates_derivative_is_snip():
     heads, neurons = jax.jit(jax.grad(loss, (0, 1)))(*ones)
     same(found["heads"]["snip"], np.abs(heads[:, 0]))
     same(found["neurons"]["snip"], np.abs(neurons[:, 0]).reshape(L, -1))
+    assert not found["neurons"]["snip"][:num_dense].any()
 
 
 def test_bad_input():

@@ -60,6 +60,7 @@ def ln_p(answer):
         pytest.param("experts", 0, marks=pytest.mark.slow),
         pytest.param("opt", 0, marks=pytest.mark.slow),
         pytest.param("latent_low_rank", 3, marks=pytest.mark.slow),
+        pytest.param("deepseek", 3, marks=pytest.mark.slow),
         pytest.param("gqa_groups", 4, marks=pytest.mark.slow),
     ],
 )
@@ -76,7 +77,7 @@ def test_rows_together_are_the_rows_alone_and_the_dense_model(case, refresh):
     dense = Engine(params, model.config, SETTINGS).run([requests[1]])[0][0]
     assert answers[1].ids == dense.ids != answers[2].ids
     np.testing.assert_allclose(ln_p(answers[1]), ln_p(dense), atol=2e-5)
-    if case != "experts":  # the same bits, whoever shares its steps
+    if case not in ("experts", "deepseek"):  # the same bits, whoever shares its steps
         assert engine.run([requests[1]])[0][0].logprobs == answers[1].logprobs
 
 

@@ -32,7 +32,11 @@ LATENT = dataclasses.replace(
     head_size=10,
     mla=MLAConfig(kv_rank=12, q_rank=None, nope_size=6, rope_size=4, v_size=8),
 )
+DEEPSEEK = dataclasses.replace(
+    LATENT, moe=MoEConfig(4, 2, shared_ffn=16, expert_ffn=24), num_dense_layers=1
+)
 CASES = {
+    "deepseek": (DEEPSEEK, "query"),
     "latent": (LATENT, "query"),
     "latent_low_rank": (
         dataclasses.replace(LATENT, mla=dataclasses.replace(LATENT.mla, q_rank=14)),
@@ -110,7 +114,8 @@ def close(got, wanted):
         ("opt", 0),
         ("gqa_groups", 3),
         ("experts", 0),
-        ("latent", 3),
+        ("deepseek", 3),
+        pytest.param("latent", 3, marks=pytest.mark.slow),
         pytest.param("latent_low_rank", 0, marks=pytest.mark.slow),
         pytest.param("gqa_groups", 0, marks=pytest.mark.slow),
         pytest.param("gqa_heads", 3, marks=pytest.mark.slow),
