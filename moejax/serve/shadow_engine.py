@@ -2,9 +2,9 @@
 
 A row's prompt and its first step, which reads the prompt's last token, are dense; what layer 0
 mixed there decides what the next steps compute (and anew every `refresh_every` tokens). All rows of
-a step share lists of units, the union of what they keep, and each has factors that leave out
-what it does not keep itself. A dense row, or one before its first step, keeps everything: while it
-is in the batch every unit is read.
+a step share lists of units, the union of what they keep, and each has factors that leave out what
+it does not keep itself. A dense row, or one before its first step, keeps everything: while it is in
+the batch every unit is read.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class ShadowEngine(Engine):
             if not np.isfinite(scores_LU).all():
                 number = seat.row.group.request_id
                 _log.warning("request %d: NaN among its scores, it runs dense", number)
-                seat.sparsity = None
+                seat.sparsity, seat.audited = None, False
                 self._keep(slot, None)
                 return
             best = np.argsort(-scores_LU[first:], axis=-1, kind="stable")

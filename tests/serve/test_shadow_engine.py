@@ -1,6 +1,5 @@
 """Sparse rows behind the server's engine: each answers as it would alone, dense ones as densely."""
 
-import dataclasses
 
 import numpy as np
 import pytest
@@ -23,9 +22,10 @@ SETTINGS = EngineConfig(
 NEW = 9
 
 
-def engine_of(case, refresh_every=0, audit=None, num_slots=3):
+def engine_of(case, refresh_every=0, **audit):
+    """Everything is audited in every test, so that all share their compiled programs."""
     model = model_of(case, refresh_every)[1]
-    return ShadowEngine(model, dataclasses.replace(SETTINGS, num_slots=num_slots), None, audit)
+    return ShadowEngine(model, SETTINGS, None, Audit(AuditConfig(share=1.0, **audit)))
 
 
 def asked(prompt, sparsity=None, **more):
@@ -40,10 +40,8 @@ def alone(case, prompt, refresh_every=0):
     return answer.ids, log_probs[np.arange(NEW), answer.ids]
 
 
-def drift_of(model, request, share):
+def drift_of(model, request):
     """The audit's number from whole logits."""
-    policy = dataclasses.replace(model.policy, sparsity=(share, share))
-    model = dataclasses.replace(model, policy=policy)
     (answer,) = sparse.generate(model, [list(request.prompt)], NEW, with_logits=True)
     dense_TV = sparse.dense_logits(model, request.prompt, answer.ids)
     return compare(dense_TV[1:], answer.logits_TV[1:]).drift
@@ -82,14 +80,13 @@ def test_rows_together_are_the_rows_alone_and_the_dense_model(case, refresh):
 
 
 def test_an_audit_past_the_limit_turns_later_answers_dense(caplog):
-    audit = Audit(AuditConfig(share=1.0, drift_limit=1e-9, least=2))
-    engine = engine_of("gqa_heads", 3, audit)
-    requests = [asked(PROMPTS[0], 0.25), asked(PROMPTS[1])]
+    engine = engine_of("gqa_heads", 3, drift_limit=1e-9, least=2)
+    requests = [asked(PROMPTS[0], 0.5), asked(PROMPTS[1])]
     first = engine.run(requests)
     params, model = model_of("gqa_heads", 3)
     report = engine.report()["shadow"]
     assert report["audited"] == report["requests"] == 2 and report["fell_back_at"] == 2
-    wanted = [drift_of(model, requests[at], 0.25 if at == 0 else 0.5) for at in (0, 1)]
+    wanted = [drift_of(model, request) for request in requests]
     np.testing.assert_allclose(report["drift"], np.mean(wanted), rtol=1e-4)
     assert "dense since request 2" in caplog.text
     dense = Engine(params, model.config, SETTINGS).run([asked(PROMPTS[1])])[0][0]
@@ -99,8 +96,7 @@ def test_an_audit_past_the_limit_turns_later_answers_dense(caplog):
 
 def test_a_sparsity_of_almost_nothing_drifts_by_almost_nothing():
     """The audit's dense pass reads the very tokens: where no mask differs, nor do the logits."""
-    audit = Audit(AuditConfig(share=1.0))
-    engine = engine_of("gqa_heads", 3, audit)
+    engine = engine_of("gqa_heads", 3)
     engine.run([asked(PROMPTS[0], 1e-9), asked(PROMPTS[1], 1e-9)])
     report = engine.report()["shadow"]
     assert report["audited"] == 2 and report["agreement"] == 1 and report["drift"] < 1e-9
