@@ -15,7 +15,6 @@ plots/ are made from them, by --stage=report from what there is so far. Started 
 from __future__ import annotations
 
 import functools
-import gc
 import shutil
 import time
 from pathlib import Path
@@ -35,6 +34,7 @@ from launch.graft_study_report import write_report
 from launch.graft_train import fit_method
 from moejax.core import tree
 from moejax.core.errors import InputError
+from moejax.core.memory import give_back
 from moejax.io import atomic
 from moejax.io.load import load_any
 from moejax.io.states import States
@@ -174,7 +174,7 @@ def measure(lab: Lab, arm: str, seed: int, say) -> None:
         f"{arm:12} seed {seed}: {bits:.4f} bits per byte, first words {right:.1%}, "
         f"{found['trained_params']:,} trained, {time.monotonic() - began:.0f} s"
     )
-    gc.collect()
+    give_back()
 
 
 if __name__ == "__main__":

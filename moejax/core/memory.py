@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def keep_freed() -> None:
     step of SmolLM2-135M on two cores of a virtual machine took 315,000 page faults and 12% more
     processor time so. The process stays as large as it ever was, up to twice what it needs, so this
     is for machines with few cores (one heap for all threads) and memory to spare; elsewhere, and
-    without glibc, nothing happens. Call it before threads begin.
+    without glibc, nothing happens. Call it before threads begin, and `give_back` between large
+    pieces of work of different shapes: holes that fit nothing add up.
     """
     change = getattr(ctypes.CDLL(None), "mallopt", None)
     if change is None or (os.cpu_count() or 1) > _MAX_CORES or available_bytes() < _MIN_BYTES:
@@ -54,3 +56,11 @@ def keep_freed() -> None:
     change(_ARENA_MAX, 1)
     change(_MMAP_MAX, 0)
     change(_TRIM_THRESHOLD, -1)
+
+
+def give_back() -> None:
+    """Gives the system what this process has freed and kept; a no-op without glibc."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -22,6 +22,7 @@ import numpy as np
 
 from moejax.core import tree
 from moejax.core.errors import InputError
+from moejax.core.memory import give_back
 from moejax.io import processes
 from moejax.io.atomic import read_json, write_json
 from moejax.io.checkpoint import Checkpoints
@@ -101,10 +102,10 @@ def fit(
                     state = run.train(state, frozen, feed, log)
                 finally:
                     run.settle()
-    best = run.best()
-    return FitResult(
-        state.params, run.step, best.get("step"), best.get("value"), read_metrics(workdir)
-    )
+    best, params, step = run.best(), state.params, run.step
+    del state, run  # with what they hold: the optimizer's state
+    give_back()
+    return FitResult(params, step, best.get("step"), best.get("value"), read_metrics(workdir))
 
 
 def load_best(workdir: str | os.PathLike[str], like: tree.Tree) -> tree.Tree:

@@ -29,6 +29,7 @@ def test_freed_memory_is_kept_where_it_is_plenty_and_cores_are_few(
 def test_without_glibc_nothing_happens(monkeypatch):
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
     memory.keep_freed()
+    memory.give_back()
 
 
 def test_too_little_memory_is_said_with_both_numbers():
