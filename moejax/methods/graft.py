@@ -27,12 +27,7 @@ import jax.numpy as jnp
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.models.config import ModelConfig
-from moejax.ops.cross_attention import (
-    NUM_BUCKETS,
-    attention_weights,
-    cross_attention,
-    recency,
-)
+from moejax.ops.cross_attention import NUM_BUCKETS, attention_weights, cross_attention, recency
 from moejax.ops.norm import layer_norm
 
 PLACEMENTS = ("before", "inside", "paper")
@@ -189,10 +184,7 @@ def bridge_shapes(graft: GraftConfig, target: ModelConfig) -> dict[str, tuple[in
 
 
 def init_bridge(key: jax.Array, graft: GraftConfig, target: ModelConfig) -> tree.Tree:
-    """Normal weights of variance 1 / inputs, ones and zeros for norms and biases; start's zeros.
-
-    The distance bias starts as `moejax.ops.cross_attention.recency`.
-    """
+    """Normal weights of variance 1 / inputs, ones and zeros for norms and biases; start's zeros."""
     params = {}
     for index, (path, shape) in enumerate(sorted(bridge_shapes(graft, target).items())):
         name = path.rsplit("/", 1)[-1]
