@@ -4,7 +4,7 @@ Claim:    a small model with a bridge to a frozen large one reads more than its 
 Command:  python -m launch.graft --stage=train --config=configs/graft.py \\
               --config.source.model=SOURCE --config.target.model=TARGET \\
               --config.data.path=texts.jsonl --workdir=runs/graft
-Expected: depends on the pair; "The bridge's study" in BUILD.md has one seed of a small one.
+Expected: depends on the pair; "The bridge's study" in BUILD.md has a small one.
 """
 
 from ml_collections import ConfigDict

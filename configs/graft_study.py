@@ -1,7 +1,7 @@
 """Claim: a small model with a bridge to a frozen large one closes a part of the gap between them.
 
 Command:  python -m launch.graft_study --config=configs/graft_study.py --workdir=runs/graft_study
-Hardware: 2 CPU cores, 5 GiB, meant to stay under 90 minutes. Resumable by arm and seed.
+Hardware: 2 CPU cores, 8 GiB, about 90 minutes. Resumable by arm and seed.
 Expected: see "The bridge's study" in BUILD.md. `--config=configs/graft_study.py:tiny` goes through
           every stage in two minutes and shows nothing but that they work.
 
