@@ -19,6 +19,7 @@ from rich.table import Table
 
 from launch.bench_row import Row, Wanted
 from moejax.core.errors import InputError
+from moejax.core.memory import give_back
 
 Rows = Callable[[bool, Wanted], Iterator[Row]]
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "numpy", "torch", "transformers")
@@ -43,6 +44,7 @@ def measure(parts: dict[str, Rows], peer: bool, wanted: Wanted) -> Iterator[Row]
                 if wanted(row.figure):
                     say(f"[{time.perf_counter() - started:.0f} s] {row.figure}: {number(row.ours)}")
                     yield row
+                give_back()  # the next row has other shapes
         except InputError as reason:
             if wanted(name):
                 yield Row(figure=name, ours=None, unit="", how=f"not measured: {reason}")

@@ -32,7 +32,7 @@ def run(main: Callable[[Sequence[str]], int | None], streams: bool = False) -> N
     """Runs an absl main so that whatever the user can mend is one line and an exit code.
 
     streams: the command reads and writes piece by piece and computes little, so it gives memory
-    back; others keep it (`moejax.core.memory.keep_freed`).
+    back; others keep it (`moejax.core.memory.keep_freed`), unless MOEJAX_KEEP_FREED is 0.
 
     0 done; 2 bad input, bad flags or no space left; 3 out of memory (`launch.out_of_memory`); 130
     interrupted; 75 a training run that saved its state at SIGTERM. Anything else is a bug of ours
@@ -46,7 +46,7 @@ def run(main: Callable[[Sequence[str]], int | None], streams: bool = False) -> N
             return _fail(f"unexpected argument {args[1]!r}: flags are written --name=value", 2)
         try:
             enable_compile_cache()
-            if not streams:
+            if not streams and os.environ.get(out_of_memory.KEEP_FREED) != "0":
                 keep_freed()
             return main(args) or 0
         except InputError as error:
@@ -61,7 +61,7 @@ def run(main: Callable[[Sequence[str]], int | None], streams: bool = False) -> N
             if isinstance(error, (FileNotFoundError, PermissionError)) and error.filename:
                 return _fail(f"{error.filename}: {error.strerror}", EXIT_BAD_INPUT)
             raise
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, ValueError) as error:
             if not out_of_memory.is_out_of_memory(error):
                 raise
             return out_of_memory.answer(error)

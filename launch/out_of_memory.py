@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from absl import flags
 from moejax.core.memory import GIB, available_bytes
 
 EXIT_OUT_OF_MEMORY = 3
+KEEP_FREED = "MOEJAX_KEEP_FREED"  # in the environment: 0 leaves out `keep_freed`
 _SAID = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|failed to allocate|Unable to allocate")
 # Flag -> what a smaller value of it gives up; the ones that a command has are named, in this order.
 _FLAGS = {
@@ -34,6 +36,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether it is MemoryError, or JAX's for memory that a device or the host could not give."""
     if isinstance(error, MemoryError):
         return True
+    if isinstance(error, ValueError):  # what jax raises for an array made outside jit
+        return str(error).startswith("RESOURCE_EXHAUSTED")
     return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and bool(
         _SAID.search(str(error))
     )
@@ -95,6 +99,7 @@ def _of_flags() -> list[str]:
         ]
     if "dtype" in given and given["dtype"].value in (None, "float32", "keep"):
         lines.append(_DTYPE)
+    if os.environ.get(KEEP_FREED) != "0":
+        lines.append(f"{KEEP_FREED}=0 in the environment: slower, and freed memory goes back")
     lines.append("a machine, or a device, with more memory")
     return ["try, in this order"] + [f"  {n}. {line}" for n, line in enumerate(lines, 1)]
-

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import glob
 import os
+import resource
 from pathlib import Path
 
 from moejax.core.errors import InputError
@@ -13,6 +15,7 @@ GIB = 2**30
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _MAX_CORES, _MIN_BYTES = 16, 12 * GIB
+_ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
 
 
 def available_bytes() -> int:
@@ -45,17 +48,24 @@ def keep_freed() -> None:
     glibc gives every large array back to the system and asks for it again, page by page: a training
     step of SmolLM2-135M on two cores of a virtual machine took 315,000 page faults and 12% more
     processor time so. The process stays as large as it ever was, up to twice what it needs, so this
-    is for machines with few cores (one heap for all threads) and memory to spare; elsewhere, and
-    without glibc, nothing happens. Call it before threads begin, and `give_back` between large
-    pieces of work of different shapes: holes that fit nothing add up.
+    is for machines with few cores (one heap for all threads), no accelerator and memory to spare;
+    elsewhere, and without glibc, nothing happens. What is free now becomes a
+    limit: to ask for more is an error that can be answered, and no reason to be killed. Call it
+    before threads begin, and `give_back` between large pieces of work of different shapes: holes
+    that fit nothing add up.
     """
-    change = getattr(ctypes.CDLL(None), "mallopt", None)
-    if change is None or (os.cpu_count() or 1) > _MAX_CORES or available_bytes() < _MIN_BYTES:
+    change, free = getattr(ctypes.CDLL(None), "mallopt", None), available_bytes()
+    small = (os.cpu_count() or 1) <= _MAX_CORES and not any(map(glob.glob, _ACCELERATORS))
+    if change is None or not small or free < _MIN_BYTES:
         return
     # The heaps that glibc makes for threads take no large arrays: those would be mapped even so.
     change(_ARENA_MAX, 1)
     change(_MMAP_MAX, 0)
     change(_TRIM_THRESHOLD, -1)
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + free
+    if hard == resource.RLIM_INFINITY or most < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 def give_back() -> None:

@@ -10,20 +10,38 @@ from moejax.core import memory
 from moejax.core.errors import InputError
 
 
-@pytest.mark.parametrize(
-    ("cores", "free_gib", "kept"), [(2, 20, True), (64, 20, False), (2, 8, False), (None, 20, True)]
-)
-def test_freed_memory_is_kept_where_it_is_plenty_and_cores_are_few(
-    monkeypatch, cores, free_gib, kept
-):
-    calls = {}
-    library = types.SimpleNamespace(mallopt=calls.__setitem__)
+@pytest.fixture
+def calls(monkeypatch) -> dict:
+    """What is set on a machine of 2 cores without accelerators and with 20 GiB free."""
+    found: dict = {}
+    library = types.SimpleNamespace(mallopt=found.__setitem__)
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: library)
-    monkeypatch.setattr(memory.os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(memory, "available_bytes", lambda: free_gib * memory.GIB)
+    monkeypatch.setattr(memory.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(memory.glob, "glob", lambda pattern: [])
+    monkeypatch.setattr(memory, "available_bytes", lambda: 20 * memory.GIB)
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda what: (-1, -1))
+    monkeypatch.setattr(memory.resource, "setrlimit", found.__setitem__)
+    return found
+
+
+def test_freed_memory_is_kept_and_no_more_taken_than_is_free(calls):
     memory.keep_freed()
     # Of malloc.h: M_ARENA_MAX one, M_MMAP_MAX none, M_TRIM_THRESHOLD the largest there is.
-    assert calls == ({-8: 1, -4: 0, -1: -1} if kept else {})
+    most, hard = calls.pop(memory.resource.RLIMIT_DATA)
+    assert calls == {-8: 1, -4: 0, -1: -1}
+    assert 20 * memory.GIB < most < 30 * memory.GIB and hard == -1
+
+
+@pytest.mark.parametrize("why", ["cores", "accelerator", "memory"])
+def test_freed_memory_goes_back_elsewhere(calls, monkeypatch, why):
+    if why == "cores":
+        monkeypatch.setattr(memory.os, "cpu_count", lambda: 64)
+    elif why == "accelerator":
+        monkeypatch.setattr(memory.glob, "glob", lambda pattern: [pattern])
+    else:
+        monkeypatch.setattr(memory, "available_bytes", lambda: 8 * memory.GIB)
+    memory.keep_freed()
+    assert not calls
 
 
 def test_without_glibc_nothing_happens(monkeypatch):

@@ -53,6 +53,8 @@ def test_which_errors_count():
         jnp.ones((1 << 50,)).block_until_ready()
     assert out_of_memory.is_out_of_memory(caught.value)
     assert out_of_memory.is_out_of_memory(MemoryError("Unable to allocate 3.2 GiB"))
+    assert out_of_memory.is_out_of_memory(ValueError("RESOURCE_EXHAUSTED: Out of memory"))
+    assert not out_of_memory.is_out_of_memory(ValueError("out of memory of last year"))
     assert not out_of_memory.is_out_of_memory(RuntimeError("out of memory of last year"))
     assert not out_of_memory.is_out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: a bug"))
 
