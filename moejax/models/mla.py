@@ -134,9 +134,7 @@ def mla(
 
     Returns ([B, T, D], extend's new state).
     """
-    spec = inputs.spec
-    if spec.scale is None:
-        spec = dataclasses.replace(spec, scale=config.head_size**-0.5)
+    spec = scaled(config, inputs.spec)
     q_BTHC = _queries(config, params, x_BTD, inputs)
     latent_B1SK = latent(config, params, x_BTD, inputs)[:, None]
     latent_B1SK, _, state = extend(latent_B1SK, latent_B1SK[..., :0])
@@ -155,14 +153,25 @@ def mla(
 
 def _queries(config: MLAConfig, params, x_BTD, inputs: AttentionInputs) -> jax.Array:
     """[B, T, H, N + P], the last P channels turned."""
-    if config.q_rank is None:
-        q_BTHC = jnp.einsum("btd,dhc->bthc", x_BTD, params["w_q"])
-    else:
-        down = affine(params, "q_down", x_BTD)
-        down = rms_norm(down, params["q_norm"]["scale"], config.norm_eps)
-        q_BTHC = jnp.einsum("btq,qhc->bthc", down, params["w_q_up"])
+    w = params["w_q" if config.q_rank is None else "w_q_up"]
+    q_BTHC = jnp.einsum("btx,xhc->bthc", query_input(config, params, x_BTD), w)
     still, turning = jnp.split(q_BTHC, [config.nope_size], axis=-1)
     return jnp.concatenate([still, turned(config, turning, inputs)], axis=-1)
+
+
+def query_input(config: MLAConfig, params, x_BTD: jax.Array) -> jax.Array:
+    """[B, T, X]: what the heads' queries are made of, x itself or its narrower form."""
+    if config.q_rank is None:
+        return x_BTD
+    down = affine(params, "q_down", x_BTD)
+    return rms_norm(down, params["q_norm"]["scale"], config.norm_eps)
+
+
+def scaled(config: MLAConfig, spec: AttentionSpec) -> AttentionSpec:
+    """The spec with head_size^-1/2 where it has no scale."""
+    if spec.scale is not None:
+        return spec
+    return dataclasses.replace(spec, scale=config.head_size**-0.5)
 
 
 def latent(config: MLAConfig, params, x_BTD, inputs: AttentionInputs) -> jax.Array:

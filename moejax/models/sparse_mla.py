@@ -11,7 +11,6 @@ queries nor scores nor values nor outputs are computed.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -19,9 +18,8 @@ import jax.numpy as jnp
 
 from moejax.models.attend import attend
 from moejax.models.mha import AttentionInputs, Extend, OnHeads
-from moejax.models.mla import MLAConfig, affine, latent, mla, turned
+from moejax.models.mla import MLAConfig, latent, mla, query_input, scaled, turned
 from moejax.ops.attention_spec import Window
-from moejax.ops.norm import rms_norm
 from moejax.ops.sparse_matmul import sparse_matmul
 
 
@@ -69,20 +67,16 @@ def sparse_mla(
             raise ValueError(f"heads are skipped for one token at a time, not {x_BTD.shape[1]}")
         return mla(config, mla_by_columns(params), x_BTD, inputs, extend, window, on_heads)
     kept = jnp.arange(params["rows_q"].shape[0]) if kept is None else kept
-    spec = inputs.spec
-    if spec.scale is None:
-        spec = dataclasses.replace(spec, scale=config.head_size**-0.5)
     latent_B1SK = latent(config, params, x_BTD, inputs)[:, None]
     latent_B1SK, _, state = extend(latent_B1SK, latent_B1SK[..., :0])
-    source_BTX = x_BTD
-    if "w_q_down" in params:
-        source_BTX = affine(params, "q_down", x_BTD)
-        source_BTX = rms_norm(source_BTX, params["q_norm"]["scale"], config.norm_eps)
-    q_B1KC = sparse_matmul(source_BTX[:, 0], params["rows_q"], kept)[:, None]
+    asking_BX = query_input(config, params, x_BTD)[:, 0]
+    q_B1KC = sparse_matmul(asking_BX, params["rows_q"], kept)[:, None]
     still, turning = jnp.split(q_B1KC, [config.nope_size], axis=-1)
     asked_BKR = _of_each_head("bn,nr->br", still[:, 0], params["rows_k_up"], kept)
     q_B1KZ = jnp.concatenate([asked_BKR[:, None], turned(config, turning, inputs)], axis=-1)
-    mixed_B1KZ = attend(q_B1KZ, latent_B1SK, latent_B1SK, inputs, window, spec)
+    mixed_B1KZ = attend(
+        q_B1KZ, latent_B1SK, latent_B1SK, inputs, window, scaled(config, inputs.spec)
+    )
     mixed_BKR = mixed_B1KZ[:, 0, :, : config.kv_rank]
     mixed_BKV = _of_each_head("br,vr->bv", mixed_BKR, params["rows_v_up"], kept)
     mixed_BKV = mixed_BKV if on_heads is None else on_heads(mixed_BKV[:, None])[:, 0]
