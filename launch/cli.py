@@ -46,8 +46,9 @@ def run(main: Callable[[Sequence[str]], int | None], streams: bool = False) -> N
             return _fail(f"unexpected argument {args[1]!r}: flags are written --name=value", 2)
         try:
             enable_compile_cache()
-            if not streams and os.environ.get(out_of_memory.KEEP_FREED) != "0":
-                keep_freed()
+            wanted = not streams and os.environ.get(out_of_memory.KEEP_FREED) != "0"
+            if wanted and keep_freed():
+                out_of_memory.remember_kept()
             return main(args) or 0
         except InputError as error:
             return _fail(str(error), EXIT_BAD_INPUT)

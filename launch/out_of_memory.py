@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections import Counter
@@ -25,11 +24,20 @@ _FLAGS = {
 }
 _DTYPE = "--dtype=bfloat16: half the bytes of float32 weights, at 8 bits of precision"
 _explainers: list[Callable[[int | None], list[str]]] = []
+_last_remedies: list[str] = []
 
 
 def explain_with(explain: Callable[[int | None], list[str]]) -> None:
     """Registers what a command knows of its memory: from bytes that were asked for to lines."""
     _explainers.append(explain)
+
+
+def remember_kept() -> None:
+    """Says at the end of every answer that this process keeps what it frees."""
+    _last_remedies.append(
+        f"freed memory is kept, up to twice what is needed: with {KEEP_FREED}=0 in the environment "
+        "it goes back, and the run is slower"
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -53,7 +61,8 @@ def answer(error: BaseException) -> int:
             explained += explain(_asked_bytes(str(error)))
         except (ValueError, MemoryError, RuntimeError) as other:
             explained.append(f"(no estimate of this run: {other})")
-    print("\n".join(lines + (explained or _of_flags())), file=sys.stderr, flush=True)
+    lines += (explained or _of_flags()) + _last_remedies
+    print("\n".join(lines), file=sys.stderr, flush=True)
     return EXIT_OUT_OF_MEMORY
 
 
@@ -99,7 +108,5 @@ def _of_flags() -> list[str]:
         ]
     if "dtype" in given and given["dtype"].value in (None, "float32", "keep"):
         lines.append(_DTYPE)
-    if os.environ.get(KEEP_FREED) != "0":
-        lines.append(f"{KEEP_FREED}=0 in the environment: slower, and freed memory goes back")
     lines.append("a machine, or a device, with more memory")
     return ["try, in this order"] + [f"  {n}. {line}" for n, line in enumerate(lines, 1)]

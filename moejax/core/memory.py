@@ -42,8 +42,8 @@ def require_memory(num_bytes: int, remedy: str) -> None:
         )
 
 
-def keep_freed() -> None:
-    """Lets this process keep the memory it frees, for what it allocates next.
+def keep_freed() -> bool:
+    """Lets this process keep the memory it frees, for what it allocates next; says whether.
 
     glibc gives every large array back to the system and asks for it again, page by page: a training
     step of SmolLM2-135M on two cores of a virtual machine took 315,000 page faults and 12% more
@@ -57,7 +57,7 @@ def keep_freed() -> None:
     change, free = getattr(ctypes.CDLL(None), "mallopt", None), available_bytes()
     small = (os.cpu_count() or 1) <= _MAX_CORES and not any(map(glob.glob, _ACCELERATORS))
     if change is None or not small or free < _MIN_BYTES:
-        return
+        return False
     # The heaps that glibc makes for threads take no large arrays: those would be mapped even so.
     change(_ARENA_MAX, 1)
     change(_MMAP_MAX, 0)
@@ -66,6 +66,7 @@ def keep_freed() -> None:
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + free
     if hard == resource.RLIM_INFINITY or most < hard:
         resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+    return True
 
 
 def give_back() -> None:

@@ -44,10 +44,11 @@ def test_freed_memory_goes_back_elsewhere(calls, monkeypatch, why):
     assert not calls
 
 
-def test_without_glibc_nothing_happens(monkeypatch):
+def test_without_glibc_nothing_happens(calls, monkeypatch):
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
-    memory.keep_freed()
+    assert not memory.keep_freed()
     memory.give_back()
+    assert not calls
 
 
 def test_too_little_memory_is_said_with_both_numbers():
