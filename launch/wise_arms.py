@@ -53,13 +53,17 @@ def measure_seed(
     half = list(points.values())[len(points) // 2 :]
     models["LAWA"] = weighted(half, [1 / len(half)] * len(half))
     early = {name: (lambda name=name: models[name]) for name in models}
-    run = Sweep(late, early, lab.draw, s.num_samples, folder / "samples", seed=number, progress=say)
-    chosen = choose(run, lab, config, [f"step {step}" for step in steps[:-1]])
+
+    def sweep_of(num_samples: int) -> Sweep:
+        drawn = folder / "samples"
+        return Sweep(late, early, lab.draw, num_samples, drawn, seed=number, progress=say)
+
+    chosen = choose(sweep_of(s.validation_samples), lab, config, [f"step {n}" for n in steps[:-1]])
     wise = sweep.mixed(models[chosen.early], late, jnp.float32(chosen.delta))
     models["GRPO from late"] = reinforced(lab, config, late, number, folder / "grpo_late")
     models["GRPO from chosen"] = reinforced(lab, config, wise, number, folder / "grpo_chosen")
     early |= {name: (lambda name=name: models[name]) for name in models}
-    run = Sweep(late, early, lab.draw, s.num_samples, folder / "samples", seed=number, progress=say)
+    run = sweep_of(s.num_samples)
     arms = test_arms(config, chosen, [f"step {step}" for step in steps[:-1]])
     problems = [problem for _, problem in lab.test]
     sampled = {name: run.sampled(arm, "test", problems) for name, arm in arms.items()}
@@ -149,13 +153,13 @@ def write_report(
 
 def collapse_of(seed: Seed, k: int) -> dict[str, Any]:
     """Whether there was diversity to lose: Pass@1 and Pass@k along the tuning."""
-    names = [*(f"step {step}" for step in seed.steps[:-1]), "late"]
+    names = ["base", *(f"step {step}" for step in seed.steps[:-1]), "late"]
     pass1 = [_value(seed, name, "pass", 1)["value"] for name in names]
     passk = [_value(seed, name, "pass", k)["value"] for name in names]
     gaps = sweep.differences(seed.sampled["late"], seed.sampled[names[int(np.argmax(passk))]], [k])
     return {
         "seed": seed.number,
-        "steps": seed.steps,
+        "steps": [0, *seed.steps],
         "pass@1": pass1,
         f"pass@{k}": passk,
         f"late minus the highest pass@{k}": gaps[0],
@@ -197,7 +201,7 @@ def plots(seed: Seed, ks: Sequence[int]) -> dict[str, Any]:
     early, k = seed.chosen.early, max(ks)
     line = [row for row in seed.rows
             if row["sampling"] == "T 1" and row["arm"] in _ends(seed, early)]
-    names = [*(f"step {step}" for step in seed.steps[:-1]), "late"]
+    names = ["base", *(f"step {step}" for step in seed.steps[:-1]), "late"]
     points = {
         "along the tuning": [_point(seed, n, n, k) for n in names],
         "interpolated": [_point(seed, n, f"{seed.arms[n].delta:g}", k) for n in seed.arms

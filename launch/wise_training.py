@@ -16,6 +16,8 @@ from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.data import countdown
 from moejax.data.countdown import Countdown
+from moejax.data.examples import Example
+from moejax.data.packing import pack
 from moejax.evals.sweep import Answer, Problem
 from moejax.io import atomic
 from moejax.models import transformer
@@ -30,7 +32,8 @@ from moejax.train.rl import Judged, OnPolicy, RlConfig
 
 CHARACTERS = "\0\n 0123456789=+-*:"  # 0 pads, 1 ends an answer
 EOS = 1
-ROW = 64  # tokens of a training row: one problem and its derivation
+LONGEST = 64  # tokens of a problem and its derivation
+ROW = 256  # tokens of a training row: some six of them
 
 
 def encode(text: str) -> list[int]:
@@ -69,7 +72,7 @@ class Lab:
             m.heads,
             m.heads,
             m.width // m.heads,
-            max_position=2 * ROW,
+            max_position=2 * LONGEST,
             tie_embeddings=True,
         )
         rng, seen = np.random.default_rng(2504), set()
@@ -80,10 +83,13 @@ class Lab:
             if key not in seen:
                 seen.add(key)
                 drawn.append(problem)
-        tune = [(q, min(countdown.derivations(q))) for q in drawn[: p.tune]]
+        tune = [(q, _taught(rng, q)) for q in drawn[: p.tune]]
         longest = max(len(q.prompt) + len(text) for q, text in tune)
-        if longest >= ROW:
-            raise InputError(f"a derivation takes {longest} tokens, a row has {ROW}: fewer numbers")
+        if longest >= LONGEST:
+            raise InputError(
+                f"a problem and its derivation take {longest} tokens, the model reads "
+                f"{LONGEST}: lower problems.numbers"
+            )
         rest = [(q, _problem(i, q)) for i, q in enumerate(drawn[p.tune :])]
         return cls(model, tune, rest[: p.validation], rest[p.validation :], config.sweep.batch_size)
 
@@ -121,7 +127,7 @@ class Lab:
     ) -> list[list[int]]:
         """One answer a prompt, its end token included."""
         settings = GenerateConfig(
-            ROW // 2, sampling, stop_ids=(EOS,), seed=seed, batch_size=self.batch_size
+            LONGEST // 2, sampling, stop_ids=(EOS,), seed=seed, batch_size=self.batch_size
         )
         found = generate(prepare(params), self.model, prompts, settings)
         return [c.ids + [EOS] * c.finished for c in found]
@@ -131,19 +137,28 @@ def _problem(number: int, problem: Countdown) -> Problem:
     return Problem(f"{number}: {problem.prompt}", tuple(encode(problem.prompt)), problem)
 
 
+def _taught(rng: np.random.Generator, problem: Countdown) -> str:
+    """One derivation that solves a problem, drawn as the base model's were."""
+    while (text := _one_way(rng, problem, False)) is None:
+        pass
+    return text
+
+
 def rows_of(pairs: Sequence[tuple[Countdown, str]]) -> dict[str, np.ndarray]:
-    """A batch for `moejax.train.loss`: one problem a row, the loss on its derivation."""
-    shape = (len(pairs), ROW)
-    rows = {name: np.zeros(shape, np.int32) for name in ("tokens", "segment_ids")}
-    rows["loss_mask"] = np.zeros(shape, bool)
-    rows["positions"] = np.broadcast_to(np.arange(ROW, dtype=np.int32), shape)
-    for row, (problem, text) in enumerate(pairs):
-        prompt = encode(problem.prompt)
-        ids = [*prompt, *encode(text), EOS]
-        rows["tokens"][row, : len(ids)] = ids
-        rows["segment_ids"][row, : len(ids)] = 1
-        rows["loss_mask"][row, len(prompt) : len(ids)] = True
-    return rows
+    """A batch for `moejax.train.loss`: problems packed into rows, the loss on derivations."""
+    examples = []
+    for number, (problem, text) in enumerate(pairs):
+        prompt, answer = encode(problem.prompt), [*encode(text), EOS]
+        ids = np.array([*prompt, *answer], np.int32)
+        counted = np.arange(len(ids)) >= len(prompt)
+        examples.append(Example(str(number), (), ids, counted))
+    return pack(examples, ROW).batch()
+
+
+def _of_height(rows: dict[str, np.ndarray], height: int) -> dict[str, np.ndarray]:
+    """The first `height` rows; empty ones where there are fewer, so that all batches are alike."""
+    lacking = max(0, height - len(rows["tokens"]))
+    return {name: np.pad(x[:height], ((0, lacking), (0, 0))) for name, x in rows.items()}
 
 
 def pretrained(lab: Lab, config: ConfigDict, folder: Path) -> tree.Tree:
@@ -153,6 +168,7 @@ def pretrained(lab: Lab, config: ConfigDict, folder: Path) -> tree.Tree:
     the form and the arithmetic, and many ways, and is often wrong.
     """
     p, settings = config.problems, config.pretrain
+    height = -(-settings.batch_size * 36 // ROW)  # a problem of 3 or 4 numbers takes 31 tokens
 
     def batches(step: int) -> Mapping[str, np.ndarray]:
         rng = np.random.default_rng([77, step])
@@ -161,9 +177,10 @@ def pretrained(lab: Lab, config: ConfigDict, folder: Path) -> tree.Tree:
             problem = countdown.draw_problem(rng, int(rng.integers(3, p.numbers + 1)), p.largest)
             noisy = rng.random() < p.noise
             text = _one_way(rng, problem, noisy)
-            if text is not None and len(problem.prompt) + len(text) < ROW:
+            if text is not None and len(problem.prompt) + len(text) < LONGEST:
                 pairs.append((problem, text))
-        return rows_of(pairs)
+        # What does not fit is left out: there is no end of problems.
+        return _of_height(rows_of(pairs), height)
 
     params = transformer.init_params(lab.model, jax.random.key(0))
     optim = OptimConfig("adamw", settings.lr, "cosine", settings.steps // 20, 1.0)
@@ -185,19 +202,21 @@ def tuned(
 ) -> dict[int, tree.Tree]:
     """SFT on one derivation a problem: {step: parameters}, log-spaced, the last one last."""
     settings = config.sft
-    rows = rows_of(lab.tune)
     per_epoch = len(lab.tune) // settings.batch_size
     steps = settings.epochs * per_epoch
     spaced = np.geomspace(max(1, per_epoch // 4), steps, config.trajectory)
     kept = sorted({int(round(s)) for s in spaced})
+    packed = []
+    for epoch in range(settings.epochs):
+        order = np.random.default_rng([seed, 5, epoch]).permutation(len(lab.tune))
+        for part in np.split(order[: per_epoch * settings.batch_size], per_epoch):
+            packed.append(rows_of([lab.tune[number] for number in part]))
+    height = max(len(rows["tokens"]) for rows in packed)
 
     def batches(step: int, params: tree.Tree) -> Mapping[str, np.ndarray]:
         if step in kept:
             save_tree(folder / f"params_{step:06d}.npz", params)
-        epoch, part = divmod(step, per_epoch)
-        order = np.random.default_rng([seed, 5, epoch]).permutation(len(lab.tune))
-        chosen = order[part * settings.batch_size :][: settings.batch_size]
-        return {name: value[chosen] for name, value in rows.items()}
+        return _of_height(packed[step], height)
 
     optim = OptimConfig("adamw", settings.lr, schedule, steps // 50, 1.0)
     train = TrainConfig(steps, optim, seed=seed, log_every=50, save_every=max(1, steps // 4))
@@ -213,7 +232,7 @@ def reinforced(
     """GRPO on the problems of the tuning: right derivations earn 1."""
     rl = config.rl
     grpo = GrpoConfig(kl_weight=rl.kl_weight)
-    settings = RlConfig(rl.prompts, rl.answers, 1, 1, ROW // 2, seed)
+    settings = RlConfig(rl.prompts, rl.answers, 1, 1, LONGEST // 2, seed)
 
     def reward(numbers: Sequence[int], answers: Sequence[Sequence[int]]) -> list[float]:
         pairs = zip(numbers, answers, strict=True)

@@ -19,19 +19,20 @@ def get_config(size: str = "full") -> ConfigDict:
                 "largest": 12,
                 "noise": 0.35,  # share of derivations in pre-training that miss the target
                 "tune": 2000,  # problems of SFT, each with one derivation
-                "validation": 150,
+                "validation": 100,
                 "test": 300,
             },
             "pretrain": {"steps": 2500, "batch_size": 64, "lr": 1e-3},
-            "sft": {"epochs": 24, "batch_size": 50, "lr": 3e-4},
-            "trajectory": 8,  # checkpoints of SFT, log-spaced
+            "sft": {"epochs": 20, "batch_size": 50, "lr": 2e-4},
+            "trajectory": 6,  # checkpoints of SFT, log-spaced
             "sweep": {
                 "num_samples": 64,
+                "validation_samples": 32,
                 "k": (1, 2, 4, 8, 16, 32),
-                "criterion": "pass@32",
+                "criterion": "pass@16",
                 "deltas": (0.3, 0.5, 0.7),
                 "temperatures": (0.6, 1.3, 1.6),
-                "batch_size": 512,
+                "batch_size": 256,
             },
             "rl": {"iterations": 40, "prompts": 16, "answers": 16, "lr": 2e-5, "kl_weight": 0.0},
         }
@@ -46,6 +47,7 @@ def get_config(size: str = "full") -> ConfigDict:
             "sft": {"epochs": 4, "batch_size": 20},
             "sweep": {
                 "num_samples": 8,
+                "validation_samples": 4,
                 "k": (1, 4),
                 "criterion": "pass@4",
                 "batch_size": 64,

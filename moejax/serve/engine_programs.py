@@ -123,13 +123,14 @@ def decode(
     pool: Pool,
     rows: Rows,
     num_steps,
-    returns_early,
+    most_ended,
     lists: shadow_decode.Plan | None = None,
 ) -> tuple[Pool, Drawn]:
     """Draws up to `num_steps` tokens for every row that is not finished.
 
-    Stops when all rows are; with `returns_early` as soon as one more is, so that its slot can be
-    filled again. lists: what is computed, of parameters laid out for that (`plan.sizes`).
+    Stops when all rows are, and before that as soon as `most_ended` more of them are, so that their
+    slots can be filled again. lists: what is computed, of parameters laid out for that
+    (`plan.sizes`).
     """
     if lists is not None:
         assert plan.sizes is not None
@@ -153,8 +154,8 @@ def decode(
 
     def unfinished(carry):
         _, rows, _, step = carry
-        early = returns_early & (jnp.sum(rows.finished_B) > num_finished)
-        return (step < num_steps) & ~jnp.all(rows.finished_B) & ~early
+        num_ended = jnp.sum(rows.finished_B) - num_finished
+        return (step < num_steps) & ~jnp.all(rows.finished_B) & (num_ended < most_ended)
 
     def draw(carry):
         return _step(plan, params, keys_B, carry)

@@ -107,10 +107,8 @@ class ShadowEngine(Engine):
         return jax.device_get(dataclasses.replace(drawn, context_BE=None, logits_BNV=None))
 
     def _run(self, num_steps: int, lists: shadow_decode.Plan) -> Drawn:
-        early = bool(self._waiting)
-        self._pool, drawn = decode(
-            self._plan, self.params, self._pool, self._state, num_steps, early, lists
-        )
+        rows = self._state, num_steps, self._most_ended
+        self._pool, drawn = decode(self._plan, self.params, self._pool, *rows, lists)
         return drawn
 
     def _seated(self) -> Iterator[tuple[int, _Seat]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,6 +12,8 @@ from configs.wise import study
 from launch import wise_arms, wise_training
 from launch.wise_training import EOS, Lab, decode, encode, rows_of
 from moejax.data.countdown import solves
+from moejax.models import transformer
+from moejax.train.loss import lm_loss
 from tests import commands
 
 
@@ -26,16 +29,25 @@ def test_splits_share_no_problem_and_every_taught_derivation_is_right(lab):
     assert all(solves(problem, text) for problem, text in lab.tune)
 
 
-def test_a_row_is_the_prompt_then_what_counts(lab):
+def test_rows_hold_problems_side_by_side_and_the_loss_is_theirs(lab):
     problem, text = lab.tune[0]
-    rows = rows_of([(problem, text)])
-    ids = rows["tokens"][0]
-    counted = ids[rows["loss_mask"][0]]
+    one = rows_of([(problem, text)])
+    ids, counts = one["tokens"][0], one["loss_mask"][0] > 0
+    counted = ids[counts]
     assert decode(counted) == text and counted[-1] == EOS
-    assert decode(ids[: int(np.argmax(rows["loss_mask"][0]))]) == problem.prompt
+    assert decode(ids[: int(np.argmax(counts))]) == problem.prompt
     assert lab.grade(problem, counted).correct
     assert not lab.grade(problem, encode(text[:-1]) + [EOS]).correct
     assert decode(encode("1+2=3") + [EOS] + encode("4")) == "1+2=3"
+
+    params = transformer.init_params(lab.model, jax.random.key(0))
+    loss = jax.jit(lambda rows: lm_loss(params, lab.model, rows, jax.random.key(1))[0])
+    alone = [rows_of([pair]) for pair in lab.tune[:5]]
+    sizes = [float(rows["loss_mask"].sum()) for rows in alone]
+    together = rows_of(lab.tune[:5])
+    assert len(together["tokens"]) == 1 and together["loss_mask"].sum() == sum(sizes)
+    expected = np.average([loss(rows) for rows in alone], weights=sizes)
+    np.testing.assert_allclose(loss(together), expected, rtol=1e-5)
 
 
 def test_a_tree_goes_to_disk_and_back(lab, tmp_path):
