@@ -8,12 +8,15 @@ costs, the rest what a call costs before its first one.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
 from launch import bench_tpu as shape
@@ -25,6 +28,7 @@ from moejax.ops.tpu_rows import Form
 from moejax.ops.tpu_visits import BLOCK, Visits
 
 FEW, MANY = 4, 8
+_TILING = re.compile(r'ragged_dot_tiling="([0-9,]+)"')
 GATED = Form("gated", ((0, 0), (0, 1)), lambda a, b: (jax.nn.silu(a) * b,), 1)
 
 
@@ -38,7 +42,7 @@ def main() -> None:
     if who == "ours":
         print(json.dumps(_ours(product, array)))
     else:
-        print(json.dumps({"total": _ragged_dot(product, array)}))
+        print(json.dumps(_ragged_dot(product, array)))
 
 
 def _ours(product: str, array: Callable[..., Any]) -> dict[str, Any]:
@@ -87,7 +91,11 @@ def _sums(product: str, tiles: Any, kind: int, num: int, array: Callable[..., An
     return cycles.kernel_cycles(aot.compile_for(program, x, y, visits))
 
 
-def _ragged_dot(product: str, array: Callable[..., Any]) -> int:
+def _ragged_dot(product: str, array: Callable[..., Any]) -> dict[str, Any]:
+    """Cycles of a visit of so many rows of a group, and of the rest of the program.
+
+    A copy of the weights to another layout is left out: they might have had it before.
+    """
     x = array(shape.NUM_ROWS, shape.DEPTH)
     y = array(shape.NUM_ROWS, shape.COLUMNS)
     w = array(shape.NUM_GROUPS, shape.DEPTH, shape.COLUMNS)
@@ -104,15 +112,60 @@ def _ragged_dot(product: str, array: Callable[..., Any]) -> int:
         return pulled[product == "dW"]
 
     if product in ("dx", "dW"):
-        return _all_but_copies(aot.compile_for(backward, x, w, y, sizes))
-    if product == "forward":
-        return _all_but_copies(aot.compile_for(forward, x, w, sizes))
-    return _all_but_copies(aot.compile_for(gated, x, w, w, sizes))
+        compiled = aot.compile_for(backward, x, w, y, sizes)
+    elif product == "forward":
+        compiled = aot.compile_for(forward, x, w, sizes)
+    else:
+        compiled = aot.compile_for(gated, x, w, w, sizes)
+    if product == "dW":
+        masked = cycles.masked_product(compiled)
+        rest = cycles.program_cycles(compiled, without=(" copy(",)) - masked.cycles
+        visit = masked.cycles / (shape.NUM_GROUPS * masked.windows)
+        return {"visit": visit, "rows": masked.rows, "rest": rest}
+    tilings = _TILING.findall(compiled.as_text() or "")
+    (tiling,) = set(tilings)
+    rows, depth, columns = map(int, tiling.split(","))
+    few, many = (_tiled(product, (rows, depth, columns), num, array) for num in (FEW, MANY))
+    visit = len(tilings) * (many - few) / (MANY - FEW)
+    rest = cycles.program_cycles(compiled, without=(" copy(", "ragged_dot_tiling="))
+    return {"visit": visit, "rows": rows, "rest": rest}
 
 
-def _all_but_copies(compiled: jax.stages.Compiled) -> int:
-    """A copy of the weights to another layout is left out: they might have had it before."""
-    return cycles.program_cycles(compiled, without=("copy",))
+def _tiled(product: str, tiling: tuple[int, int, int], num: int, array: Callable[..., Any]) -> int:
+    """What libtpu makes of ragged_dot forward and for dx, with a known number of visits.
+
+    Its kernel, as the compiled program holds it, multiplies a tile of rows by one of columns, the
+    depth whole, for each group that has rows there, and keeps what other groups have written.
+    """
+    rows, depth, columns = tiling
+    wide = shape.DEPTH if product == "dx" else shape.COLUMNS
+
+    def kernel(group, tile, starts, x, w, out):
+        v = pl.program_id(1)
+        row = tile[v] * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, columns), 0)
+        inside = (row >= starts[group[v]]) & (row < starts[group[v] + 1])
+        y = jnp.dot(x[...], w[...], preferred_element_type=jnp.float32)
+        out[...] = jnp.where(inside, y.astype(out.dtype), out[...])
+
+    def program(group, tile, starts, x, w):
+        return pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=3,
+                grid=(-(-wide // columns), num),
+                in_specs=[
+                    pl.BlockSpec((rows, depth), lambda n, v, group, tile, _: (tile[v], 0)),
+                    pl.BlockSpec((None, depth, columns), lambda n, v, group, *_: (group[v], 0, n)),
+                ],
+                out_specs=pl.BlockSpec((rows, columns), lambda n, v, group, tile, _: (tile[v], n)),
+            ),
+            out_shape=jax.ShapeDtypeStruct((shape.NUM_ROWS, wide), jnp.bfloat16),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        )(group, tile, starts, x, w)
+
+    tables = [array(size, dtype=jnp.int32) for size in (num, num, shape.NUM_GROUPS + 1)]
+    arrays = array(shape.NUM_ROWS, depth), array(shape.NUM_GROUPS, depth, wide)
+    return cycles.kernel_cycles(aot.compile_for(program, *tables, *arrays))
 
 
 if __name__ == "__main__":

@@ -138,14 +138,16 @@ def _estimated(config, model, devices, chip) -> dict:
 
 
 def _print_head(config, model, setup) -> None:
+    from launch.planning import describe_exchange
     from moejax.models import flops
 
     active = flops.active_params(model) / 1e9
     name = config.model.preset or config.model.source
     mesh = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.items())
-    experts = f", experts exchange by {config.compute.moe_strategy}" if model.moe else ""
     print(f"model    {name}: {flops.num_params(model) / 1e9:.2f}B parameters, {active:.2f}B active")
-    print(f"devices  {TOPOLOGY.value}: {mesh} = {setup.num_devices}{experts}")
+    print(f"devices  {TOPOLOGY.value}: {mesh} = {setup.num_devices}")
+    if how := describe_exchange(setup):
+        print(f"experts  {how}")
     print(
         f"step     {setup.batch_size} x {setup.seq_len} tokens in {setup.accumulation} part(s), "
         f"{setup.rows_per_device} row(s) per device and part; {setup.optim.name}, "

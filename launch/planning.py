@@ -22,12 +22,13 @@ from launch.settings import PRESET, preset, train_config
 from moejax.aot.estimate import Setup, estimate, estimate_time
 from moejax.aot.plan import Plan, describe_hbm, failed_plan, read_plan
 from moejax.aot.remedies import describe, remedies
-from moejax.core.chips import CHIPS, Chip, chip_of
+from moejax.core.chips import CHIPS, Chip, chip_of, chip_of_kind
 from moejax.core.errors import InputError
 from moejax.core.memory import available_bytes
 from moejax.core.mesh import AXES
 from moejax.io.load import load_any
 from moejax.models.config import ModelConfig
+from moejax.moe.choose import choose, load_of
 
 Keys = dict[str, Any]
 REMAT = ("nothing", "dots", "full")
@@ -69,6 +70,20 @@ def setup_of(config: ConfigDict, model: ModelConfig, sizes: Mapping[str, int], c
         remat=config.compute.remat,
         strategy=config.compute.moe_strategy,
     )
+
+
+def describe_exchange(setup: Setup) -> str:
+    """How tokens travel to experts on another device, and if "auto" chose it why; may be empty."""
+    moe, shards = setup.model.moe, setup.mesh["expert"]
+    if moe is None or shards == 1:
+        return ""
+    if setup.strategy != "auto":
+        return f"exchange by {setup.strategy}"
+    rows = setup.batch_size // setup.accumulation
+    shape = (rows, setup.seq_len, setup.model.d_model)
+    load = load_of(moe, setup.mesh, shape, moe.expert_ffn or setup.model.d_ff)
+    chip = setup.chip.name if setup.chip.name in CHIPS else "v5p"
+    return "exchange by " + choose(load, chip).reason
 
 
 def changed(config: ConfigDict, keys: Mapping[str, Any]) -> ConfigDict:
@@ -193,7 +208,7 @@ def explainer(config: ConfigDict, model: ModelConfig) -> Callable[[int | None], 
     """For `launch.out_of_memory`: the memory table of a config's run here, and the remedies."""
 
     def explain(asked: int | None) -> list[str]:
-        chip = _this_chip()
+        chip = this_chip()
         setup = setup_of(config, model, make_mesh_of(config, model).shape, chip)
         hbm = estimate(setup)
         # What is held and what was asked for did not fit, whatever the estimate says.
@@ -209,16 +224,15 @@ def explainer(config: ConfigDict, model: ModelConfig) -> Callable[[int | None], 
     return explain
 
 
-def _this_chip() -> Chip:
+def this_chip() -> Chip:
     """The devices of this process, with the rates of a chip of their kind, or of a slow one."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     size = int(stats.get("bytes_limit", available_bytes() // jax.local_device_count()))
-    kinds = {"v5 lite": "v5e", "v5": "v5p", "v6": "v6e", "h100": "h100"}
-    kind = device.device_kind.lower()
-    known = next((name for part, name in kinds.items() if part in kind), None)
+    known = chip_of_kind(device.device_kind)
     if known is not None:
-        return dataclasses.replace(CHIPS[known], hbm_bytes=size)
+        return dataclasses.replace(known, hbm_bytes=size)
+    kind = device.device_kind.lower()
     return Chip(kind, size, flops_per_s=2e11, hbm_bytes_per_s=2e10, link_bytes_per_s=1e10)
 
 

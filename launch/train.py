@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from launch import cli, multihost, out_of_memory
-from launch.planning import explainer
+from launch.planning import describe_exchange, explainer, setup_of, this_chip
 from launch.program import grad_dtype, make_loss, make_mesh_of, parallel_options
 from launch.settings import (
     BEFORE,
@@ -84,6 +84,8 @@ def main(argv) -> None:
     for line in [*multihost.device_table(), *describe(config, plan.config, settings, rows)]:
         say(line)
     say(f"mesh     {describe_mesh(mesh)}, {jax.process_count()} process(es)")
+    if how := describe_exchange(setup_of(config, plan.config, mesh.shape, this_chip())):
+        say(f"experts  {how}")
     say(describe_memory(plan_memory(config, plan.config, settings, loss)))
     if workdir is None or cli.DRY_RUN.value:
         say("dry run: nothing trained, nothing written")

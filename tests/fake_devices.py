@@ -33,14 +33,14 @@ def results(process: subprocess.Popen[str], timeout_s: int = 600) -> list[dict]:
     return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
 
 
-def on_two_processes(program: str, *arguments: str) -> Iterable[list[dict]]:
+def on_two_processes(program: str, *arguments: str, timeout_s: int = 600) -> Iterable[list[dict]]:
     """What two processes of four devices each print; they get their number and a port besides."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     processes = [start(program, 4, *arguments, str(index), port) for index in range(2)]
     try:
-        yield from [results(process) for process in processes]
+        yield from [results(process, timeout_s) for process in processes]
     finally:
         for process in processes:
             process.kill()

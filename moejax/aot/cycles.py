@@ -8,10 +8,14 @@ none around its work, and a grid of known size. The same program gives the same 
 """
 
 import re
+from typing import NamedTuple
 
 import jax
 
 _ESTIMATE = re.compile(r'"?estimated_cycles"?:"?(\d+)')
+_BOUNDS = re.compile(r'"(kernel_window|iteration)_bounds":\[([^\]]*)\]')
+_SKIPS = re.compile(r'"mask_dim_to_iteration_index":\[[^\]]*"(\d+)"\]')
+_SUBLANES = 8  # rows of a tile, in which the bounds of windows are given
 _KERNEL = re.compile(r'custom_call_target="tpu_custom_call"')
 
 
@@ -19,6 +23,34 @@ def environment(folder: str) -> dict[str, str]:
     """What libtpu needs in its environment to count cycles; its dumps go to the folder."""
     flags = (f"dump_to={folder}", "dump_llo_text=true", f"dump_static_llo_profile_to={folder}")
     return {"LIBTPU_INIT_ARGS": " ".join(f"--xla_jf_{flag}" for flag in flags)}
+
+
+class Masked(NamedTuple):
+    """A product that XLA computes for every group under a mask, window of rows by window.
+
+    cycles: XLA's own for all groups and windows; those without a row of the group are skipped when
+    it runs. rows: of a window, of which there are `windows`.
+    """
+
+    cycles: int
+    rows: int
+    windows: int
+
+
+def masked_product(compiled: jax.stages.Compiled) -> Masked:
+    """The one masked product of a program; ValueError when it has none or several."""
+    lines = [line for line in (compiled.as_text() or "").splitlines() if _SKIPS.search(line)]
+    if len(lines) != 1:
+        raise ValueError(f"the compiled program has {len(lines)} masked products, not one.")
+    found = {name: _numbers(bounds) for name, bounds in _BOUNDS.findall(lines[0])}
+    skips, estimate = _SKIPS.search(lines[0]), _ESTIMATE.search(lines[0])
+    assert skips and estimate
+    rows = found["kernel_window"][1] * _SUBLANES
+    return Masked(int(estimate[1]), rows, found["iteration"][int(skips[1])])
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
 
 
 def kernel_cycles(compiled: jax.stages.Compiled) -> int:
@@ -33,10 +65,12 @@ def kernel_cycles(compiled: jax.stages.Compiled) -> int:
 def program_cycles(compiled: jax.stages.Compiled, without: tuple[str, ...] = ()) -> int:
     """Estimated cycles of every instruction that has an estimate, each counted once.
 
-    without: kinds of instructions ("copy") that are left out. Raises as `kernel_cycles`.
+    XLA's cost model where it has one, else the schedule's bundles. Of a kernel with a grid of
+    unknown size it is no estimate: libtpu takes some number of steps, whatever the arrays' sizes.
+    without: texts (" copy(") whose instructions are left out. Raises as `kernel_cycles`.
     """
     lines = (compiled.as_text() or "").splitlines()
-    kept = [line for line in lines if not any(f" {opcode}(" in line for opcode in without)]
+    kept = [line for line in lines if not any(text in line for text in without)]
     return _sum(kept, "an instruction")
 
 

@@ -32,6 +32,15 @@ CHIPS = {
 }
 
 
+# Parts of the names that devices have for themselves, the longer first.
+_KINDS = {"v5 lite": "v5e", "v5": "v5p", "v6": "v6e", "h100": "h100"}
+
+
+def chip_of_kind(kind: str) -> Chip | None:
+    """The chip of a device's own name ("TPU v5 lite"); None for any that is not known."""
+    return next((CHIPS[name] for part, name in _KINDS.items() if part in kind.lower()), None)
+
+
 def chip_of(topology: str) -> Chip:
     """The chip of a topology's name ("v5p:2x2x2", "h100x8"); InputError for any other."""
     name = "h100" if topology.startswith("h100") else topology.partition(":")[0]

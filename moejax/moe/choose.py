@@ -1,9 +1,13 @@
 """Which way tokens should travel to their experts: a cost model, and its reasons."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 
 from moejax.core.chips import CHIPS
 from moejax.core.errors import InputError
+from moejax.core.mesh import TOKEN_AXES
+from moejax.moe.config import MoEConfig
 
 STRATEGIES = ("local", "all_gather", "capacity", "ragged", "chunked")
 
@@ -28,6 +32,22 @@ class Load:
     d_ff: int
     bytes_per_number: int = 2
     experts_per_shard: int = 8
+
+
+def load_of(
+    config: MoEConfig, sizes: Mapping[str, int], x_shape: tuple[int, int, int], d_ff: int
+) -> Load:
+    """The load of a layer with inputs [B, T, D] in bfloat16 on a mesh of these sizes."""
+    num_rows, length, d_model = x_shape
+    parts, shards = math.prod(sizes[axis] for axis in TOKEN_AXES), sizes["expert"]
+    return Load(
+        tokens=max(1, num_rows * length // parts),
+        top_k=config.routed_per_token,
+        shards=shards,
+        d_model=d_model,
+        d_ff=d_ff,
+        experts_per_shard=max(1, config.num_experts // shards),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,8 @@ splits is summed once, at the end.
 """
 
 import dataclasses
+import functools
+import logging
 import math
 from typing import Any
 
@@ -14,10 +16,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.core import tree
+from moejax.core.chips import chip_of_kind
 from moejax.core.errors import InputError
 from moejax.core.mesh import TOKEN_AXES, check_axes
+from moejax.core.platform import device_kind
 from moejax.core.sharding import param_spec
-from moejax.moe.choose import STRATEGIES, Choice, Load, choose
+from moejax.moe.choose import STRATEGIES, Choice, choose, load_of
 from moejax.moe.config import MoEConfig
 from moejax.moe.layer import MoEStats, Trace, add_shared_network, layer_stats
 from moejax.moe.routing import Routing, route
@@ -28,6 +32,7 @@ from moejax.ops.gated_ffn import Activation, gated_ffn
 
 P = PartitionSpec
 _TOKENS = P(TOKEN_AXES)
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +40,17 @@ class Parallel:
     """Where a layer runs and how its tokens travel.
 
     mesh: with axes data, fsdp, expert, tensor (`moejax.core.mesh.make_mesh`).
-    strategy: a name of `moejax.moe.choose.STRATEGIES`, or "auto" (`explain` says which and why).
+    strategy: a name of `moejax.moe.choose.STRATEGIES`, or "auto" (`explain` says which and why, and
+        the layer logs it once).
     factor: buffer rows over the balanced load, of "capacity" (which drops the rest) and "chunked"
         (which sends it in further rounds).
-    chip: whose links "auto" reckons with.
+    chip: whose links "auto" reckons with; None is the chip at hand, or v5p if that is unknown.
     """
 
     mesh: Mesh
     strategy: str = "auto"
     factor: float = 1.25
-    chip: str = "v5p"
+    chip: str | None = None
 
     def __post_init__(self) -> None:
         check_axes(self.mesh)
@@ -65,17 +71,14 @@ class Parallel:
 
 def explain(parallel: Parallel, config: MoEConfig, x_shape: tuple, d_ff: int) -> Choice:
     """What "auto" chooses for inputs [B, T, D] in bfloat16 and experts of width d_ff, and why."""
-    num_rows, length, d_model = x_shape
-    parts = math.prod(parallel.mesh.shape[axis] for axis in TOKEN_AXES)
-    load = Load(
-        tokens=max(1, num_rows * length // parts),
-        top_k=config.routed_per_token,
-        shards=parallel.mesh.shape[AXIS],
-        d_model=d_model,
-        d_ff=d_ff,
-        experts_per_shard=max(1, config.num_experts // parallel.mesh.shape[AXIS]),
-    )
-    return choose(load, parallel.chip)
+    known = chip_of_kind(device_kind())
+    chip = parallel.chip or (known.name if known else "v5p")
+    return choose(load_of(config, parallel.mesh.shape, x_shape, d_ff), chip)
+
+
+@functools.lru_cache
+def _say(reason: str) -> None:
+    _log.info("moe_layer, strategy 'auto': %s", reason)
 
 
 def sharded_moe_layer(
@@ -99,7 +102,9 @@ def sharded_moe_layer(
     _check(config, x_BTD.shape, mesh)
     name = parallel.strategy
     if name == "auto":
-        name = explain(parallel, config, x_BTD.shape, params["experts"]["w_up"].shape[2]).strategy
+        choice = explain(parallel, config, x_BTD.shape, params["experts"]["w_up"].shape[2])
+        _say(choice.reason)
+        name = choice.strategy
     context = Context(
         config.num_experts, mesh.shape[AXIS], parallel.factor, activation, implementation
     )

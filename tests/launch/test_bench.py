@@ -126,6 +126,13 @@ def test_bounds_of_the_matrices_gradient_for_visits_of_known_cost():
     assert whole == 1 and single == pytest.approx(bench_tpu.IDEAL / (bench_tpu.IDEAL + 200))
 
 
+def test_ragged_dot_visits_a_tile_of_rows_for_every_group_that_has_one_there():
+    # The first tile is one group's; two groups have no row; four have one each in the second tile.
+    sizes = bench_tpu.np.array([376, 0, 1, 1, 1, 1, 0, 4096 - 380])
+    count = {"visit": 100, "rows": 376, "rest": 7}
+    assert bench_tpu.ragged_dot(count, [sizes]) == [7 + 100 * (1 + 4 + 10)]
+
+
 def test_a_peer_kernel_counts_its_visits_and_the_ends_of_its_sums():
     counted = {"steps": 4, "middle": 100.0, "ends": 140.0, "active": [10, 12]}
     assert bench_tpu_peers.totals(counted, "forward", 8) == [1100.0, 1320.0]

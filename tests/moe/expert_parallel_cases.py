@@ -1,7 +1,8 @@
 """Run as a program with eight CPU devices: sharded layers against the dense oracle, JSON out.
 
-With two arguments (process id, port) it is one of two processes with four devices each; with the
-argument "all" it goes through every strategy, mesh and convention.
+With two last arguments (process id, port) it is one of two processes with four devices each; with
+the argument "all" it goes through every strategy, mesh and convention, and on two processes through
+every strategy.
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ CASES = (
     ("dp_ep", "chunked", "expert_choice", 1.25, LOADS[:1]),
     ("fsdp", "local", "plain", 1.25, LOADS),
 )
+
+
+# What two processes go through: each strategy, those of the first cases on one more mesh.
+ON_TWO = (*CASES[:3], CASES[4], CASES[6], CASES[7], CASES[9])
 
 
 def every_case() -> Iterator[tuple]:
@@ -191,15 +196,20 @@ def low_precision(mesh, strategy: str, factor: float) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) == 2:
+    several = arguments[:1] == ["all"]
+    place_of = arguments[1:] if several else arguments
+    if place_of:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"127.0.0.1:{arguments[1]}", 2, int(arguments[0]))
-    several = arguments == ["all"]
-    if len(arguments) < 2:
+        jax.distributed.initialize(f"127.0.0.1:{place_of[1]}", 2, int(place_of[0]))
+    else:
         for strategy, factor in (("chunked", 1.25), ("ragged", 1), ("all_gather", 1)):
             found = low_precision(make_mesh(*MESHES["ep8"]), strategy, factor)
             print(json.dumps({"name": f"bfloat16-{strategy}", **found}), flush=True)
-    for mesh, *case in every_case() if several else CASES[: 2 if arguments else None]:
+    if place_of:
+        cases = iter(ON_TWO if several else ON_TWO[:2])
+    else:
+        cases = every_case() if several else iter(CASES)
+    for mesh, *case in cases:
         strategy, name, factor, _, *more = case
         for load, found in compare(make_mesh(*MESHES[mesh]), *case):
             line = {"name": f"{mesh}-{strategy}-{name}-{load}-{factor:g}", **found}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +15,13 @@ from moejax import moe
 from moejax.core.chips import CHIPS
 from moejax.core.errors import InputError
 from moejax.core.mesh import make_mesh
+from moejax.core.platform import compiling_for
 from moejax.core.precision import TOLERANCE
-from moejax.moe.choose import Load, choose
-from moejax.moe.expert_parallel import Parallel, _check
+from moejax.moe.choose import STRATEGIES, Load, choose
+from moejax.moe.expert_parallel import Parallel, _check, _say, explain
 from moejax.moe.ragged import emulated_ragged_all_to_all
-from tests.fake_devices import on_two_processes, results, start
-from tests.moe.expert_parallel_cases import CASES, every_case
+from tests.fake_devices import ROOT, on_two_processes, results, start
+from tests.moe.expert_parallel_cases import CASES, ON_TWO, every_case
 
 PROGRAM = "moe/expert_parallel_cases.py"
 
@@ -49,6 +53,14 @@ def test_sharded_equals_dense_on_eight_devices():
 def test_sharded_equals_dense_on_two_processes():
     for found in on_two_processes(PROGRAM):
         assert len(found) == 6
+        check(found)
+
+
+@pytest.mark.slow
+def test_every_strategy_on_two_processes():
+    assert {strategy for _, strategy, *_ in ON_TWO} == {*STRATEGIES, "auto"}
+    for found in on_two_processes(PROGRAM, "all", timeout_s=3000):
+        assert len(found) == sum(len(loads) for *_, loads in ON_TWO)
         check(found)
 
 
@@ -108,24 +120,16 @@ def test_the_emulated_exchange_has_the_documented_semantics():
 
 
 def test_the_layer_alone_on_a_mesh():
-    """The README's example."""
-    config = moe.MoEConfig(8, 2, **moe.CONVENTIONS["mixtral"])
-    params = moe.init_moe(jax.random.key(0), 16, 32, config)
-    parallel = Parallel(make_mesh(expert=len(jax.devices())))
-    x_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4, 16)), jnp.float32)
-
-    @jax.jit
-    def step(params, x_BTD):
-        def loss(params):
-            y_BTD, stats = moe.moe_layer(params, x_BTD, config, parallel=parallel)
-            return jnp.mean(y_BTD**2) + stats.balance_loss, stats
-
-        return jax.grad(loss, has_aux=True)(params)
-
-    grads, stats = step(params, x_BTD)
+    """The README's example, as it is printed there."""
+    _, _, part = (ROOT / "README.md").read_text(encoding="utf-8").partition("### The layer alone")
+    example = part.split("```python\n")[1].split("```")[0]
+    assert len(example.splitlines()) <= 20
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)  # noqa: S102
+    grads, stats = names["grads"], names["stats"]
     assert stats.counts_E.sum() == 8 * 4 * 2 and stats.dropped == 0
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
-    assert jax.tree.structure(grads) == jax.tree.structure(params)
+    assert jax.tree.structure(grads) == jax.tree.structure(names["params"])
 
 
 def test_auto_picks_what_is_fastest_of_what_fits():
@@ -142,6 +146,25 @@ def test_auto_picks_what_is_fastest_of_what_fits():
     assert choose(Load(4096, 6, 1, 2048, 1408)).strategy == "local"
     with pytest.raises(InputError, match="none of the 4 known"):
         choose(Load(4, 8, 8, 2048, 1408), chip="v9")
+
+
+def test_auto_says_why_and_takes_the_chip_at_hand(caplog):
+    config = moe.MoEConfig(8, 2, **moe.CONVENTIONS["mixtral"])
+    parallel = Parallel(make_mesh(expert=len(jax.devices())))
+    params = moe.init_moe(jax.random.key(0), 16, 32, config)
+    _say.cache_clear()
+    with caplog.at_level(logging.INFO, logger=_say.__module__):
+        for _ in range(2):
+            moe.moe_layer(params, jnp.ones((8, 4, 16)), config, parallel=parallel)
+    (said,) = (r.getMessage() for r in caplog.records)
+    assert said == "moe_layer, strategy 'auto': 1 expert shard: nothing to exchange"
+    sizes = {"data": 1, "fsdp": 1, "expert": 8, "tensor": 1}
+    fake = dataclasses.replace(parallel, mesh=FakeMesh(**sizes))  # type: ignore[arg-type]
+    for kind, chip in (("TPU v6 lite", "v6e"), ("TPU v5", "v5p"), ("", "v5p")):
+        with compiling_for("tpu", kind):
+            found = explain(fake, config, (64, 512, 2048), 1408)
+        assert found.strategy == "chunked"
+        assert f"4096 tokens x top-2 over 8 expert shards on {chip}" in found.reason
 
 
 class FakeMesh:
