@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from launch.wise_training import Lab, reinforced, tuned
@@ -16,10 +15,7 @@ from moejax.core import tree
 from moejax.evals import sweep
 from moejax.evals.sampled import Sampled
 from moejax.evals.sweep import Arm, Criterion, Sweep
-from moejax.io import atomic
 from moejax.methods.interpolate import ema_weights
-from moejax.report import sweep_plots
-from moejax.report.table import as_csv
 from moejax.serve.sampling import SamplingConfig
 
 PLAIN = SamplingConfig(1.0)
@@ -113,128 +109,3 @@ def test_arms(config: ConfigDict, chosen: Arm, early: Sequence[str]) -> dict[str
     for name in ("decayed", "EMA", "LAWA", "GRPO from late", "GRPO from chosen"):
         arms[name] = Arm(name, 1.0, PLAIN)
     return arms
-
-
-# -- the report ------------------------------------------------------------------------------------
-
-
-def write_report(
-    config: ConfigDict, seeds: Sequence[Seed], facts: Mapping[str, float], folder: Path
-) -> None:
-    """study.json, table.csv and plots/ from what all seeds gave."""
-    ks, top = config.sweep.k, max(config.sweep.k)
-    rows = [row for seed in seeds for row in seed.rows]
-    atomic.write_text(folder / "table.csv", as_csv(rows))
-    summary = {
-        "facts": dict(facts),
-        "chosen": {seed.number: dataclasses.asdict(seed.chosen) for seed in seeds},
-        "collapse": [collapse_of(seed, top) for seed in seeds],
-        "differences": [
-            {"seed": seed.number, "against": other}
-            | {"rows": sweep.differences(seed.sampled["chosen"], seed.sampled[other], ks)}
-            for seed in seeds
-            for other in ("late", "decayed", "EMA", "LAWA", seed.chosen.early)
-        ],
-        "rl": [
-            {"seed": seed.number}
-            | {"rows": sweep.differences(
-                seed.sampled["GRPO from chosen"], seed.sampled["GRPO from late"], ks)}
-            for seed in seeds
-        ],
-        "matched": [matched(seed, top) for seed in seeds],
-    }
-    atomic.write_json(folder / "study.json", summary)
-    for seed in seeds:
-        for name, figure in plots(seed, ks).items():
-            path = folder / "plots" / f"seed_{seed.number}_{name}.png"
-            path.parent.mkdir(exist_ok=True)
-            figure.savefig(path, dpi=130)
-
-
-def collapse_of(seed: Seed, k: int) -> dict[str, Any]:
-    """Whether there was diversity to lose: Pass@1 and Pass@k along the tuning."""
-    names = ["base", *(f"step {step}" for step in seed.steps[:-1]), "late"]
-    pass1 = [_value(seed, name, "pass", 1)["value"] for name in names]
-    passk = [_value(seed, name, "pass", k)["value"] for name in names]
-    gaps = sweep.differences(seed.sampled["late"], seed.sampled[names[int(np.argmax(passk))]], [k])
-    return {
-        "seed": seed.number,
-        "steps": [0, *seed.steps],
-        "pass@1": pass1,
-        f"pass@{k}": passk,
-        f"late minus the highest pass@{k}": gaps[0],
-        "collapsed": pass1[-1] > pass1[0] and gaps[0]["high"] < 0,
-    }
-
-
-def matched(seed: Seed, k: int) -> dict[str, Any]:
-    """Pass@k of the late model at the temperature where its Pass@1 equals the chosen one's.
-
-    Between the temperatures that were drawn both are interpolated linearly in Pass@1; None where
-    no temperature gets there.
-    """
-    hot = sorted(
-        (arm.sampling.temperature, name)
-        for name, arm in seed.arms.items()
-        if arm.delta == 0 and arm.sampling == SamplingConfig(arm.sampling.temperature)
-    )
-    points = sorted(
-        (_value(seed, name, "pass", 1)["value"], _value(seed, name, "pass", k)["value"])
-        for _, name in hot
-    )
-    wanted = _value(seed, "chosen", "pass", 1)["value"]
-    x = [p for p, _ in points]
-    inside = x[0] <= wanted <= x[-1]
-    return {
-        "seed": seed.number,
-        "pass@1": wanted,
-        f"chosen pass@{k}": _value(seed, "chosen", "pass", k)["value"],
-        f"late pass@{k} at that pass@1": (
-            float(np.interp(wanted, x, [p for _, p in points])) if inside else None
-        ),
-        "temperatures": [t for t, _ in hot],
-    }
-
-
-def plots(seed: Seed, ks: Sequence[int]) -> dict[str, Any]:
-    """{name: figure} of one seed."""
-    early, k = seed.chosen.early, max(ks)
-    line = [row for row in seed.rows
-            if row["sampling"] == "T 1" and row["arm"] in _ends(seed, early)]
-    names = ["base", *(f"step {step}" for step in seed.steps[:-1]), "late"]
-    points = {
-        "along the tuning": [_point(seed, n, n, k) for n in names],
-        "interpolated": [_point(seed, n, f"{seed.arms[n].delta:g}", k) for n in seed.arms
-                         if 0 < seed.arms[n].delta < 1 and seed.arms[n].sampling == PLAIN],
-        "temperature": [_point(seed, n, n[5:], k) for n in seed.arms if n.startswith("late T")],
-        "others": [_point(seed, n, n, k) for n in ("decayed", "EMA", "LAWA")],
-        "after GRPO": [_point(seed, n, n[5:], k) for n in seed.arms if n.startswith("GRPO")],
-    }
-    main = ("late", "chosen", early, "decayed")
-    shares = {name: seed.sampled[name].correct.mean(1) for name in main}
-    kept = {*main, "EMA", "LAWA", "base", "GRPO from late", "GRPO from chosen"}
-    kept |= {name for name in seed.arms if name.startswith("late T")}
-    return {
-        "delta": sweep_plots.against_delta(
-            line, "pass", ks, f"Pass@k on test problems, early: {early}"),
-        "training": sweep_plots.along_training(points, k),
-        "histogram": sweep_plots.pass_histogram(shares),
-        "plane": sweep_plots.bias_variance([r for r in seed.rows if r["arm"] in kept], k),
-    }
-
-
-def _ends(seed: Seed, early: str) -> set[str]:
-    return {"late", early, "chosen"} | {name for name in seed.arms if name.startswith("delta ")}
-
-
-def _point(seed: Seed, name: str, label: str, k: int) -> dict[str, Any]:
-    ends = [_value(seed, name, "pass", n) for n in (1, k)]
-    one, many = ((row["value"], row["low"], row["high"]) for row in ends)
-    return {"label": label, "pass1": one, "passk": many}
-
-
-def _value(seed: Seed, arm: str, measure: str, k: int) -> dict[str, Any]:
-    for row in seed.rows:
-        if row["arm"] == arm and row["measure"] == measure and row["k"] == k:
-            return row
-    raise KeyError((arm, measure, k))

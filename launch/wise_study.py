@@ -7,8 +7,8 @@ derivations, then tuned for many epochs on few problems with one derivation each
 tuning: Pass@1 and Pass@k along it; then, on test problems, the late checkpoint, early ones, their
 interpolations (early checkpoint and delta chosen on validation problems), temperatures and cuts,
 EMA, LAWA, the late model with its learning rate decayed to zero, and GRPO from the late and from
-the interpolated model. WORKDIR gets seed_N/ with every sample, table.csv, study.json, plots/.
-Stopped and started again it goes on where it was.
+the interpolated model. WORKDIR gets seed_N/ with every sample, table.csv, study.json, table.md and
+plots/. Stopped and started again it goes on where it was.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import cli
-from launch.wise_arms import measure_seed, write_report
+from launch.wise_arms import measure_seed
+from launch.wise_study_report import write_report
 from launch.wise_training import Lab, pretrained
 from moejax.core import tree
 from moejax.core.errors import InputError
@@ -51,10 +52,11 @@ def main(argv) -> None:
     workdir = Path(WORKDIR.value)
     claim_folder(workdir, config.to_dict(), "study_config.json", free=["seeds"])
     base = pretrained(lab, config, workdir / "pretrain")
-    seeds = [measure_seed(lab, config, base, seed, workdir / f"seed_{seed}", say)
-             for seed in config.seeds]
-    write_report(config, seeds, {"guess": guess, "derivations": _num_derivations(lab)}, workdir)
-    say(f"written  {workdir}/study.json, table.csv, plots/")
+    facts, seeds = {"guess": guess, "derivations": _num_derivations(lab)}, []
+    for seed in config.seeds:
+        seeds.append(measure_seed(lab, config, base, seed, workdir / f"seed_{seed}", say))
+        write_report(config, seeds, facts, workdir)  # of those that are done
+    say(f"written  {workdir}/study.json, table.csv, table.md, plots/")
 
 
 def _num_derivations(lab: Lab) -> float:

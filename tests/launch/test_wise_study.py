@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from configs.wise import study
-from launch import wise_arms, wise_training
+from launch import wise_arms, wise_study_report, wise_training
 from launch.wise_training import EOS, Lab, decode, encode, rows_of
 from moejax.data.countdown import solves
+from moejax.evals.sampled import Sampled
 from moejax.models import transformer
 from moejax.train.loss import lm_loss
 from tests import commands
@@ -70,9 +71,36 @@ def test_matched_temperature_is_read_between_those_drawn():
         for k, value in zip((1, 4), pair, strict=True)
     ]
     seed = wise_arms.Seed(0, [1, 2], chosen, arms, {}, rows)
-    found = wise_arms.matched(seed, 4)
+    found = wise_study_report.matched(seed, 4)
     assert found["late pass@4 at that pass@1"] == pytest.approx(0.55)
     assert found["chosen pass@4"] == 0.7
+
+
+def test_pooled_tables_are_means_over_seeds_and_paired_by_problem():
+    config = study.get_config("tiny")
+    chosen = wise_arms.Arm("step 1", 0.5, wise_arms.PLAIN)
+    arms = wise_arms.test_arms(config, chosen, ["step 1"])
+
+    def seed(number: int, late: list[list[bool]], better: list[list[bool]]):
+        found = {}
+        for name in arms:
+            correct = np.array(better if name in ("chosen", "GRPO from chosen") else late)
+            answers = tuple(tuple("yes" if ok else "no" for ok in row) for row in correct)
+            found[name] = Sampled(("a", "b"), answers, correct)
+        return wise_arms.Seed(number, [1, 2], chosen, arms, found, [])
+
+    none, half, whole = [False] * 4, [True, True, False, False], [True] * 4
+    seeds = [seed(0, [none, half], [half, half]), seed(1, [none, half], [half, whole])]
+    rows = {row["arm"]: row for row in wise_study_report.pooled(seeds, 4)}
+    assert rows["late"]["pass@1"]["mean"] == pytest.approx(0.25)
+    assert rows["chosen"]["pass@1"]["of seeds"] == [0.5, 0.75]
+    assert rows["chosen"]["pass@4"]["mean"] == pytest.approx(1)
+    gaps = wise_study_report.pooled_differences(seeds, (1, 4))
+    late = {row["k"]: row for row in gaps if row["second"] == "late"}
+    assert late[1]["mean"] == pytest.approx(0.375) and late[4]["mean"] == pytest.approx(0.5)
+    assert late[1]["low"] == pytest.approx(0.25) and late[1]["high"] == pytest.approx(0.5)
+    summary = {"pooled": list(rows.values()), "pooled differences": gaps}
+    assert "| chosen - late | 4 | +0.500 [" in wise_study_report.as_markdown(summary, 4)
 
 
 @pytest.mark.slow
@@ -81,7 +109,8 @@ def test_every_stage_and_again(tmp_path):
     first = commands.run(*asked)
     assert first.returncode == 0, first.stderr
     found = json.loads((tmp_path / "study.json").read_text())
-    assert set(found) == {"facts", "chosen", "collapse", "differences", "rl", "matched"}
+    assert set(found) == {"facts", "chosen", "collapse", "differences", "rl", "matched", "pooled",
+                          "pooled differences"}
     assert len(list((tmp_path / "plots").glob("*.png"))) == 4
     samples = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("samples/*.jsonl")}
     assert len(samples) == 17
