@@ -8,10 +8,18 @@ import pytest
 from configs import base
 from configs.esft import deepseek_v2_lite as esft_deepseek_v2_lite
 from launch.esft_plan import chosen_experts, esft_program
-from launch.planning import candidates, changed, chosen_candidates, model_of
+from launch.planning import (
+    candidates,
+    changed,
+    chosen_candidates,
+    describe_exchange,
+    model_of,
+    setup_of,
+)
 from launch.sweep_table import row_of, table
 from moejax.aot.estimate import estimate
 from moejax.core import tree
+from moejax.core.chips import CHIPS
 from moejax.core.errors import InputError
 from moejax.core.mesh import make_mesh
 from moejax.models.config import ModelConfig
@@ -75,6 +83,20 @@ def test_a_plan_of_esft_has_state_of_the_chosen_experts_alone():
     ):
         with pytest.raises(InputError, match=words):
             chosen_experts(source, model)
+
+
+def test_how_tokens_travel_is_said_and_why_if_auto_chose():
+    sizes = {"data": 1, "fsdp": 1, "expert": 8, "tensor": 1}
+
+    def said(model=MOE, sizes=sizes, **compute):
+        config = settings()
+        config.data.seq_len = 4096
+        config.compute.update(compute)
+        return describe_exchange(setup_of(config, model, sizes, CHIPS["v6e"]))
+
+    assert said().startswith("exchange by chunked: 4096 tokens x top-2 over 8 expert shards on v6e")
+    assert said(moe_strategy="ragged") == "exchange by ragged"
+    assert said(DENSE) == said(sizes=sizes | {"expert": 1, "fsdp": 8}) == ""
 
 
 def test_a_dense_model_has_no_expert_axis():
