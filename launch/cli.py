@@ -14,7 +14,7 @@ from absl import app, flags, logging
 
 from launch import out_of_memory
 from moejax.core.errors import InputError
-from moejax.core.memory import keep_freed
+from moejax.core.memory import keep_freed, keep_parts
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -32,7 +32,8 @@ def run(main: Callable[[Sequence[str]], int | None], streams: bool = False) -> N
     """Runs an absl main so that whatever the user can mend is one line and an exit code.
 
     streams: the command reads and writes piece by piece and computes little, so it gives memory
-    back; others keep it (`moejax.core.memory.keep_freed`), unless MOEJAX_KEEP_FREED is 0.
+    back but for a few pieces (`moejax.core.memory.keep_parts`); others keep it
+    (`moejax.core.memory.keep_freed`), unless MOEJAX_KEEP_FREED is 0.
 
     0 done; 2 bad input, bad flags or no space left; 3 out of memory (`launch.out_of_memory`); 130
     interrupted; 75 a training run that saved its state at SIGTERM. Anything else is a bug of ours
@@ -46,6 +47,8 @@ def run(main: Callable[[Sequence[str]], int | None], streams: bool = False) -> N
             return _fail(f"unexpected argument {args[1]!r}: flags are written --name=value", 2)
         try:
             enable_compile_cache()
+            if streams:
+                keep_parts()
             wanted = not streams and os.environ.get(out_of_memory.KEEP_FREED) != "0"
             if wanted and keep_freed():
                 out_of_memory.remember_kept()

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moejax.core import tree
 from moejax.core.errors import InputError
+from moejax.io import lineage
 from moejax.io.hf import function_of
-from moejax.io.load import Loaded
-from moejax.io.mixed import LinearSource, WholeSource, check_same_tensors
-from moejax.io.safetensors import TensorSource
+from moejax.io.load import Loaded, find_source
+from moejax.io.mixed import LinearSource, WholeSource, check_same_tensors, linear
+from moejax.io.safetensors import SafetensorsFolder, TensorSource
 from moejax.methods import soup
 from moejax.methods.interpolate import (
     Deltas,
@@ -122,6 +125,24 @@ def _root(model: Loaded) -> str | None:
     return model.lineage[0]["inputs"][0].get("sha256") or None
 
 
+def input_hashes(
+    models: Sequence[Loaded], names: Sequence[str], pool: Executor, *, whole: bool
+) -> Callable[[], list[dict[str, str]]]:
+    """What the lineage will say of the models, once what it gives is called, after the mixing.
+
+    Weights that come from safetensors files part by part are hashed on their way; others, and
+    `whole` models, by the pool beside the mixing.
+    """
+
+    def begin(model: Loaded, path: Path) -> Callable[[], dict[str, str]]:
+        if not whole and isinstance(model.tensors, SafetensorsFolder):
+            return functools.partial(lineage.input_of, path, model.tensors.hash_reads().of)
+        return pool.submit(lineage.input_of, path).result
+
+    begun = [begin(m, find_source(name)) for m, name in zip(models, names, strict=True)]
+    return lambda: [done() | {"path": name} for name, done in zip(names, begun, strict=True)]
+
+
 def mixed_model(
     models: Sequence[Loaded], names: Sequence[str], plan: Plan, *, whole: bool
 ) -> Loaded:
@@ -152,8 +173,8 @@ def mixed_model(
         delta = plan.deltas.of(weight.path, layer, weight.expert, config.num_layers)
         return plan.weights(len(models), delta)
 
-    linear = plan.method in _LINEAR
-    tensors = LinearSource(sources, weights_of) if linear else WholeSource(sources, plan.combine)
+    sums = plan.method in _LINEAR
+    tensors = LinearSource(sources, weights_of) if sums else WholeSource(sources, plan.combine)
     return dataclasses.replace(last, tensors=tensors)
 
 
@@ -188,5 +209,4 @@ def _mixed_tensor(
     used = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
     if len(used) == 1 and used[0][1] == 1:
         return used[0][0]
-    terms = [part.astype(wide) * wide.type(weight) for part, weight in used]
-    return functools.reduce(np.add, terms, np.zeros(parts[0].shape, wide)).astype(dtype)
+    return linear(*zip(*(used or [(parts[-1], 0.0)]), strict=True))

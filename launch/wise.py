@@ -24,22 +24,21 @@ tensor); a folder of our own format, as a source or as the target, goes through 
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from absl import flags
 
 from launch import cli, wise_sweep
-from launch.mixing import Plan, check_relatives, mixed_model
+from launch.mixing import Plan, check_relatives, input_hashes, mixed_model
 from launch.progress import bars
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.io import atomic, lineage
 from moejax.io.hf import has_class
-from moejax.io.load import FORMATS, Loaded, find_source, load_any, save_any
+from moejax.io.load import FORMATS, Loaded, load_any, save_any
 from moejax.methods.interpolate import Deltas
 
 METHODS = ("wise", "slerp", "mean", "ema", "task", "ties", "dare")
@@ -94,8 +93,7 @@ def main(argv) -> None:
         print("dry run: nothing written")
         return
     with ThreadPoolExecutor(len(names)) as pool, bars() as (_, writing):
-        # Hashing the inputs takes as long as reading them: it goes on beside the mixing.
-        hashes = [pool.submit(lineage.input_of, find_source(name)) for name in names]
+        inputs = input_hashes(models, names, pool, whole=whole)
         if mixed is None:
             mixed = mixed_model([load_any(name) for name in names], names, plan, whole=True)
         save_any(
@@ -104,7 +102,7 @@ def main(argv) -> None:
             format,
             overwrite=OVERWRITE.value,
             progress=writing,
-            operations=functools.partial(_operations, late, names, plan, hashes),
+            operations=lambda: _operations(late, plan, inputs()),
         )
     print(f"written  {OUT.value} in {time.perf_counter() - started:.1f} s", flush=True)
 
@@ -160,10 +158,7 @@ def _show(names: Sequence[str], late: Loaded, format: str) -> None:
     )
 
 
-def _operations(
-    late: Loaded, names: Sequence[str], plan: Plan, hashes: Sequence[Future[dict[str, str]]]
-) -> lineage.Lineage:
-    inputs = [done.result() | {"path": name} for name, done in zip(names, hashes, strict=True)]
+def _operations(late: Loaded, plan: Plan, inputs: list[dict[str, str]]) -> lineage.Lineage:
     args: dict[str, Any] = plan.args()
     return lineage.append(late.lineage, "interpolate", inputs, args)
 

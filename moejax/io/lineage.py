@@ -9,7 +9,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,12 @@ FILE = "lineage.json"
 _FIELDS = {"op", "inputs", "args", "results", "time", "moejax"}
 
 Lineage = tuple[dict[str, Any], ...]
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def append(
@@ -52,12 +58,14 @@ def append(
     return (*lineage, entry)
 
 
-def input_of(path: str | os.PathLike[str]) -> dict[str, str]:
+def input_of(
+    path: str | os.PathLike[str], hash_of: Callable[[Path], str] = hash_file
+) -> dict[str, str]:
     """An entry for `inputs`: the path as given, and the hash of the weights there.
 
     A hub id has no hash of its own: the import that comes first in its lineage has it.
     """
-    return {"path": str(path), "sha256": hash_path(path) if Path(path).exists() else ""}
+    return {"path": str(path), "sha256": hash_path(path, hash_of) if Path(path).exists() else ""}
 
 
 def write(folder: str | os.PathLike[str], lineage: Iterable[dict[str, Any]]) -> None:
@@ -78,18 +86,21 @@ def read(folder: str | os.PathLike[str]) -> Lineage:
     return tuple(entries)
 
 
-def hash_path(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, or of the weight files of a model folder (names and contents, sorted)."""
+def hash_path(path: str | os.PathLike[str], hash_of: Callable[[Path], str] = hash_file) -> str:
+    """SHA-256 of a file, or of the weight files of a model folder (names and contents, sorted).
+
+    hash_of: gives a file's hash, where it is known without reading the file.
+    """
     path = Path(path)
     if path.is_file():
-        return _hash_file(path)
+        return hash_of(path)
     total = hashlib.sha256()
     stored = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.gguf"))
     files = stored or sorted(file for file in (path / "params").rglob("*") if file.is_file())
     if not files:
         raise InputError(f"{path} has no weight files to hash")
     for file in files:
-        total.update(f"{file.relative_to(path)}\0{_hash_file(file)}\n".encode())
+        total.update(f"{file.relative_to(path)}\0{hash_of(file)}\n".encode())
     return total.hexdigest()
 
 
@@ -101,11 +112,6 @@ def hash_params(params: tree.Tree) -> str:
         total.update(f"{path}\0{value.dtype}{list(value.shape)}\n".encode())
         total.update(value.reshape(-1).view(np.uint8).data)
     return total.hexdigest()
-
-
-def _hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _version() -> str:

@@ -8,7 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from moejax.core.errors import InputError
-from moejax.io.safetensors import Info, Range, TensorSource
+from moejax.io import host
+from moejax.io.safetensors import Info, Range, SafetensorsFolder, TensorSource
+
+# Elements that are mixed at a time: twice in float32 a megabyte, which stays in a core's cache.
+_BLOCK = 1 << 17
 
 
 class LinearSource:
@@ -16,8 +20,8 @@ class LinearSource:
 
     Args:
       sources: one per model, with the same tensors.
-      weights_of: name of a tensor -> one weight per model. A model of weight 0 is not read there;
-        where one has weight 1 and all others 0 its bytes are handed on.
+      weights_of: name of a tensor -> one weight per model. Where one has weight 1 and all others 0
+        its bytes are handed on; where one has weight 0 it is read only if what is read is hashed.
 
     Arithmetic is float32, or float64 for float64 tensors.
     """
@@ -32,21 +36,42 @@ class LinearSource:
 
     def read(self, name: str, rows: Range = None, columns: Range = None) -> np.ndarray:
         """Returns one mixed tensor, or these rows and columns of it."""
-        used = [(s, w) for s, w in zip(self._sources, self._weights_of(name), strict=True) if w]
-        if len(used) == 1 and used[0][1] == 1:
-            return used[0][0].read(name, rows, columns)
-        if not used:
-            used = [(self._sources[-1], 0.0)]
-        reads = [self._pool.submit(source.read, name, rows, columns) for source, _ in used]
-        wide = np.promote_types(self.infos[name].dtype, np.float32)
-        total: np.ndarray | None = None
-        for read, (_, weight) in zip(reads, used, strict=True):
-            part = read.result()
-            value = part.astype(wide)
-            value *= wide.type(weight)
-            total = value if total is None else np.add(total, value, out=total)
-        assert total is not None
-        return total.astype(self.infos[name].dtype, copy=False)
+        weights = self._weights_of(name)
+        used = [i for i, weight in enumerate(weights) if weight] or [len(weights) - 1]
+        first, *others = [
+            i
+            for i, source in enumerate(self._sources)
+            if i in used or isinstance(source, SafetensorsFolder) and source.digests is not None
+        ]
+        reads = [self._pool.submit(self._sources[i].read, name, rows, columns) for i in others]
+        parts = {first: self._sources[first].read(name, rows, columns)}
+        parts |= {i: read.result() for i, read in zip(others, reads, strict=True)}
+        if len(used) == 1 and weights[used[0]] == 1:
+            return parts[used[0]]
+        return linear([parts[i] for i in used], [weights[i] for i in used])
+
+
+def linear(arrays: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+    """The sum of weight times array, in float32 (float64 for float64), as one of their dtype."""
+    dtype = arrays[0].dtype
+    turned = all(a.ndim == 2 and a.flags.f_contiguous for a in arrays)
+    rows = [(a.T if turned else np.ascontiguousarray(a)).reshape(-1) for a in arrays]
+    mixed = host.empty(arrays[0].shape[::-1] if turned else arrays[0].shape, dtype)
+    flat = mixed.reshape(-1)
+    wide = np.promote_types(dtype, np.float32)
+    total, term = np.empty((2, min(_BLOCK, flat.size)), wide)
+    for start in range(0, flat.size, _BLOCK):
+        here = slice(start, min(start + _BLOCK, flat.size))
+        size = here.stop - start
+        for number, (row, weight) in enumerate(zip(rows, weights, strict=True)):
+            scaled = (term if number else total)[:size]
+            np.copyto(scaled, row[here])
+            np.multiply(scaled, wide.type(weight), out=scaled)
+            if number:
+                np.add(total[:size], scaled, out=total[:size])
+        with np.errstate(over="ignore"):  # who writes it looks for values that did not fit
+            flat[here] = total[:size]
+    return mixed.T if turned else mixed
 
 
 class WholeSource:

@@ -17,6 +17,7 @@ import safetensors
 
 from moejax.core.errors import InputError
 from moejax.io import atomic, host
+from moejax.io.digests import Digests
 
 _log = logging.getLogger(__name__)
 
@@ -87,6 +88,12 @@ class SafetensorsFolder:
         size = sum(math.prod(i.shape) * i.dtype.itemsize for i in self.infos.values())
         if files is None:
             _check_index(folder, self._places, size)
+        self.digests: Digests | None = None
+
+    def hash_reads(self) -> Digests:
+        """From now on what is read is hashed too, and cannot be written to; returns the hashes."""
+        self.digests = self.digests or Digests()
+        return self.digests
 
     def read(self, name: str, rows: Range = None, columns: Range = None) -> np.ndarray:
         """Returns one tensor, or these rows and columns; no other byte of it is read."""
@@ -102,6 +109,9 @@ class SafetensorsFolder:
             if columns in (None, (0, info.shape[-1] if info.shape else 1)):
                 value = host.empty(shape, info.dtype)
                 _fill(file, value, start, name)
+                if self.digests is not None:
+                    value.flags.writeable = False
+                    self.digests.saw(path, start, value.reshape(-1).view(np.uint8))
                 return value
             left, right = columns
             value = host.empty((last - first, right - left), info.dtype)
@@ -171,7 +181,7 @@ def _check_index(folder: Path, places: Mapping[str, tuple[Path, int]], size: int
 
 
 def _read_header(path: Path) -> dict[str, tuple[Info, int]]:
-    """Every tensor of a file with the place of its bytes; the library has checked that they fit."""
+    """Every tensor of a file and its place, as they lie there; the library checks that they fit."""
     try:
         with safetensors.safe_open(path, framework="numpy"):
             pass
@@ -184,9 +194,10 @@ def _read_header(path: Path) -> dict[str, tuple[Info, int]]:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
+    as_they_lie = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     return {
         name: (_info(name, tensor, path), 8 + length + tensor["data_offsets"][0])
-        for name, tensor in header.items()
+        for name, tensor in as_they_lie
     }
 
 

@@ -51,12 +51,14 @@ class TreeSource:
 def entries(source: TensorSource, table: list[Weight], dtype: str) -> Iterator[Entry]:
     """Every tensor of a table, to be read, checked, cast and written part by part.
 
+    They come as they lie in the source, which so is read from end to end.
     dtype: of the written tensors; "keep" leaves each as it is.
     """
     wanted = None if dtype == "keep" else dtype_named(dtype)
-    for weight in table:
-        info = source.infos[weight.hf_name]
-        yield _entry(source, weight.hf_name, Info(info.shape, wanted or info.dtype))
+    asked = {weight.hf_name for weight in table}
+    for name, info in source.infos.items():
+        if name in asked:
+            yield _entry(source, name, Info(info.shape, wanted or info.dtype))
 
 
 def _entry(source: TensorSource, name: str, info: Info) -> Entry:

@@ -79,7 +79,7 @@ def watched(work: Callable[[], None]) -> Cost:
     start, peak, done = rss_anon(), [0], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.002):
+        while not done.wait(0.01):
             peak[0] = max(peak[0], rss_anon())
 
     watcher = threading.Thread(target=watch)

@@ -24,7 +24,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from launch.mixing import Plan, mixed_model
+from launch.mixing import Plan, input_hashes, mixed_model
+from moejax.core.memory import keep_parts
 from moejax.io import lineage
 from moejax.io.load import load_any, save_any
 from moejax.methods.interpolate import Deltas
@@ -55,16 +56,14 @@ def interpolate(place: Path) -> None:
     models = [load_any(name, abstract=True) for name in names]
     mixed = mixed_model(models, names, Plan("wise", Deltas(0.3)), whole=False)
     with ThreadPoolExecutor(2) as pool:
-        inputs = [pool.submit(lineage.input_of, name) for name in names]
-
-        def operations() -> lineage.Lineage:
-            return lineage.append((), "interpolate", [done.result() for done in inputs])
-
+        inputs = input_hashes(models, names, pool, whole=False)
+        operations = lambda: lineage.append((), "interpolate", inputs())  # noqa: E731
         save_any(mixed, place / "mixed", operations=operations)
 
 
 def plain_pass(place: Path) -> None:
-    """Reads both folders and writes one of them, 8 MB at a time, with fsync."""
+    """Reads both folders and writes one of them, a megabyte at a time, with fsync."""
+    buffers = [memoryview(bytearray(MEGABYTE)) for _ in range(2)]
     (place / "mixed").mkdir()
     for path in sorted((place / "late").iterdir()):
         with (
@@ -72,9 +71,9 @@ def plain_pass(place: Path) -> None:
             open(path, "rb", 0) as late,
             open(place / "mixed" / path.name, "wb", 0) as write,
         ):
-            while content := late.read(8 * MEGABYTE):
-                early.read(8 * MEGABYTE)
-                write.write(content)
+            while size := late.readinto(buffers[0]):
+                early.readinto(buffers[1])
+                write.write(buffers[0][:size])
             os.fsync(write.fileno())
 
 
@@ -125,6 +124,7 @@ def main() -> None:
     place = Path(sys.argv[1])
     if sys.argv[2:3] == ["--one"]:
         work = {"mix": interpolate, "plain": plain_pass}[sys.argv[3]]
+        keep_parts()
         print(json.dumps(watched(lambda: work(place))))
         return
     given = sys.argv[2:]
