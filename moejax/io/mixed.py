@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import numpy as np
 
@@ -48,20 +48,39 @@ class LinearSource:
         parts |= {i: read.result() for i, read in zip(others, reads, strict=True)}
         if len(used) == 1 and weights[used[0]] == 1:
             return parts[used[0]]
-        return linear([parts[i] for i in used], [weights[i] for i in used])
+        return linear([parts[i] for i in used], [weights[i] for i in used], self._pool)
 
 
-def linear(arrays: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """The sum of weight times array, in float32 (float64 for float64), as one of their dtype."""
+def linear(
+    arrays: Sequence[np.ndarray], weights: Sequence[float], pool: Executor | None = None
+) -> np.ndarray:
+    """The sum of weight times array, in float32 (float64 for float64), as one of their dtype.
+
+    pool: takes half of the work.
+    """
     dtype = arrays[0].dtype
     turned = all(a.ndim == 2 and a.flags.f_contiguous for a in arrays)
     rows = [(a.T if turned else np.ascontiguousarray(a)).reshape(-1) for a in arrays]
     mixed = host.empty(arrays[0].shape[::-1] if turned else arrays[0].shape, dtype)
     flat = mixed.reshape(-1)
-    wide = np.promote_types(dtype, np.float32)
-    total, term = np.empty((2, min(_BLOCK, flat.size)), wide)
-    for start in range(0, flat.size, _BLOCK):
-        here = slice(start, min(start + _BLOCK, flat.size))
+    half = -(-flat.size // 2 // _BLOCK) * _BLOCK if pool is not None else flat.size
+    if pool is not None and half < flat.size:
+        other = pool.submit(_mix, rows, weights, flat, slice(half, flat.size))
+        _mix(rows, weights, flat, slice(0, half))
+        other.result()
+    else:
+        _mix(rows, weights, flat, slice(0, flat.size))
+    return mixed.T if turned else mixed
+
+
+def _mix(
+    rows: Sequence[np.ndarray], weights: Sequence[float], mixed: np.ndarray, where: slice
+) -> None:
+    """Puts the sum of weight times row into a part of `mixed`, all of them vectors."""
+    wide = np.promote_types(mixed.dtype, np.float32)
+    total, term = np.empty((2, min(_BLOCK, where.stop - where.start)), wide)
+    for start in range(where.start, where.stop, _BLOCK):
+        here = slice(start, min(start + _BLOCK, where.stop))
         size = here.stop - start
         for number, (row, weight) in enumerate(zip(rows, weights, strict=True)):
             scaled = (term if number else total)[:size]
@@ -70,8 +89,7 @@ def linear(arrays: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray
             if number:
                 np.add(total[:size], scaled, out=total[:size])
         with np.errstate(over="ignore"):  # who writes it looks for values that did not fit
-            flat[here] = total[:size]
-    return mixed.T if turned else mixed
+            mixed[here] = total[:size]
 
 
 class WholeSource:
