@@ -43,7 +43,7 @@ def run_for(name, program, *arguments):
         env={**os.environ, "PYTHONPATH": str(ROOT), **topology.environment(name)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,  # of which a busy machine may take most
         check=False,
     )
 
