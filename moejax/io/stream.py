@@ -56,6 +56,7 @@ def entries(source: TensorSource, table: list[Weight], dtype: str) -> Iterator[E
     """
     wanted = None if dtype == "keep" else dtype_named(dtype)
     asked = {weight.hf_name for weight in table}
+    assert asked <= source.infos.keys(), asked - source.infos.keys()
     for name, info in source.infos.items():
         if name in asked:
             yield _entry(source, name, Info(info.shape, wanted or info.dtype))
