@@ -51,7 +51,7 @@ def write_report(
     atomic.write_json(folder / "study.json", summary)
     atomic.write_text(folder / "table.md", as_markdown(summary, top))
     for seed in seeds:
-        for name, figure in plots(seed, ks).items():
+        for name, figure in plots(seed, ks, config.sweep.temperatures).items():
             path = folder / "plots" / f"seed_{seed.number}_{name}.png"
             path.parent.mkdir(exist_ok=True)
             figure.savefig(path, dpi=130)
@@ -156,17 +156,24 @@ def matched(seed: Seed, k: int) -> dict[str, Any]:
     }
 
 
-def plots(seed: Seed, ks: Sequence[int]) -> dict[str, Any]:
+def plots(seed: Seed, ks: Sequence[int], temperatures: Sequence[float]) -> dict[str, Any]:
     """{name: figure} of one seed."""
     early, k = seed.chosen.early, max(ks)
     line = [row for row in seed.rows
             if row["sampling"] == "T 1" and row["arm"] in _ends(seed, early)]
     names = ["base", *(f"step {step}" for step in seed.steps[:-1]), "late"]
+    heated = sorted([*((t, f"late T {t:g}") for t in temperatures), (1.0, "late")])
+    hot = [name for _, name in heated]
     points = {
         "along the tuning": [_point(seed, n, n, k) for n in names],
-        "interpolated": [_point(seed, n, f"{seed.arms[n].delta:g}", k) for n in seed.arms
+        "interpolated": [_point(seed, n, f"{seed.arms[n].delta:g}", k) for n in
+                         sorted(seed.arms, key=lambda n: seed.arms[n].delta)
                          if 0 < seed.arms[n].delta < 1 and seed.arms[n].sampling == PLAIN],
-        "temperature": [_point(seed, n, n[5:], k) for n in seed.arms if n.startswith("late T")],
+        "temperature": [_point(seed, n, f"T {t:g}", k) for t, n in heated],
+    }
+    alone = {
+        "late, cut": [_point(seed, n, n[5:], k) for n in seed.arms
+                      if n.startswith("late T") and n not in hot],
         "others": [_point(seed, n, n, k) for n in ("decayed", "EMA", "LAWA")],
         "after GRPO": [_point(seed, n, n[5:], k) for n in seed.arms if n.startswith("GRPO")],
     }
@@ -177,7 +184,7 @@ def plots(seed: Seed, ks: Sequence[int]) -> dict[str, Any]:
     return {
         "delta": sweep_plots.against_delta(
             line, "pass", ks, f"Pass@k on test problems, early: {early}"),
-        "training": sweep_plots.along_training(points, k),
+        "training": sweep_plots.along_training(points, k, alone),
         "histogram": sweep_plots.pass_histogram(shares),
         "plane": sweep_plots.bias_variance([r for r in seed.rows if r["arm"] in kept], k),
     }

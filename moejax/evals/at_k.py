@@ -64,12 +64,15 @@ def maj_at_k(answers: Answers, correct: Collection[Hashable], k: int) -> float:
     counts = Counter(answer for answer in answers if answer is not None)
     abstaining = sum(answer is None for answer in answers)
     total = 0.0
-    for winner in set(correct) & counts.keys():
-        others = [num for answer, num in counts.items() if answer != winner]
-        for votes in range(1, min(k, counts[winner]) + 1):
+    # Right answers that came equally often have the same chance.
+    winners = Counter(counts[answer] for answer in set(correct) & counts.keys())
+    for given, num_winners in winners.items():
+        others = sorted(counts.values())
+        others.remove(given)
+        for votes in range(1, min(k, given) + 1):
             ways_TV = _ways(others, abstaining, votes, k - votes)
             shares = 1 / np.arange(1, len(ways_TV) + 1)
-            total += math.comb(counts[winner], votes) * float(shares @ ways_TV[:, -1])
+            total += num_winners * math.comb(given, votes) * float(shares @ ways_TV[:, -1])
     return total / math.comb(len(answers), k)
 
 
@@ -109,8 +112,9 @@ def _ways(others: Sequence[int], abstaining: int, most: int, left: int) -> np.nd
     free = abstaining + sum(num for num in others if num < most)
     ways_TV[0] = [math.comb(free, votes) for votes in range(left + 1)]
     for num in (num for num in others if num >= most):
-        fewer = [math.comb(num, votes) for votes in range(min(most - 1, left) + 1)]
-        grown = np.stack([np.convolve(row, fewer)[: left + 1] for row in ways_TV])
+        grown = ways_TV.copy()  # with no vote of theirs
+        for votes in range(1, min(most - 1, left) + 1):
+            grown[:, votes:] += math.comb(num, votes) * ways_TV[:, : left + 1 - votes]
         if left >= most:
             grown[1:, most:] += math.comb(num, most) * ways_TV[:-1, : left + 1 - most]
         ways_TV = grown

@@ -5,6 +5,7 @@ models are compared on the same examples, drawn together, so that what is hard f
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -14,6 +15,7 @@ from numpy.typing import ArrayLike
 LEVEL = 0.95
 _Z = 1.959963984540054  # the normal distribution's 97.5% point
 _NUM_DRAWS, _CHUNK = 10_000, 500
+_MOST_KEPT = 2_000  # examples whose draws are kept: 40 MB of them
 _MAX_EXACT_FLIPS, _NUM_FLIPS = 16, 100_000
 
 
@@ -173,10 +175,24 @@ def _checked(values: ArrayLike) -> np.ndarray:
 
 def _weights(num_examples: int, seed: int) -> Iterator[np.ndarray]:
     """How often each example is drawn, [draws, examples] at a time."""
+    if num_examples > _MOST_KEPT:
+        chunks = _drawn(num_examples, seed)
+    else:
+        chunks = iter(_kept(num_examples, seed))
+    return (counts.astype(np.float64) for counts in chunks)
+
+
+def _drawn(num_examples: int, seed: int) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(seed)
     equal = np.full(num_examples, 1 / num_examples)
     for _ in range(_NUM_DRAWS // _CHUNK):
-        yield rng.multinomial(num_examples, equal, size=_CHUNK).astype(np.float64)
+        yield rng.multinomial(num_examples, equal, size=_CHUNK).astype(np.int16)
+
+
+@functools.lru_cache(maxsize=2)
+def _kept(num_examples: int, seed: int) -> list[np.ndarray]:
+    """The draws of one set of examples, which many measures share: to draw is what takes long."""
+    return list(_drawn(num_examples, seed))
 
 
 def _interval(value: float, draws: np.ndarray) -> Interval:

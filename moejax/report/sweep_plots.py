@@ -46,14 +46,17 @@ def against_delta(rows: Rows, measure: str, ks: Sequence[int], title: str) -> Fi
     return figure
 
 
-def along_training(points: Mapping[str, Rows], k: int) -> Figure:
+def along_training(
+    points: Mapping[str, Rows], k: int, alone: Mapping[str, Rows] | None = None
+) -> Figure:
     """Pass@k against Pass@1, a line per kind of model in the order of its points.
 
     points: {kind: rows}, each row with label, pass1 and passk as (value, low, high).
+    alone: kinds without a line between their points.
     """
     figure = Figure(figsize=(6.4, 5.0), layout="constrained")
     axes = figure.subplots()
-    for i, (kind, rows) in enumerate(points.items()):
+    for i, (kind, rows) in enumerate({**points, **(alone or {})}.items()):
         color, marker = LINE_COLORS[i % len(LINE_COLORS)], MARKERS[i % len(MARKERS)]
         x = np.array([row["pass1"] for row in rows])
         y = np.array([row["passk"] for row in rows])
@@ -65,7 +68,7 @@ def along_training(points: Mapping[str, Rows], k: int) -> Figure:
             color=color,
             marker=marker,
             markersize=5,
-            linewidth=1.2,
+            linewidth=1.2 if kind in points else 0,
             elinewidth=0.6,
             label=kind,
         )
