@@ -104,8 +104,9 @@ def test_arms(config: ConfigDict, chosen: Arm, early: Sequence[str]) -> dict[str
         arms[f"late {sweep.describe_sampling(cut)}"] = Arm("late", 0.0, cut)
     min_p = SamplingConfig(1.6, min_p=0.1)
     arms[f"late {sweep.describe_sampling(min_p)}"] = Arm("late", 0.0, min_p)
-    hot = SamplingConfig(1.3)
-    arms["chosen T 1.3"] = dataclasses.replace(chosen, sampling=hot)
+    for temperature in config.sweep.chosen_temperatures:
+        hot = SamplingConfig(temperature)
+        arms[f"chosen T {temperature:g}"] = dataclasses.replace(chosen, sampling=hot)
     for name in ("decayed", "EMA", "LAWA", "GRPO from late", "GRPO from chosen"):
         arms[name] = Arm(name, 1.0, PLAIN)
     return arms

@@ -128,32 +128,26 @@ def collapse_of(seed: Seed, k: int) -> dict[str, Any]:
 
 
 def matched(seed: Seed, k: int) -> dict[str, Any]:
-    """Pass@k of the late model at the temperature where its Pass@1 equals the chosen one's.
+    """Pass@k of the late and of the chosen model where temperature gives both the same Pass@1.
 
-    Between the temperatures that were drawn both are interpolated linearly in Pass@1; None where
-    no temperature gets there.
+    At every Pass@1 that either was drawn at; between the temperatures that were drawn Pass@k is
+    interpolated linearly in Pass@1, and None where a model's temperatures do not reach that far.
     """
-    hot = sorted(
-        (arm.sampling.temperature, name)
-        for name, arm in seed.arms.items()
-        if arm.delta == 0 and arm.sampling == SamplingConfig(arm.sampling.temperature)
-    )
-    points = sorted(
-        (_value(seed, name, "pass", 1)["value"], _value(seed, name, "pass", k)["value"])
-        for _, name in hot
-    )
-    wanted = _value(seed, "chosen", "pass", 1)["value"]
-    x = [p for p, _ in points]
-    inside = x[0] <= wanted <= x[-1]
-    return {
-        "seed": seed.number,
-        "pass@1": wanted,
-        f"chosen pass@{k}": _value(seed, "chosen", "pass", k)["value"],
-        f"late pass@{k} at that pass@1": (
-            float(np.interp(wanted, x, [p for _, p in points])) if inside else None
-        ),
-        "temperatures": [t for t, _ in hot],
-    }
+    curves: dict[str, list[tuple[float, float]]] = {"late": [], "chosen": []}
+    for name, arm in seed.arms.items():
+        who = "late" if arm.delta == 0 else "chosen" if name.startswith("chosen") else None
+        if who is not None and arm.sampling == SamplingConfig(arm.sampling.temperature):
+            curves[who].append((_value(seed, name, "pass", 1)["value"],
+                                _value(seed, name, "pass", k)["value"]))
+
+    def at(level: float, points: list[tuple[float, float]]) -> float | None:
+        x, y = np.array(sorted(points)).T
+        return float(np.interp(level, x, y)) if x[0] <= level <= x[-1] else None
+
+    levels = sorted(p for points in curves.values() for p, _ in points)
+    rows = [{"pass@1": level} | {f"{who} pass@{k}": at(level, points)
+                                 for who, points in curves.items()} for level in levels]
+    return {"seed": seed.number, "rows": rows}
 
 
 def plots(seed: Seed, ks: Sequence[int], temperatures: Sequence[float]) -> dict[str, Any]:

@@ -31,7 +31,8 @@ def get_config(size: str = "full") -> ConfigDict:
                 "k": (1, 2, 4, 8, 16, 32),
                 "criterion": "pass@16",
                 "deltas": (0.3, 0.5, 0.7),
-                "temperatures": (0.6, 1.3, 1.6),
+                "temperatures": (0.6, 1.3, 1.6),  # of the late model, besides 1
+                "chosen_temperatures": (1.3, 1.6),  # of the chosen one, besides 1
                 "batch_size": 256,
             },
             "rl": {"iterations": 40, "prompts": 16, "answers": 16, "lr": 2e-5, "kl_weight": 0.0},
@@ -53,6 +54,7 @@ def get_config(size: str = "full") -> ConfigDict:
                 "batch_size": 64,
                 "deltas": (0.5,),
                 "temperatures": (0.7,),
+                "chosen_temperatures": (1.3,),
             },
             "rl": {"iterations": 2, "prompts": 4, "answers": 4},
         }

@@ -64,16 +64,19 @@ def test_matched_temperature_is_read_between_those_drawn():
     config = study.get_config("tiny")
     chosen = wise_arms.Arm("step 1", 0.5, wise_arms.PLAIN)
     arms = wise_arms.test_arms(config, chosen, ["step 1"])
-    values = {"late": (0.4, 0.6), "late T 0.7": (0.5, 0.5), "chosen": (0.45, 0.7)}
+    values = {"late": (0.4, 0.6), "late T 0.7": (0.5, 0.5), "chosen": (0.45, 0.7),
+              "chosen T 1.3": (0.35, 0.8)}
     rows = [
         {"arm": arm, "measure": "pass", "k": k, "value": value}
         for arm, pair in values.items()
         for k, value in zip((1, 4), pair, strict=True)
     ]
     seed = wise_arms.Seed(0, [1, 2], chosen, arms, {}, rows)
-    found = wise_study_report.matched(seed, 4)
-    assert found["late pass@4 at that pass@1"] == pytest.approx(0.55)
-    assert found["chosen pass@4"] == 0.7
+    found = {row.pop("pass@1"): row for row in wise_study_report.matched(seed, 4)["rows"]}
+    assert found[0.45]["late pass@4"] == pytest.approx(0.55)
+    assert found[0.45]["chosen pass@4"] == 0.7
+    assert found[0.4] == {"late pass@4": 0.6, "chosen pass@4": pytest.approx(0.75)}
+    assert found[0.35]["late pass@4"] is None and found[0.5]["chosen pass@4"] is None
 
 
 def test_pooled_tables_are_means_over_seeds_and_paired_by_problem():
