@@ -375,19 +375,9 @@ class Engine:
 
     def _draw(self, num_steps: int) -> Drawn:
         """Runs the program; what it drew, on the host."""
-        self._pool, drawn = decode(
-            self._plan, self.params, self._pool, self._state, num_steps, self._most_ended
-        )
+        rows = self._state, num_steps, self.settings.most_ended(bool(self._waiting))
+        self._pool, drawn = decode(self._plan, self.params, self._pool, *rows)
         return jax.device_get(drawn)
-
-    @property
-    def _most_ended(self) -> int:
-        """Rows that may end before a call of `decode` does: a few, where others wait for slots.
-
-        With many slots one ends at nearly every step, and a call for each step costs more than the
-        empty slots do.
-        """
-        return max(1, self.settings.num_slots // 16) if self._waiting else self.settings.num_slots
 
     def _take(self, drawn: Drawn) -> list[Update]:
         """Reads what was drawn, frees the slots of rows that ended, and tells their owners."""

@@ -49,6 +49,14 @@ class EngineConfig:
         if self.num_steps < 1:
             raise InputError(f"num_steps must be 1 or more, got {self.num_steps}")
 
+    def most_ended(self, is_waiting: bool) -> int:
+        """Rows that may end before their slots are filled again, if others wait for them.
+
+        With many slots one ends at nearly every step, and a call for each step costs more than the
+        empty slots do.
+        """
+        return max(1, self.num_slots // 16) if is_waiting else self.num_slots
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:

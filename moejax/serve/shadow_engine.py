@@ -107,7 +107,7 @@ class ShadowEngine(Engine):
         return jax.device_get(dataclasses.replace(drawn, context_BE=None, logits_BNV=None))
 
     def _run(self, num_steps: int, lists: shadow_decode.Plan) -> Drawn:
-        rows = self._state, num_steps, self._most_ended
+        rows = self._state, num_steps, self.settings.most_ended(bool(self._waiting))
         self._pool, drawn = decode(self._plan, self.params, self._pool, *rows, lists)
         return drawn
 

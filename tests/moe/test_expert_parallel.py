@@ -154,8 +154,10 @@ def test_auto_says_why_and_takes_the_chip_at_hand(caplog):
     params = moe.init_moe(jax.random.key(0), 16, 32, config)
     _say.cache_clear()
     with caplog.at_level(logging.INFO, logger=_say.__module__):
-        for _ in range(2):
-            moe.moe_layer(params, jnp.ones((8, 4, 16)), config, parallel=parallel)
+        for _ in range(2):  # what is only traced says it too
+            jax.eval_shape(
+                lambda x: moe.moe_layer(params, x, config, parallel=parallel), jnp.ones((8, 4, 16))
+            )
     (said,) = (r.getMessage() for r in caplog.records)
     assert said == "moe_layer, strategy 'auto': 1 expert shard: nothing to exchange"
     sizes = {"data": 1, "fsdp": 1, "expert": 8, "tensor": 1}
