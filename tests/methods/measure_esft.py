@@ -1,13 +1,14 @@
 """What ESFT saves against full fine-tuning, measured on this machine's CPU.
 
-    python -m tests.methods.measure_esft time [PAIRS]   # a step, and its parts, in turns
-    python -m tests.methods.measure_esft memory         # anonymous memory above the model's
-    python -m tests.methods.measure_esft visits SCORES  # tiles of the experts' backward pass
+    python -m tests.methods.measure_esft time [PAIRS] [REMAT]  # a step, and its parts, in turns
+    python -m tests.methods.measure_esft memory [REMAT]        # anonymous memory above the model's
+    python -m tests.methods.measure_esft visits SCORES         # tiles of the experts' backward pass
 
 One fine-grained model of random weights (4 layers, 64 experts, top 6, D 512; 188 M parameters),
-AdamW in float32, 4,096 tokens a step, remat "nothing" for both. Experts: token score 0.2 of the
-batch's own routing, which is nearly even, so about 0.2 of the experts and not the 0.08 of a model
-that has specialised. SCORES: a folder or summary.json; whose loads the tiles are counted at.
+AdamW in float32, 4,096 tokens a step, the same REMAT for both ("nothing" if not given). Experts:
+token score 0.2 of the batch's own routing, which is nearly even, so about 0.2 of the experts and
+not the 0.08 of a model that has specialised. SCORES: a folder or summary.json; whose loads the
+tiles are counted at.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def make_batch() -> dict[str, np.ndarray]:
     }
 
 
-def make_arm(method: str, params, batch):
+def make_arm(method: str, params, batch, remat: str):
     """(state, frozen, loss, optimizer, share of choices that chosen experts get, share of them)."""
     chosen, choices, share = None, 1.0, 1.0
     if method == "esft":
@@ -68,7 +69,8 @@ def make_arm(method: str, params, batch):
     optimizer = make_optimizer(OptimConfig("adamw", 1e-4, "constant", weight_decay=0.1), 10)
 
     def loss(trainable, frozen, batch, rng):
-        return lm_loss(made.assemble(trainable, frozen), CONFIG, batch)
+        options = transformer.ForwardOptions(remat=remat)
+        return lm_loss(made.assemble(trainable, frozen), CONFIG, batch, options=options)
 
     trainable = jax.tree.map(jnp.asarray, made.trainable)
     return init_state(trainable, optimizer), made.frozen, loss, optimizer, choices, share
@@ -82,14 +84,15 @@ def flop_bound(choices: float) -> float:
     return (2 * forward + choices * experts) / (3 * forward)
 
 
-def measure_time(pairs: int) -> None:
+def measure_time(pairs: int, remat: str) -> None:
     """Medians of the ratio over pairs run in turns, of time and of the processors' seconds."""
     batch, key = make_batch(), jax.random.key(0)
-    params = transformer.init_params(CONFIG, key)
     runs: dict[str, dict[str, Callable[[], object]]] = {}
     bound = 0.0
     for method in ("full", "esft"):
-        state, frozen, loss, optimizer, choices, share = make_arm(method, params, batch)
+        # Each its own: a step gives its state's memory away.
+        params = transformer.init_params(CONFIG, key)
+        state, frozen, loss, optimizer, choices, share = make_arm(method, params, batch, remat)
         if method == "esft":
             bound = flop_bound(choices)
             print(f"experts  {share:.1%} of them chosen, with {choices:.1%} of the choices")
@@ -142,7 +145,7 @@ def anonymous_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def memory_of(method: str) -> None:
+def memory_of(method: str, remat: str) -> None:
     """Prints, as JSON, the peak of anonymous memory of three steps above the model's."""
     batch = make_batch()
     params = transformer.init_params(CONFIG, jax.random.key(0))
@@ -156,7 +159,7 @@ def memory_of(method: str) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    state, frozen, loss, optimizer, _, share = make_arm(method, params, batch)
+    state, frozen, loss, optimizer, _, share = make_arm(method, params, batch, remat)
     if method == "full":
         del params  # the run takes it over
     step = make_train_step(loss, optimizer)
@@ -169,11 +172,11 @@ def memory_of(method: str) -> None:
     print(json.dumps({"above": peak[0] - base, "state": held, "share": share}))
 
 
-def measure_memory() -> None:
+def measure_memory(remat: str) -> None:
     found = {}
     for method in ("full", "esft"):
         done = subprocess.run(
-            [sys.executable, "-m", "tests.methods.measure_esft", "memory_of", method],
+            [sys.executable, "-m", "tests.methods.measure_esft", "memory_of", method, remat],
             capture_output=True, text=True, check=True,
         )
         found[method] = json.loads(done.stdout.splitlines()[-1])
@@ -209,9 +212,9 @@ def measure_visits(path: str) -> None:
 
 if __name__ == "__main__":
     actions = {
-        "time": lambda rest: measure_time(int(rest[0]) if rest else 4),
-        "memory": lambda rest: measure_memory(),
-        "memory_of": lambda rest: memory_of(rest[0]),
+        "time": lambda rest: measure_time(int([*rest, 4][0]), [*rest[1:], "nothing"][0]),
+        "memory": lambda rest: measure_memory((*rest, "nothing")[0]),
+        "memory_of": lambda rest: memory_of(*rest),
         "visits": lambda rest: measure_visits(rest[0]),
     }
     functools.partial(actions[sys.argv[1]], sys.argv[2:])()
