@@ -145,8 +145,10 @@ def matched(seed: Seed, k: int) -> dict[str, Any]:
         return float(np.interp(level, x, y)) if x[0] <= level <= x[-1] else None
 
     levels = sorted(p for points in curves.values() for p, _ in points)
-    rows = [{"pass@1": level} | {f"{who} pass@{k}": at(level, points)
-                                 for who, points in curves.items()} for level in levels]
+    rows: list[dict[str, float | None]] = [
+        {"pass@1": level, **{f"{who} pass@{k}": at(level, p) for who, p in curves.items()}}
+        for level in levels
+    ]
     return {"seed": seed.number, "rows": rows}
 
 
