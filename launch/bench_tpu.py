@@ -118,13 +118,15 @@ def _measure(module: str, *arguments: str, dumped: bool = True) -> dict[str, Any
 
 def ragged_dot(count: dict[str, float], drawn: Sequence[np.ndarray]) -> list[float]:
     """Cycles per draw: a visit for each group and tile of rows that holds one of its rows."""
-    found = []
-    for sizes in drawn:
-        ends = np.cumsum(sizes)
-        first, last = (ends - sizes) // count["rows"], (ends - 1) // count["rows"]
-        visits = np.sum((last - first + 1)[sizes > 0])
-        found.append(float(count["rest"] + count["visit"] * visits))
-    return found
+    return [count["rest"] + count["visit"] * visits(sizes, int(count["rows"])) for sizes in drawn]
+
+
+def visits(sizes: np.ndarray, rows: int, wanted: np.ndarray | None = None) -> int:
+    """Tiles of `rows` rows that groups touch, a tile of two groups twice; of wanted groups only."""
+    ends = np.cumsum(sizes)
+    starts = ends - sizes
+    each = np.where(sizes > 0, (ends - 1) // rows - starts // rows + 1, 0)
+    return int(each.sum() if wanted is None else each[wanted].sum())
 
 
 def ours(product: str, count: dict[str, Any], drawn: Sequence[np.ndarray]) -> list[float]:

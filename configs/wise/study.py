@@ -29,7 +29,7 @@ def get_config(size: str = "full") -> ConfigDict:
             "trajectory": 6,  # checkpoints of SFT, log-spaced
             "sweep": {
                 "num_samples": 64,
-                "validation_samples": 32,
+                "validation_samples": 32,  # of each problem to choose on
                 "k": (1, 2, 4, 8, 16, 32),
                 "criterion": "pass@16",
                 "deltas": (0.3, 0.5, 0.7),

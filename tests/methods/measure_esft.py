@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from launch.bench_tpu import visits
 from moejax.core import tree
 from moejax.methods import expert_scores, score_files
 from moejax.methods.adaptation import adapt
@@ -184,14 +185,6 @@ def measure_memory(remat: str) -> None:
         print(f"{method:5} peak {figures['above']} above the model, state {figures['state']}")
     print(f"ratio {found['esft']['above'] / found['full']['above']:.3f}, with "
           f"{found['esft']['share']:.1%} of the experts")
-
-
-def visits(sizes: np.ndarray, tile: int, wanted: np.ndarray | None = None) -> int:
-    """Tiles of rows that groups touch, a tile of two groups twice; of wanted groups only."""
-    ends = np.cumsum(sizes)
-    starts = ends - sizes
-    each = np.where(sizes > 0, (ends - 1) // tile - starts // tile + 1, 0)
-    return int(each.sum() if wanted is None else each[wanted].sum())
 
 
 def measure_visits(path: str) -> None:
