@@ -63,9 +63,9 @@ def rows(peer: bool, wanted: Wanted) -> Iterator[Row]:
             f"fetches {statistics.median(started):.3f}"
         )
         if product == "dW":
-            whole, single = dw_at_most(count["visits"], tiles(product).heights, draws())
+            whole, single, lean = dw_at_most(count, tiles(product).heights, draws())
             how += f"; at most {whole:.3f} by the matrix unit's 128 rows, {single:.3f} if each "
-            how += "group were one visit"
+            how += f"group were one visit, {lean:.3f} if fetching cost those nothing besides"
         if peer:
             how += "; the peer without its copies of the weights"
         share = statistics.median(shares)
@@ -136,19 +136,25 @@ def ours(product: str, count: dict[str, Any], drawn: Sequence[np.ndarray]) -> li
 
 
 def dw_at_most(
-    visits: Sequence[float], heights: Sequence[int], drawn: Sequence[np.ndarray]
-) -> tuple[float, float]:
-    """Bounds of dW's share, medians: rows rounded up alone; a visit per group, however tall.
+    count: dict[str, Any], heights: Sequence[int], drawn: Sequence[np.ndarray]
+) -> tuple[float, float, float]:
+    """Bounds of dW's share, medians: rows rounded up alone; a visit per group, however tall; and
+    one that pays nothing for the pipeline around it (a visit that computes nothing pays that only).
 
     A matrix unit sums 128 rows at a time. What a visit costs is taken as a part per row and a part
     per visit, from its tallest and its lowest height.
     """
+    visits = count["visits"]
     per_row = (visits[0] - visits[len(heights) - 1]) / (heights[0] - heights[-1])
     per_visit = visits[0] - per_row * heights[0]
     padded = [-(-sizes // 128) * 128 for sizes in drawn]
     whole = statistics.median(NUM_ROWS / rows.sum() for rows in padded)
-    one_each = (np.sum(per_visit + per_row * rows[rows > 0]) for rows in padded)
-    return whole, statistics.median(IDEAL / cycles_ for cycles_ in one_each)
+
+    def one_each(cost: float) -> float:
+        totals = (np.sum(cost + per_row * rows[rows > 0]) for rows in padded)
+        return statistics.median(IDEAL / total for total in totals)
+
+    return whole, one_each(per_visit), one_each(per_visit - count["idle"])
 
 
 def kinds_of(product: str, sizes: np.ndarray) -> list[np.ndarray]:

@@ -28,6 +28,7 @@ from moejax.ops.tpu_rows import Form
 from moejax.ops.tpu_visits import BLOCK, Visits
 
 FEW, MANY = 4, 8
+NO_KIND = -1  # of a visit that computes nothing: fetching and counting are left
 _TILING = re.compile(r'ragged_dot_tiling="([0-9,]+)"')
 GATED = Form("gated", ((0, 0), (0, 1)), lambda a, b: (jax.nn.silu(a) * b,), 1)
 
@@ -51,12 +52,13 @@ def _ours(product: str, array: Callable[..., Any]) -> dict[str, Any]:
     kinds = len(tiles.heights) + (2 if product == "dW" else 0)
     found: list[float] = []
     start = 0.0
-    for kind in range(kinds):
+    for kind in (*range(kinds), NO_KIND):
         few, many = (count(product, tiles, kind, num, array) for num in (FEW, MANY))
         visit = (many - few) / (MANY - FEW)
         found.append(visit)
         start = max(start, few - FEW * visit)
-    return {"visits": [*found, 0.0], "start": start}
+    *found, idle = found
+    return {"visits": [*found, 0.0], "idle": idle, "start": start}
 
 
 def _tables(num: int, cores: int, groups: int, array: Callable[..., Any]) -> Visits:

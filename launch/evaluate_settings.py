@@ -79,7 +79,7 @@ def write_run(settings: Settings, outcome: Outcome, began: float) -> None:
     asked, records, result = outcome
     write_samples(settings.out / "samples.jsonl", records)
     (settings.out / PARTIAL).unlink(missing_ok=True)
-    whole = {**asked, **result, "model_sha256": model_hash(settings.model)}
+    whole = {**asked, **result, "model_xxh3": model_hash(settings.model)}
     wall_s = round(time.perf_counter() - began, 2)
     write_json(settings.out / "result.json", {**whole, "wall_s": wall_s} | environment())
     console.print(f"results: {settings.out / 'result.json'}", markup=False)
@@ -102,7 +102,7 @@ def environment() -> dict[str, Any]:
 
 
 def model_hash(source: str | None) -> str | None:
-    """SHA-256 of the weights that were judged, None where samples were made elsewhere."""
+    """XXH3 of the weights that were judged, None where samples were made elsewhere."""
     return None if source is None else lineage.hash_path(find_source(source))
 
 

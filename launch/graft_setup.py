@@ -238,8 +238,8 @@ def load_bridge(setup: Setup, folder: Path) -> tree.Tree:
         keys = [k for k in wanted if described["graft"].get(k) != wanted[k]]
         raise InputError(f"{folder} is a bridge with another {', '.join(keys)} than the config's")
     for role in ("source", "target"):
-        sha = lineage.hash_path(find_source(setup.config[role].model))
-        if sha != described[role]["sha256"]:
+        found = lineage.hash_path(find_source(setup.config[role].model))
+        if found != described[role].get("xxh3"):
             raise InputError(
                 f"{folder} was trained with another {role} ({described[role]['path']}) than "
                 f"{setup.config[role].model}: their hashes differ"

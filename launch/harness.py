@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
         write_samples(folder / f"samples_{name}.jsonl", json.loads(json.dumps(rows, default=str)))
     result = {
         "model": MODEL.value,
-        "model_sha256": model_hash(MODEL.value),
+        "model_xxh3": model_hash(MODEL.value),
         "results": found["results"],
         "versions": found.get("versions", {}),
         "n_samples": found.get("n-samples", {}),

@@ -122,7 +122,8 @@ def _root(model: Loaded) -> str | None:
     """The hash of what its lineage began with; None where that is not known."""
     if not model.lineage or not model.lineage[0]["inputs"]:
         return None
-    return model.lineage[0]["inputs"][0].get("sha256") or None
+    first = model.lineage[0]["inputs"][0]
+    return first.get("xxh3") or first.get("sha256") or None  # lineages began with the latter
 
 
 def input_hashes(

@@ -1,6 +1,6 @@
 """What was done to what: `lineage.json`, the list of operations that made a model folder.
 
-Each operation is ``{op, inputs: [{path, sha256}], args, results, time, moejax}``.
+Each operation is ``{op, inputs: [{path, xxh3}], args, results, time, moejax}``.
 """
 
 from __future__ import annotations
@@ -14,21 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.io import atomic
+from moejax.io.digests import hash_file
 
 FILE = "lineage.json"
 _FIELDS = {"op", "inputs", "args", "results", "time", "moejax"}
 
 Lineage = tuple[dict[str, Any], ...]
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def append(
@@ -43,7 +39,7 @@ def append(
     Args:
       lineage: the operations before.
       op: its name ("import", "upcycle", "train", "merge", "export").
-      inputs: what it read, each `{path, sha256}` as `input_of` makes it.
+      inputs: what it read, each `{path, xxh3}` as `input_of` makes it.
       args: what it was asked, as JSON.
       results: what came of it, as JSON.
     """
@@ -65,7 +61,7 @@ def input_of(
 
     A hub id has no hash of its own: the import that comes first in its lineage has it.
     """
-    return {"path": str(path), "sha256": hash_path(path, hash_of) if Path(path).exists() else ""}
+    return {"path": str(path), "xxh3": hash_path(path, hash_of) if Path(path).exists() else ""}
 
 
 def write(folder: str | os.PathLike[str], lineage: Iterable[dict[str, Any]]) -> None:
@@ -87,14 +83,14 @@ def read(folder: str | os.PathLike[str]) -> Lineage:
 
 
 def hash_path(path: str | os.PathLike[str], hash_of: Callable[[Path], str] = hash_file) -> str:
-    """SHA-256 of a file, or of the weight files of a model folder (names and contents, sorted).
+    """XXH3 of a file, or of the weight files of a model folder (names and contents, sorted).
 
     hash_of: gives a file's hash, where it is known without reading the file.
     """
     path = Path(path)
     if path.is_file():
         return hash_of(path)
-    total = hashlib.sha256()
+    total = xxhash.xxh3_128()
     stored = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.gguf"))
     files = stored or sorted(file for file in (path / "params").rglob("*") if file.is_file())
     if not files:

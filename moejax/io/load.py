@@ -71,8 +71,8 @@ def find_source(source: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _imported(loaded: Loaded, sha256: str, dtype: str) -> Loaded:
-    read = {"path": loaded.source, "sha256": sha256}
+def _imported(loaded: Loaded, xxh3: str, dtype: str) -> Loaded:
+    read = {"path": loaded.source, "xxh3": xxh3}
     operations = lineage.append((), "import", [read], {"dtype": dtype})
     return dataclasses.replace(loaded, lineage=operations)
 

@@ -91,7 +91,7 @@ class SafetensorsFolder:
         self.digests: Digests | None = None
 
     def hash_reads(self) -> Digests:
-        """From now on what is read is hashed too, and cannot be written to; returns the hashes."""
+        """From now on what is read is hashed too; returns the hashes."""
         self.digests = self.digests or Digests()
         return self.digests
 
@@ -110,7 +110,6 @@ class SafetensorsFolder:
                 value = host.empty(shape, info.dtype)
                 _fill(file, value, start, name)
                 if self.digests is not None:
-                    value.flags.writeable = False
                     self.digests.saw(path, start, value.reshape(-1).view(np.uint8))
                 return value
             left, right = columns

@@ -109,7 +109,7 @@ def two_processes(folder: Path, index: int, port: str) -> None:
     num_read = sum(reads)
     plain = load_any(folder)
     check(model, plain, mesh)
-    assert model.lineage[0]["inputs"][0]["sha256"] == ""
+    assert model.lineage[0]["inputs"][0]["xxh3"] == ""
     about = {"read": num_read, "needed": needed(model.params), "all": tree.num_bytes(plain.params)}
     print(json.dumps({"name": f"process {index}"} | about))
 

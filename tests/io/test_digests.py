@@ -1,9 +1,8 @@
 """Hashes made while files are read are those of the whole files, in whatever order that is."""
 
-import hashlib
-
 import numpy as np
 import pytest
+import xxhash
 
 from moejax.io import digests, lineage
 from moejax.io.load import load_any
@@ -20,7 +19,6 @@ ORDERS = {
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_hash_is_that_of_the_file(tmp_path, monkeypatch, order):
-    monkeypatch.setattr(digests, "_MOST_WAITING", 300)
     monkeypatch.setattr(digests, "_READ_BYTES", 64)
     content = np.random.default_rng(0).integers(0, 256, 1000, np.uint8)
     paths = [tmp_path / "a", tmp_path / "b"]
@@ -30,7 +28,7 @@ def test_a_hash_is_that_of_the_file(tmp_path, monkeypatch, order):
     for start, end in ORDERS[order]:
         for path in paths:
             found.saw(path, start, content[start:end])
-    wanted = hashlib.sha256(content.tobytes()).hexdigest()
+    wanted = xxhash.xxh3_128(content.tobytes()).hexdigest()
     assert [found.of(path) for path in paths] == [wanted] * 2
 
 
@@ -39,16 +37,14 @@ def test_bytes_are_hashed_as_they_were_read(tmp_path):
     found = digests.Digests()
     found.saw(tmp_path / "a", 0, np.zeros(100, np.uint8))
     (tmp_path / "a").write_bytes(bytes([1]) * 100)
-    assert found.of(tmp_path / "a") == hashlib.sha256(bytes(100)).hexdigest()
+    assert found.of(tmp_path / "a") == xxhash.xxh3_128(bytes(100)).hexdigest()
 
 
-def test_a_folder_that_is_read_is_hashed_and_not_written_to(tmp_path):
+def test_a_folder_that_is_read_is_hashed(tmp_path):
     folder = write_llama(tmp_path / "m", BASE, tensors_of(BASE), max_shard_bytes=20_000)
     source = load_any(folder, abstract=True).tensors
     hashed = source.hash_reads()
     assert source.hash_reads() is hashed
     for name in list(source.infos)[:-2]:
-        part = source.read(name)
-        with pytest.raises(ValueError, match="read-only"):
-            part *= 2
+        source.read(name)[...] = 0  # who reads may write to it
     assert lineage.input_of(folder, hashed.of) == lineage.input_of(folder)

@@ -13,7 +13,7 @@ from tests.tiny_llama import BASE, tensors_of, write_llama
 
 
 def test_operations_follow_one_another(tmp_path):
-    first = lineage.append((), "import", [{"path": "a", "sha256": "0"}], {"dtype": "keep"})
+    first = lineage.append((), "import", [{"path": "a", "xxh3": "0"}], {"dtype": "keep"})
     second = lineage.append(first, "merge", args={"lam": 0.75}, results={"params": 3})
     assert len(first) == 1 and [entry["op"] for entry in second] == ["import", "merge"]
     assert second[0] == first[0] and second[1]["inputs"] == []
@@ -40,7 +40,7 @@ def test_the_hash_of_a_folder_is_that_of_its_weights(tmp_path):
     two = write_llama(tmp_path / "two", BASE | {"rms_norm_eps": 1.0}, tensors_of(BASE))
     other = write_llama(tmp_path / "other", BASE, tensors_of(BASE, seed=1))
     assert lineage.hash_path(one) == lineage.hash_path(two) != lineage.hash_path(other)
-    assert lineage.input_of(one) == {"path": str(one), "sha256": lineage.hash_path(one)}
+    assert lineage.input_of(one) == {"path": str(one), "xxh3": lineage.hash_path(one)}
     with pytest.raises(InputError, match="no weight files"):
         lineage.hash_path(tmp_path)
 

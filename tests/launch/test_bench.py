@@ -122,8 +122,10 @@ def test_bounds_of_the_matrices_gradient_for_visits_of_known_cost():
     sizes = [bench_tpu.np.array([4096 - 128, 128])]  # whole visits: nothing is rounded up
     per_row = bench_tpu.IDEAL / 4096
     costs = [100 + per_row * height for height in (384, 256, 128)]
-    whole, single = bench_tpu.dw_at_most(costs, (384, 256, 128), sizes)
+    count = {"visits": costs, "idle": 60}
+    whole, single, lean = bench_tpu.dw_at_most(count, (384, 256, 128), sizes)
     assert whole == 1 and single == pytest.approx(bench_tpu.IDEAL / (bench_tpu.IDEAL + 200))
+    assert lean == pytest.approx(bench_tpu.IDEAL / (bench_tpu.IDEAL + 80))
 
 
 def test_ragged_dot_visits_a_tile_of_rows_for_every_group_that_has_one_there():

@@ -225,7 +225,7 @@ def test_other_tasks_from_samples_to_results(folder, tmp_path):
     }
     good = result("good.own")
     assert good["versus"]["difference"] == 0.75 and good["pass_at_1"] == 1
-    assert good["decontamination"]["num_clean"] == 3 and good["model_sha256"] is None
+    assert good["decontamination"]["num_clean"] == 3 and good["model_xxh3"] is None
     records = [
         json.loads(x) for x in (tmp_path / "good.own/samples.jsonl").read_text().splitlines()
     ]
@@ -236,4 +236,4 @@ def test_other_tasks_from_samples_to_results(folder, tmp_path):
         "wrong": 1,
     }
     choice = result("choice")
-    assert choice["acc"] == 0.5 and len(choice["model_sha256"]) == 64
+    assert choice["acc"] == 0.5 and len(choice["model_xxh3"]) == 32

@@ -38,7 +38,7 @@ def folder(tmp_path_factory) -> Path:
     deep = ModelConfig("llama", tokenizer.vocab_size, 3, 16, 24, 2, 1, 8, max_position=64)
     for seed, (name, base) in enumerate([("a", "1"), ("b", "1"), ("c", "1"), ("other", "2")]):
         params = jax.tree.map(np.asarray, transformer.init_params(config, jax.random.key(seed)))
-        history = lineage.append((), "import", [{"path": "base", "sha256": base}])
+        history = lineage.append((), "import", [{"path": "base", "xxh3": base}])
         save_any(Loaded(params, config, tokenizer, lineage=history), path / name, "hf")
     params = transformer.init_params(deep, jax.random.key(0))
     save_any(Loaded(params, deep, tokenizer), path / "deep", "hf")
@@ -57,7 +57,7 @@ def test_a_mixture_from_the_command_line(folder, tmp_path):
         np.testing.assert_allclose(leaf, tree.flatten(wanted)[path], rtol=1e-6, atol=1e-7)
     operation = mixed.lineage[-2]
     assert operation["op"] == "interpolate" and operation["args"]["deltas"]["delta"] == 0.3
-    assert [i["sha256"] for i in operation["inputs"]] == [
+    assert [i["xxh3"] for i in operation["inputs"]] == [
         lineage.hash_path(folder / name) for name in "ab"
     ]
     again = run(early, late, f"--out={tmp_path / 'mixed'}")

@@ -21,7 +21,7 @@ def write(folder: Path, num_problems: int = 10) -> None:
     """folder/early, folder/late and folder/sums.jsonl in GSM8K's form."""
     tokenizer = Tokenizer.from_gguf_metadata(gguf_fields())
     config = ModelConfig("llama", tokenizer.vocab_size, 1, 16, 24, 2, 1, 8, max_position=512)
-    history = lineage.append((), "import", [{"path": "base", "sha256": "1"}])
+    history = lineage.append((), "import", [{"path": "base", "xxh3": "1"}])
     for seed, name in enumerate(("early", "late")):
         params = jax.tree.map(np.asarray, transformer.init_params(config, jax.random.key(seed)))
         save_any(Loaded(params, config, tokenizer, lineage=history), folder / name, "hf")

@@ -1,12 +1,34 @@
-"""Every family against transformers, live: logits, loss, gradients, decoding, bfloat16, export."""
+"""Every family against transformers, live: logits, loss, gradients, decoding, bfloat16, export.
+
+Every case's logits are also compared with goldens (`tests/io/test_goldens.py`), so that by default
+one case of a family runs here, and those that no other case resembles; all with --slow.
+"""
 
 import pytest
 
 from tests.parity.cases import CASES, decodes_alike
 from tests.parity.measure import MAX_BFLOAT16_RATIO, MAX_FLOAT32, measure
 
+UNLIKE_OTHERS = {
+    "llama-llama3_biases_odd_head",
+    "qwen2-layer_types_yarn",
+    "opt-after_projected",
+    "qwen3_moe-dense_between",
+    "deepseek_v2-q_rank_groups_scaled_biases",
+}
+FIRST = {name.split("-")[0]: name for name in reversed(CASES)}.values()
 
-@pytest.mark.parametrize("name", CASES)
+
+def _case(name: str):
+    by_default = name in UNLIKE_OTHERS or name in FIRST
+    return pytest.param(name, marks=() if by_default else pytest.mark.slow)
+
+
+def test_what_runs_by_default_exists():
+    assert set(CASES) >= UNLIKE_OTHERS
+
+
+@pytest.mark.parametrize("name", map(_case, CASES))
 def test_a_case_is_what_transformers_computes(name, tmp_path):
     found = measure(name, tmp_path)
     assert found.logits < MAX_FLOAT32
