@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import errno
+import glob
 import os
 import pathlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from logging import CRITICAL, getLogger
 
 from absl import app, flags, logging
 
@@ -72,6 +74,9 @@ def run(main: Callable[[Sequence[str]], int | None], streams: bool = False) -> N
 
     signal.signal(signal.SIGTERM, _terminate)
     logging.set_verbosity(logging.WARNING)
+    if not glob.glob("/dev/nvidia[0-9]*"):
+        # Its CUDA plugin, installed to compile for GPUs that are not there, fails with a traceback.
+        getLogger("jax._src.xla_bridge").setLevel(CRITICAL)
     app.run(guarded, argv=argv, flags_parser=_parse)
 
 
