@@ -4,6 +4,7 @@
     python -m launch.wise --early=A --late=B --deltas='**/attn/**=0.2,embed/**=0' --out=C
     python -m launch.wise --method=mean --models=A,B,C --out=soup
     python -m launch.wise --stage=sweep --early=A,B --late=C --task=gsm8k --out=runs/sweep
+    python -m launch.wise --stage=soup --models=A,B,C --task=gsm8k --out=runs/soup
 
 wise   w = delta * early + (1 - delta) * late: delta is the share of the EARLY checkpoint, 0 gives
        the late model's bytes, 1 the early one's (the method of 2021 counts the other way)
@@ -18,6 +19,9 @@ dare   --base plus --scale times the sum of randomly thinned task vectors, of --
 checkpoint and delta are best on validation problems, and what they are worth on others, beside
 other ways to decode; samples/, table.csv, sweep.json and plots/, resumable.
 
+--stage=soup asks the task of every one of --models and makes a greedy soup: best first, each joins
+the mean if that is then no worse by --criterion. OUT/model is the mean, soup.json says of whom.
+
 Weights of a mixture go from file to file in parts of a few megabytes (slerp, ties, dare: tensor by
 tensor); a folder of our own format, as a source or as the target, goes through memory.
 """
@@ -31,7 +35,7 @@ from typing import Any
 
 from absl import flags
 
-from launch import cli, wise_sweep
+from launch import cli, wise_soup, wise_sweep
 from launch.mixing import Plan, check_relatives, input_hashes, mixed_model
 from launch.progress import bars
 from moejax.core import tree
@@ -44,13 +48,16 @@ from moejax.methods.interpolate import Deltas
 METHODS = ("wise", "slerp", "mean", "ema", "task", "ties", "dare")
 _ENDS, _BASED = ("wise", "slerp"), ("task", "ties", "dare")
 
-STAGE = flags.DEFINE_enum("stage", "mix", ["mix", "sweep"], "Write a mixture, or measure many.")
+STAGE = flags.DEFINE_enum("stage", "mix", ["mix", "sweep", "soup"],
+                          "Write a mixture, measure many, or find and write a soup.")
 METHOD = flags.DEFINE_enum("method", "wise", METHODS, "How the models are mixed.")
 EARLY = flags.DEFINE_string(
     "early", None, "Early checkpoint: folder, .gguf file or hub id; of a sweep several, by commas."
 )
 LATE = flags.DEFINE_string("late", None, "Late checkpoint of the same run.")
-MODELS = flags.DEFINE_list("models", [], "Models, oldest first (mean, ema, task, ties, dare).")
+MODELS = flags.DEFINE_list(
+    "models", [], "Models, oldest first (mean, ema, task, ties, dare; of a soup in any order)."
+)
 BASE = flags.DEFINE_string("base", None, "What the models were tuned from (task, ties, dare).")
 OUT = flags.DEFINE_string("out", None, "Folder to make.", required=True)
 DELTA = flags.DEFINE_float("delta", 0.5, "Share of the early checkpoint, 0 to 1 (wise, slerp).")
@@ -76,19 +83,33 @@ def main(argv) -> None:
             raise InputError("--stage=sweep needs --early (one or several) and --late")
         wise_sweep.sweep_stage(early, LATE.value, OUT.value, SEED.value)
         return
-    started = time.perf_counter()
-    names = _names()
+    if STAGE.value == "soup":
+        models = list(MODELS.value)
+        if len(models) < 2 or any((EARLY.value, LATE.value, BASE.value)):
+            raise InputError("--stage=soup needs at least two --models, and no other model")
+        target = f"{OUT.value}/model"
+        atomic.check_target(target, OVERWRITE.value)
+        members = wise_soup.soup_stage(models, OUT.value, SEED.value, UNRELATED.value)
+        if members:
+            _write(members, Plan("mean"), target)
+        return
     plan = Plan(METHOD.value, _deltas(), DECAY.value, SCALE.value, DENSITY.value, SEED.value)
-    atomic.check_target(OUT.value, OVERWRITE.value)
+    _write(_names(), plan, OUT.value)
+
+
+def _write(names: Sequence[str], plan: Plan, out: str) -> None:
+    """Mixes models into a folder."""
+    started = time.perf_counter()
+    atomic.check_target(out, OVERWRITE.value)
     models = [load_any(name, abstract=True) for name in names]
     for note in check_relatives(models, names, UNRELATED.value):
         print(f"note     {note}")
     late = models[-1]
     format = FORMAT.value or ("hf" if has_class(late.config) else "orbax")
-    _show(names, late, format)
+    _show(names, late, format, plan, out)
     whole = any(model.tensors is None for model in models)
     mixed = mixed_model(models, names, plan, whole=False) if not whole else None
-    atomic.require_disk(OUT.value, tree.num_bytes(late.params))
+    atomic.require_disk(out, tree.num_bytes(late.params))
     if cli.DRY_RUN.value:
         print("dry run: nothing written")
         return
@@ -98,13 +119,13 @@ def main(argv) -> None:
             mixed = mixed_model([load_any(name) for name in names], names, plan, whole=True)
         save_any(
             mixed,
-            OUT.value,
+            out,
             format,
             overwrite=OVERWRITE.value,
             progress=writing,
             operations=lambda: _operations(late, plan, inputs()),
         )
-    print(f"written  {OUT.value} in {time.perf_counter() - started:.1f} s", flush=True)
+    print(f"written  {out} in {time.perf_counter() - started:.1f} s", flush=True)
 
 
 def _names() -> list[str]:
@@ -148,11 +169,11 @@ def _number(text: str, flag: str) -> float:
         raise InputError(f"{flag}: {text!r} is not a number") from None
 
 
-def _show(names: Sequence[str], late: Loaded, format: str) -> None:
-    what = f"delta {DELTA.value:g} of the early one" if METHOD.value in _ENDS else METHOD.value
+def _show(names: Sequence[str], late: Loaded, format: str, plan: Plan, out: str) -> None:
+    what = f"delta {DELTA.value:g} of the early one" if plan.method in _ENDS else plan.method
     print(f"mix      {', '.join(names)}: {what}")
     print(
-        f"write    {OUT.value} as {format}, {tree.num_params(late.params):,} parameters, "
+        f"write    {out} as {format}, {tree.num_params(late.params):,} parameters, "
         f"{tree.num_bytes(late.params) / 1e9:.3f} GB",
         flush=True,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from absl import flags
 from launch import cli
 from launch.mixing import check_relatives
 from launch.wise_choice import Plan, Row, draw_plots, measure, say
+from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.evals import sandbox
 from moejax.evals.draw import TaskSampler
 from moejax.evals.run import require_grader
-from moejax.evals.sweep import Criterion, Sweep
+from moejax.evals.sweep import Criterion, Problem, Sweep
 from moejax.evals.tasks import TASKS, Grading, load_items
 from moejax.io import atomic
 from moejax.io.load import Loaded, load_any
@@ -57,9 +58,7 @@ def sweep_stage(early: Sequence[str], late: str, out: str, seed: int) -> None:
     began = time.perf_counter()
     plan = _plan(early, late, seed)
     task = TASKS[TASK.value]
-    models = [load_any(name, abstract=True) for name in (*plan.early, plan.late)]
-    for note in check_relatives(models, [*plan.early, plan.late], False):
-        print(f"note     {note}")
+    check_models([*plan.early, plan.late], False)
     items = load_items(task, DATA.value, NUM.value)
     validation, test = _split(len(items), seed)
     arms = len(plan.early) * (plan.points or len(plan.grid))
@@ -72,24 +71,12 @@ def sweep_stage(early: Sequence[str], late: str, out: str, seed: int) -> None:
     if cli.DRY_RUN.value:
         print("dry run: nothing written")
         return
-    if task.executes:
-        sandbox.require_permission(EXECUTE.value)
-        require_grader(task)
     folder = Path(out)
-    claim_folder(folder, _identity(plan, items), "sweep_config.json")
-    model = load_any(plan.late, "float32")
-    sampler = _sampler(model)
-    problems = sampler.problems(items)
+    loaders = {name: functools.partial(params_of, name) for name in plan.early}
+    identity = dataclasses.asdict(plan) | {"validation_share": SHARE.value}
+    claimed = (folder, identity, "sweep_config.json")
+    run, problems = begin(plan.late, loaders, items, claimed, plan.num_samples, seed)
     splits = {"validation": [problems[i] for i in validation], "test": [problems[i] for i in test]}
-    run = Sweep(
-        jax.device_put(model.params),
-        {name: functools.partial(_params, name) for name in plan.early},
-        sampler,
-        plan.num_samples,
-        folder / "samples",
-        seed=seed,
-        progress=lambda line: print(f"draw     {line}", flush=True),
-    )
     result, rows, sampled = measure(run, plan, splits)
     result["wall_s"] = round(time.perf_counter() - began, 1)
     atomic.write_text(folder / "table.csv", as_csv(rows))
@@ -113,17 +100,30 @@ def _plan(early: Sequence[str], late: str, seed: int) -> Plan:
         raise InputError(f"--delta_grid={','.join(GRID.value)} must lie in [0, 1]")
     if not ks or ks[0] < 1:
         raise InputError(f"--k={','.join(K.value)} must be positive whole numbers")
-    for name, k in (("--k", ks[-1]), ("--criterion", criterion.k)):
-        if k > NUM_SAMPLES.value:
-            raise InputError(f"{name} asks for k={k}, but --num_samples={NUM_SAMPLES.value}")
+    check_ks({"--k": ks[-1], "--criterion": criterion.k})
     if POINTS.value and POINTS.value < 3:
         raise InputError(f"--search_points={POINTS.value}: a search needs at least 3")
-    samplings = tuple(_sampling(text) for text in SAMPLINGS.value)
+    samplings = tuple(sampling_of(text) for text in SAMPLINGS.value)
     return Plan(tuple(early), late, samplings, grid, POINTS.value, criterion, ks,
                 NUM_SAMPLES.value, seed)
 
 
-def _sampling(text: str) -> SamplingConfig:
+def check_ks(asked: dict[str, int]) -> None:
+    """InputError for a flag that asks for more samples than are drawn."""
+    for name, k in asked.items():
+        if k > NUM_SAMPLES.value:
+            raise InputError(f"{name} asks for k={k}, but --num_samples={NUM_SAMPLES.value}")
+
+
+def check_models(names: Sequence[str], allow_unrelated: bool) -> None:
+    """InputError unless models are there and of one run; says what cannot be told."""
+    models = [load_any(name, abstract=True) for name in names]
+    for note in check_relatives(models, names, allow_unrelated):
+        print(f"note     {note}")
+
+
+def sampling_of(text: str) -> SamplingConfig:
+    """What --sampling says; InputError for what it cannot mean."""
     fields: dict[str, Any] = {}
     for part in text.split(","):
         name, equals, value = part.strip().partition("=")
@@ -149,11 +149,37 @@ def _split(number: int, seed: int) -> tuple[list[int], list[int]]:
     return sorted(order[:cut].tolist()), sorted(order[cut:].tolist())
 
 
-def _identity(plan: Plan, items) -> Row:
-    settings = dataclasses.asdict(plan)
-    settings |= {"task": TASK.value, "data": DATA.value, "form": FORM.value}
-    settings |= {"num_problems": len(items), "validation_share": SHARE.value}
-    return settings | {"max_new_tokens": NEW_TOKENS.value, "score": SCORE.value}
+def begin(
+    late: str,
+    early: Mapping[str, Callable[[], tree.Tree]],
+    items: Sequence[Any],
+    claimed: tuple[Path, Row, str],
+    num_samples: int,
+    seed: int,
+) -> tuple[Sweep, list[Problem]]:
+    """Claims a folder (its path, what it is of, the file that says so); loads a sweep's late model.
+
+    Returns the sweep, which draws to the folder's samples/, and the items as its problems.
+    """
+    if TASKS[TASK.value].executes:
+        sandbox.require_permission(EXECUTE.value)
+        require_grader(TASKS[TASK.value])
+    folder, identity, file = claimed
+    identity = identity | {"task": TASK.value, "data": DATA.value, "form": FORM.value}
+    identity |= {"num_problems": len(items), "max_new_tokens": NEW_TOKENS.value}
+    claim_folder(folder, identity | {"score": SCORE.value}, file)
+    model = load_any(late, "float32")
+    sampler = _sampler(model)
+    run = Sweep(
+        jax.device_put(model.params),
+        early,
+        sampler,
+        num_samples,
+        folder / "samples",
+        seed=seed,
+        progress=lambda line: print(f"draw     {line}", flush=True),
+    )
+    return run, sampler.problems(items)
 
 
 def _sampler(model: Loaded) -> TaskSampler:
@@ -168,5 +194,6 @@ def _sampler(model: Loaded) -> TaskSampler:
     return TaskSampler(model.config, model.tokenizer, task, form, drawing, grading, SCORE.value)
 
 
-def _params(name: str):
+def params_of(name: str) -> tree.Tree:
+    """A model's parameters in float32, on the device."""
     return jax.device_put(load_any(name, "float32").params)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from launch import wise_choice
+from moejax.core import tree
 from moejax.evals.sampled import Sampled
 from moejax.evals.sweep import Arm, Criterion, Problem
+from moejax.io.load import load_any
 from moejax.serve.sampling import SamplingConfig
 from tests import commands
 from tests.launch import tiny_run
@@ -88,9 +90,37 @@ def test_a_sweep_from_the_command_line_twice(tmp_path):
     assert other.returncode == 2 and "another config" in other.stderr
 
 
+def test_a_greedy_soup_from_the_command_line_and_again(tmp_path):
+    tiny_run.write(tmp_path)
+    models = [str(tmp_path / name) for name in ("early", "late")]
+    flags = [
+        "--stage=soup", f"--models={','.join(models)}", "--task=gsm8k",
+        f"--data={tmp_path / 'sums.jsonl'}", f"--out={tmp_path / 'soup'}", "--num_samples=2",
+        "--criterion=pass@2", "--max_new_tokens=4",
+    ]
+    done = commands.run("wise", *flags)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "soup" / "soup.json").read_text())
+    score = {tuple(sorted(one["models"])): one["score"] for one in found["tried"]}
+    assert len(score) == 3
+    best = max(models, key=lambda name: score[name,])  # of equal ones the first
+    both = score[tuple(sorted(models))] >= score[best,]
+    assert found["members"] == ([best] + [m for m in models if m != best] if both else [best])
+    made, parts = load_any(tmp_path / "soup" / "model"), [load_any(m) for m in found["members"]]
+    for path, leaf in tree.flatten(made.params).items():
+        wanted = np.mean([tree.flatten(part.params)[path] for part in parts], axis=0)
+        np.testing.assert_allclose(leaf, wanted, rtol=1e-6, atol=1e-7)
+    again = commands.run("wise", *flags, "--overwrite")
+    assert again.returncode == 0 and "draw " not in again.stdout
+    refused = commands.run("wise", *flags)
+    assert refused.returncode == 2 and "exists" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (["--stage=soup", "--models=A"], "at least two --models"),
+        (["--stage=soup", "--models=A,B", "--criterion=pass@99"], "--num_samples=16"),
         (["--late=B"], "needs --early"),
         (["--early=A", "--late=B", "--k=32"], "--num_samples=16"),
         (["--early=A", "--late=B", "--criterion=best"], "pass@K or maj@K"),

@@ -7,7 +7,8 @@
 One fine-grained model of random weights (4 layers, 64 experts, top 6, D 512; 188 M parameters),
 AdamW in float32, 4,096 tokens a step, the same REMAT for both ("nothing" if not given). Experts:
 token score 0.2 of the batch's own routing, which is nearly even, so about 0.2 of the experts and
-not the 0.08 of a model that has specialised. SCORES: a folder or summary.json; whose loads the
+not the 0.08 of a model that has specialised. Memory as commands have it: what is freed stays, unless
+MOEJAX_KEEP_FREED is 0. SCORES: a folder or summary.json; whose loads the
 tiles are counted at.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,6 +30,7 @@ import numpy as np
 
 from launch.bench_tpu import visits
 from moejax.core import tree
+from moejax.core.memory import give_back, keep_freed
 from moejax.methods import expert_scores, score_files
 from moejax.methods.adaptation import adapt
 from moejax.methods.expert_selection import select_by_threshold
@@ -148,9 +151,12 @@ def anonymous_bytes() -> int:
 
 def memory_of(method: str, remat: str) -> None:
     """Prints, as JSON, the peak of anonymous memory of three steps above the model's."""
+    if os.environ.get("MOEJAX_KEEP_FREED") != "0":
+        keep_freed()  # as every command does
     batch = make_batch()
     params = transformer.init_params(CONFIG, jax.random.key(0))
     jax.block_until_ready(params)
+    give_back()
     base, peak, stop = anonymous_bytes(), [0], threading.Event()
 
     def watch():
