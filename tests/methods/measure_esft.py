@@ -7,9 +7,9 @@
 One fine-grained model of random weights (4 layers, 64 experts, top 6, D 512; 188 M parameters),
 AdamW in float32, 4,096 tokens a step, the same REMAT for both ("nothing" if not given). Experts:
 token score 0.2 of the batch's own routing, which is nearly even, so about 0.2 of the experts and
-not the 0.08 of a model that has specialised. Memory as commands have it: what is freed stays, unless
-MOEJAX_KEEP_FREED is 0. SCORES: a folder or summary.json; whose loads the
-tiles are counted at.
+not the 0.08 of a model that has specialised. Memory is as commands have it: what they free they
+keep, unless MOEJAX_KEEP_FREED is 0. SCORES: a folder or summary.json; whose loads the tiles are
+counted at.
 """
 
 from __future__ import annotations

@@ -66,7 +66,9 @@ def test_heads(both):
         "grad_norm": lambda x, g: np.linalg.norm(g),
         "snip": lambda x, g: abs((x * g).sum()),
     }
-    for name in found["heads"].keys() & wanted:
+    common = found["heads"].keys() & wanted
+    assert common == wanted.keys() if ref.config is LLAMA else common, found.keys()
+    for name in common:
         same(found["heads"][name], per_head(ref, wanted[name]))
     if ref.config is not LLAMA:
         return
@@ -116,7 +118,9 @@ def test_neurons(both):
         "snip": lambda a, g: abs((a * g).sum()),
         "nwot": lambda a, g: np.log1p((a > 0).sum()) + np.log1p((a <= 0).sum()),
     }
-    for name in found["neurons"].keys() & wanted:
+    common = found["neurons"].keys() & wanted
+    assert common == wanted.keys() if ref.config is LLAMA else common, found.keys()
+    for name in common:
         same(found["neurons"][name], per_neuron(ref, wanted[name]))
     if ref.config is LLAMA:
         grasp = [-(a * h).sum(0) for a, h in zip(ref.a, ref.hga, strict=True)]
