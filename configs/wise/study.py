@@ -2,8 +2,8 @@
 
 Command:  python -m launch.wise_study --config=configs/wise/study.py --workdir=runs/wise_study
 Hardware: 2 CPU cores, 4 GiB. Resumable: what is done is not done again.
-Expected: late in the tuning Pass@32 has fallen from 0.72 to 0.41; the interpolation has 0.71, and
-          0.17 of Pass@1 where the late model has 0.13 (BUILD.md, "WiSE-FT's study": one seed).
+Expected: late in the tuning Pass@32 has fallen from 0.72 to 0.42; the interpolation has 0.71, and
+          0.17 of Pass@1 where the late model has 0.13 (BUILD.md, "WiSE-FT's study": three seeds).
           About 45 minutes of pre-training, then 50 a seed. `--config=configs/wise/study.py:tiny`
           goes through every stage in a few minutes and shows nothing but that they work.
 """
