@@ -22,6 +22,9 @@ other ways to decode; samples/, table.csv, sweep.json and plots/, resumable.
 --stage=soup asks the task of every one of --models and makes a greedy soup: best first, each joins
 the mean if that is then no worse by --criterion. OUT/model is the mean, soup.json says of whom.
 
+Checkpoints of a LoRA run are written with A B added to the weights, so what is mixed is the change
+A B itself, and not the factors, whose mixture is another function.
+
 Weights of a mixture go from file to file in parts of a few megabytes (slerp, ties, dare: tensor by
 tensor); a folder of our own format, as a source or as the target, goes through memory.
 """
