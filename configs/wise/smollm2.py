@@ -5,9 +5,10 @@ Command:  python -m launch.train --config=configs/wise/smollm2.py --workdir=runs
               --config.data.source=gsm8k_train.jsonl
           the same with --export_step=30, which writes runs/smollm2/model_step_30; then
           python -m launch.wise --stage=sweep --early=runs/smollm2/model_step_30 \\
-              --late=runs/smollm2/model --task=gsm8k --data=gsm8k_test.jsonl --num=60 \\
-              --num_samples=8 --k=1,2,4,8 --max_new_tokens=160 --batch_size=96 \\
-              --sampling=temperature=0.7 --sampling=temperature=1 --out=runs/smollm2_sweep
+              --late=runs/smollm2/model --task=gsm8k --data=gsm8k_test.jsonl --num=50 \\
+              --num_samples=8 --k=1,2,4,8 --delta_grid=0,0.5,1 --max_new_tokens=160 \\
+              --batch_size=96 --noscore_samples --sampling=temperature=0.7 \\
+              --sampling=temperature=1 --out=runs/smollm2_sweep
 Hardware: 2 CPU cores, 6 GiB.
 Expected: not known yet.
 """
