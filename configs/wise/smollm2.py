@@ -10,7 +10,8 @@ Command:  python -m launch.train --config=configs/wise/smollm2.py --workdir=runs
               --batch_size=96 --noscore_samples --sampling=temperature=0.7 \\
               --sampling=temperature=1 --out=runs/smollm2_sweep
 Hardware: 2 CPU cores, 6 GiB.
-Expected: not known yet.
+Expected: hardly an answer is right: Pass@1 0.013 late, 0.025 early, 0.029 chosen, Pass@8 0.07,
+          0.17 and 0.20; intervals hold one another. 25 minutes of tuning, 18 of sampling.
 """
 
 from ml_collections import ConfigDict
