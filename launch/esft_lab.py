@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Mapping
+import time
 from pathlib import Path
 from typing import Any
 
@@ -152,15 +152,16 @@ class Bench:
     domains: Domains
     base: tree.Tree
     rank: int
+    folder: Path
 
     def run(
-        self, arm: str, chosen: ExpertConfig | None, rate: float, seed: int, folder: Path
+        self, arm: str, chosen: ExpertConfig | None, rate: float, seed: int
     ) -> dict[str, Any]:
         """One arm at one rate and seed: losses on every domain. Read back if it was done before."""
-        path = folder / arm / f"{rate:g}" / str(seed)
+        path = self.folder / arm / f"{rate:g}" / str(seed)
         if (path / "result.json").exists():
             return atomic.read_json(path / "result.json")
-        config, model = self.config, self.model
+        started, config, model = time.monotonic(), self.config, self.model
         low_rank = LoraConfig(self.rank, 2.0 * self.rank, seed=seed)
         method = arm if arm in ("full", "lora", "frozen") else "esft"
         made = adapt(method, self.base, model, chosen=chosen, low_rank=low_rank)
@@ -196,6 +197,7 @@ class Bench:
             "seed": seed,
             "trained_params": tree.num_params(trained),
             "losses": {part: self.losses(params, part) for part in ("validation", "test")},
+            "seconds": time.monotonic() - started,
         }
         path.mkdir(parents=True, exist_ok=True)
         atomic.write_json(path / "result.json", result)
@@ -219,9 +221,3 @@ class Bench:
 @functools.lru_cache(maxsize=2)
 def _row_nll(model: ModelConfig):
     return jax.jit(lambda params, batch: example_nll(params, model, batch, num_segments=1))
-
-
-def target_and_others(losses: Mapping[str, list[float]], target: str) -> tuple[float, float]:
-    """Mean loss on the target, and the mean of the other domains' means."""
-    others = [float(np.mean(rows)) for name, rows in losses.items() if name != target]
-    return float(np.mean(losses[target])), float(np.mean(others))

@@ -6,17 +6,16 @@ A small mixture of experts is pre-trained on five domains; if its experts have s
 adapted to one of them by full fine-tuning, LoRA of equally many parameters, ESFT by token and gate
 scores, and, of the same counts, experts by gradients and at random, each at the best of the same
 learning rates and over seeds. WORKDIR gets every run's raw losses (arms/ARM/RATE/SEED/result.json),
-specialisation.json, and, made from them, table.csv and frontier.png. Started again it goes on
+specialisation.json, and, made from them, study.json, table.md and plots/. Started again it goes on
 where it was.
 """
 
 from __future__ import annotations
 
-import csv
+import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
@@ -29,8 +28,8 @@ from launch.esft_lab import (
     model_of,
     pretrained,
     specialisation,
-    target_and_others,
 )
+from launch.esft_study_report import method_of, target_and_others, write_report
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.io import atomic
@@ -38,13 +37,10 @@ from moejax.methods import score_files
 from moejax.methods.esft import split_params
 from moejax.models import flops
 from moejax.models.config import ModelConfig
-from moejax.report.esft_plots import frontier_plot
 from moejax.train.loop import claim_folder
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/esft/study.py", "The study's settings.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study; resumed if it is there.")
-# Two-sided 95 % quantiles of Student's t for 1 to 5 degrees of freedom.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571)
 
 
 def main(argv) -> None:
@@ -57,7 +53,7 @@ def main(argv) -> None:
     if WORKDIR.value is None:
         raise InputError("--workdir is missing: name the folder that the study is kept in")
     workdir = Path(WORKDIR.value)
-    free = ["seeds", "draws", "specialised_below"]
+    free = ["seeds", "draws", "rates", "specialised_below"]
     claim_folder(workdir, config.to_dict(), "study_config.json", free=free)
     domains = load_domains(config, workdir)
     model = model_of(config, domains.vocab_size)
@@ -78,69 +74,75 @@ def main(argv) -> None:
             f"even router's experts, more than {config.specialised_below:g}; pre-train longer, or "
             "with more experts or a smaller model.balance_weight"
         )
-    results = adapt_all(config, model, domains, base, found, workdir / "arms")
-    write_report(config, results, workdir)
-    print(f"written  {workdir}/table.csv, frontier.png, specialisation.json")
+    adapt_all(config, model, domains, base, found, workdir)
+    print(f"written  {workdir}/study.json, table.md, plots/, specialisation.json")
 
 
-def adapt_all(config, model, domains, base, found: dict[str, Any], folder: Path) -> list[dict]:
-    """Every arm: all rates on the first seed, the best of them on every seed."""
+def adapt_all(config, model, domains, base, found: dict[str, Any], workdir: Path) -> None:
+    """Every method at all rates on the first seed, then the best rate of each on every seed.
+
+    Random experts are tried by their first draw, so that every method has as many trials. The
+    report is written anew as soon as a seed is done.
+    """
     scores = score_files.scores_of(found["scores"][config.target], "the study's scores")
     arms = arms_of(config, scores)
     token = arms["esft_token"]
     assert token is not None
     equal = tree.num_params(split_params(base, model, token)[0])
-    bench = Bench(config, model, domains, base, equal_rank(base, equal))
-    results = [bench.run("frozen", None, 0.0, 0, folder)]
-    for arm, chosen in arms.items():
-        tried = [bench.run(arm, chosen, rate, config.seeds[0], folder) for rate in config.rates]
-        best = min(
-            tried, key=lambda r: target_and_others(r["losses"]["validation"], config.target)[0]
-        )
-        for seed in config.seeds:
-            result = bench.run(arm, chosen, best["rate"], seed, folder)
+    bench = Bench(config, model, domains, base, equal_rank(base, equal), workdir / "arms")
+    first, *_ = seeds = config.seeds
+    methods: dict[str, str] = {}
+    for arm in arms:
+        methods.setdefault(method_of(arm), arm)
+    wanted = [(arm, rate, first) for arm in methods.values() for rate in config.rates]
+    later = len(seeds) * len(arms) - len(methods)
+    say = _Told(1 + len(wanted) + later, config.target)
+    results = [say(bench.run("frozen", None, 0.0, 0))]
+    tried: dict[str, list[dict]] = {}
+    for arm, rate, seed in wanted:
+        tried.setdefault(method_of(arm), []).append(say(bench.run(arm, arms[arm], rate, seed)))
+
+    def loss(result) -> float:
+        return target_and_others(result["losses"]["validation"], config.target)[0]
+
+    rates = {method: min(found, key=loss)["rate"] for method, found in tried.items()}
+    for method, rate in rates.items():
+        edge = {min(config.rates): "lowest", max(config.rates): "highest"}.get(rate)
+        if edge:
+            print(f"note     {method} is best at {rate:g}, the {edge} rate tried: --config.rates "
+                  "may be widened, what is done is kept", flush=True)
+    for seed in seeds:
+        for arm, chosen in arms.items():
+            result = bench.run(arm, chosen, rates[method_of(arm)], seed)
             results.append(result)
-            mine, others = target_and_others(result["losses"]["test"], config.target)
-            print(
-                f"{arm:12} rate {best['rate']:g} seed {seed}: {config.target} {mine:.4f}, others "
-                f"{others:.4f}, {result['trained_params']:,} trained", flush=True
-            )
-    return results
+            if not (seed == first and arm in methods.values()):
+                say(result)
+        write_report(tried, results, found, config.target, workdir)
+
+
+class _Told:
+    """Says each run as it is done, with the time that the rest will take."""
+
+    def __init__(self, total: int, target: str) -> None:
+        self.total, self.target = total, target
+        self.seconds: list[float] = []
+
+    def __call__(self, result: dict[str, Any]) -> dict[str, Any]:
+        self.seconds.append(result["seconds"])
+        done = len(self.seconds)
+        rest = datetime.timedelta(seconds=round(sum(self.seconds) / done * (self.total - done)))
+        mine, others = target_and_others(result["losses"]["test"], self.target)
+        print(
+            f"[{done}/{self.total}] {result['arm']} rate {result['rate']:g} seed {result['seed']}: "
+            f"{self.target} {mine:.4f}, others {others:.4f}, {result['trained_params']:,} trained, "
+            f"{result['seconds']:.0f} s  ETA {rest}", flush=True
+        )
+        return result
 
 
 def _sizes(model: ModelConfig) -> str:
     total, active = flops.num_params(model), flops.active_params(model)
     return f"model    {total:,} parameters, {active:,} active"
-
-
-def write_report(config, results: list[dict], workdir: Path) -> None:
-    """table.csv and frontier.png; the random draws are one arm, every draw and seed a point."""
-    groups: dict[str, list[dict]] = {}
-    for result in results:
-        arm = "random" if result["arm"].startswith("random_") else result["arm"]
-        groups.setdefault(arm, []).append(result)
-    rows = []
-    for arm, group in groups.items():
-        points = [target_and_others(r["losses"]["test"], config.target) for r in group]
-        row: dict[str, Any] = {"arm": arm, "runs": len(group), "rate": group[0]["rate"]}
-        row["trained_params"] = group[0]["trained_params"]
-        for name, values in zip(("target", "others"), zip(*points, strict=True), strict=True):
-            row[name] = float(np.mean(values))
-            row[f"{name}_half_width"] = half_width(values)
-        rows.append(row)
-    with (workdir / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    frontier_plot(rows, config.target).savefig(workdir / "frontier.png", dpi=130)
-
-
-def half_width(values) -> float:
-    """Half of the 95 % interval of the mean over runs (Student's t; above 6 runs 1.96)."""
-    if len(values) < 2:
-        return 0.0
-    t = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else 1.96
-    return float(t * np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 if __name__ == "__main__":

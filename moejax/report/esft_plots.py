@@ -130,24 +130,31 @@ def group_plot(rows: Sequence[Any]) -> Figure:
     return figure
 
 
-def frontier_plot(rows: Sequence[Any], target: str) -> Figure:
-    """Loss on the target against loss on the other domains, one point per arm with intervals."""
-    figure, axes = _figure(6.6, 4.6)
+def frontier_plot(rows: Sequence[Any], rates: Sequence[Any], target: str) -> Figure:
+    """Loss on the target against loss on the other domains.
+
+    rows: the methods at their best rates, points with intervals; rates: every method at every
+    rate, lines of small dots from the lowest rate to the highest (launch/esft_study_report.py).
+    """
+    figure, axes = _figure(7.2, 5.0)
     for i, row in enumerate(rows):
+        mine, others = row["target"], row["others"]
+        color = "#777777" if row["method"] == "frozen" else LINE_COLORS[i % len(LINE_COLORS)]
+        line = sorted((r for r in rates if r["method"] == row["method"]), key=lambda r: r["rate"])
+        axes.plot(
+            [r["test"]["target"] for r in line], [r["test"]["others"] for r in line],
+            color=color, marker=".", markersize=4, linewidth=0.8, alpha=0.5,
+        )
         axes.errorbar(
-            row["target"],
-            row["others"],
-            xerr=row["target_half_width"],
-            yerr=row["others_half_width"],
-            color="#777777" if row["arm"] == "frozen" else LINE_COLORS[i % len(LINE_COLORS)],
-            marker=MARKERS[i % len(MARKERS)],
-            linestyle="none",
-            capsize=3,
-            label=row["arm"],
+            mine["mean"], others["mean"],
+            xerr=[[mine["mean"] - mine["low"]], [mine["high"] - mine["mean"]]],
+            yerr=[[others["mean"] - others["low"]], [others["high"] - others["mean"]]],
+            color=color, marker=MARKERS[i % len(MARKERS)], linestyle="none", capsize=3,
+            label=row["method"],
         )
     axes.set_xlabel(f"nats per token on {target} (lower is better)")
     axes.set_ylabel("mean of the other domains (lower is better)")
-    axes.set_title("What is learned against what is forgotten, 95% intervals over runs")
+    axes.set_title("What is learned against what is forgotten (lines: learning rates)", fontsize=11)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure

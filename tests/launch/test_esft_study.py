@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import csv
+import json
 
+import numpy as np
 import pytest
 
+from launch import esft_study_report as report
 from tests import commands
 
 DATA = commands.ROOT.parent / "shared" / "data"
@@ -20,14 +22,59 @@ def test_the_tiny_study_goes_through_and_goes_on(tmp_path):
 
     done = run()
     assert done.returncode == 0, done.stderr[-2000:]
-    with (tmp_path / "table.csv").open() as file:
-        rows = {row["arm"]: row for row in csv.DictReader(file)}
+    study = json.loads((tmp_path / "study.json").read_text())
+    rows = {row["method"]: row for row in study["rows"]}
     esft = ["esft_token", "esft_gate", "esft_gradient"]
     assert list(rows) == ["frozen", "full", "lora", *esft, "random"]
-    assert int(rows["random"]["trained_params"]) == int(rows["esft_token"]["trained_params"])
+    assert rows["random"]["trained_params"] == rows["esft_token"]["trained_params"]
+    assert "[19/19]" in done.stdout and (tmp_path / "plots/frontier.png").stat().st_size > 5000
     result = tmp_path / "arms/esft_token/0.003/1/result.json"
-    before = result.read_bytes()
+    before = json.loads(result.read_text()).pop("losses")
     result.unlink()
     again = run()
     assert again.returncode == 0, again.stderr[-2000:]
-    assert result.read_bytes() == before
+    assert json.loads(result.read_text()).pop("losses") == before
+
+
+def _result(arm: str, rate: float, seed: int, target: float, other: float):
+    rng = np.random.default_rng(seed)
+    losses = {"a": target + rng.normal(0, 0.01, 8), "b": np.full(6, other), "c": np.full(8, 1.0)}
+    both = {part: {n: list(v) for n, v in losses.items()} for part in ("validation", "test")}
+    return {"arm": arm, "rate": rate, "seed": seed, "trained_params": 7, "losses": both}
+
+
+def test_the_report_pairs_rows_and_takes_random_draws_as_one_method(tmp_path):
+    tried = {"full": [_result("full", rate, 0, 2 - rate, 3.0) for rate in (0.1, 0.2)]}
+    results = [_result("frozen", 0.0, 0, 2.0, 2.0)]
+    for seed in (0, 1):
+        results.append(_result("full", 0.2, seed, 1.0, 4.0))
+        results.append(_result("esft_token", 0.1, seed, 1.1, 2.5))
+        results += [_result(f"random_{i}", 0.1, seed, 1.5 + i / 10, 2.5) for i in range(2)]
+    specialised = {"domains": ["a", "b"], "overlap": [[4.0, 1.0], [1.0, 4.0]]}
+    report.write_report(tried, results, specialised, "a", tmp_path)
+
+    study = json.loads((tmp_path / "study.json").read_text())
+    rows = {row["method"]: row for row in study["rows"]}
+    assert list(rows) == ["frozen", "full", "esft_token", "random"] and rows["random"]["runs"] == 4
+    assert rows["full"]["others"]["mean"] == pytest.approx((4.0 + 1.0) / 2)
+    gaps = {(d["method"], d["minus"]): d for d in study["differences"]}
+    one = gaps["esft_token", "full"]
+    assert one["others"]["mean"] == pytest.approx(-0.75) and one["others"]["verdict"] == "better"
+    assert one["target"]["mean"] == pytest.approx(0.1) and one["target"]["verdict"] == "worse"
+    # The same rows with the same noise: paired, nothing is left of it.
+    assert one["target"]["high"] - one["target"]["low"] < 1e-6
+    wide = rows["full"]["target"]
+    assert wide["high"] - wide["low"] > 1e-3
+    assert [r["test"]["others"] for r in study["rates"]] == [2.0, 2.0]
+    assert (tmp_path / "plots/frontier.png").exists() and (tmp_path / "plots/overlap.png").exists()
+    table = (tmp_path / "table.md").read_text()
+    assert "| random | 4 | 0.1 | 7 |" in table and "esft_token - random" in table
+
+
+def test_the_interval_of_a_mean_of_means_is_that_of_drawing_again():
+    rng = np.random.default_rng(0)
+    groups = [rng.normal(1.0, 0.5, 64), rng.normal(3.0, 0.1, 40)]
+    found = report.mean_of_means(groups)
+    drawn = [np.mean([rng.choice(g, len(g)).mean() for g in groups]) for _ in range(4000)]
+    bounds = np.quantile(drawn, (0.025, 0.975))
+    np.testing.assert_allclose([found.low, found.high], bounds, atol=5e-3)
