@@ -16,6 +16,7 @@ may use heads that this one skips.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -128,9 +129,13 @@ def _attend_kept(params, q_BTHC, keys_values, inputs: AttentionInputs, window: W
     k_BGSC, v_BGSC = keys_values
     if kept is None or kept.shape[0] == num_units:
         return attend(q_BTHC, k_BGSC, v_BGSC, inputs, window, inputs.spec)
-    if num_units == params["rows_k"].shape[0] and inputs.visible.pages_BP is None:
-        k_BKSC, v_BKSC = k_BGSC[:, kept], v_BGSC[:, kept]
-        return attend(q_BTHC, k_BKSC, v_BKSC, inputs, window, inputs.spec)
+    if num_units == params["rows_k"].shape[0]:
+        if inputs.visible.pages_BP is None:
+            k_BGSC, v_BGSC = k_BGSC[:, kept], v_BGSC[:, kept]
+        else:
+            visible = dataclasses.replace(inputs.visible, groups_K=kept)
+            inputs = dataclasses.replace(inputs, visible=visible)
+        return attend(q_BTHC, k_BGSC, v_BGSC, inputs, window, inputs.spec)
     num_batch, num_tokens, _, size = q_BTHC.shape
     q = q_BTHC.reshape(num_batch, num_tokens, kept.shape[0], -1, size)
     whole = jnp.zeros((num_batch, num_tokens, num_units, *q.shape[3:]), q.dtype)

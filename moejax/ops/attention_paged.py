@@ -29,20 +29,26 @@ def paged_attention(
     """`moejax.ops.attention.attention` where keys are a pool of A pages of S slots.
 
     Query t of row b stands in slot visible.slot[b] + t and sees the slots up to its own of the
-    pages visible.pages_BP[b], in their order. float32 scores and sums; any window and head sizes.
+    pages visible.pages_BP[b], in their order; of the groups visible.groups_K, G of them or all,
+    where query head h uses the (h // (H / G))-th. float32 scores and sums; any window and head sizes.
     """
     num_batch, num_queries, num_heads, head_size = q_BTHC.shape
     num_groups, page_size = k_AGSC.shape[1:3]
-    pages_BP, slot_B = visible.pages_BP, visible.slot
+    pages_BP, slot_B, groups_K = visible.pages_BP, visible.slot, visible.groups_K
+    num_groups = num_groups if groups_K is None else groups_K.shape[0]
     assert pages_BP is not None and slot_B is not None
     q = q_BTHC.reshape(num_batch, num_queries, num_groups, num_heads // num_groups, head_size)
     q_BGTJC = jnp.transpose(q, (0, 2, 1, 3, 4))  # J: the heads that share one group
     slots_BT = slot_B[:, None] + jnp.arange(num_queries)
     limit = limit_of(window)
 
+    def page_of(pool_AGSC, page_B):
+        at = page_B if groups_K is None else (page_B[:, None], groups_K)
+        return pool_AGSC[at]
+
     def read(page, carry):
         largest, total, mixed = carry
-        k_BGSC, v_BGSC = k_AGSC[pages_BP[:, page]], v_AGSC[pages_BP[:, page]]
+        k_BGSC, v_BGSC = (page_of(pool, pages_BP[:, page]) for pool in (k_AGSC, v_AGSC))
         scores = jnp.einsum(
             "bgtjc,bgsc->bgtjs", q_BGTJC, k_BGSC, preferred_element_type=jnp.float32
         )

@@ -23,6 +23,8 @@ class Visible:
       mask_BTS: bool, all of the above written out, where a caller has it: layers then share it.
       pages_BP: int32, the pages of each row in order, where keys and values are a pool of pages
         (`moejax.ops.attention_paged`). Only with `slot`.
+      groups_K: int32, which of the pool's groups of keys the queries' heads share; None: all. Only
+        with `pages_BP`: no other group is read.
     """
 
     slot: jax.Array | None = None
@@ -30,6 +32,7 @@ class Visible:
     segments_BT: jax.Array | None = None
     mask_BTS: jax.Array | None = None
     pages_BP: jax.Array | None = None
+    groups_K: jax.Array | None = None
 
 
 def mask_of(visible: Visible, num_queries: int, num_keys: int, window: Window = 0) -> jax.Array:

@@ -59,6 +59,22 @@ def test_a_row_is_the_same_bits_beside_longer_rows_and_in_other_pages():
     np.testing.assert_array_equal(found[:2], other[:2])
 
 
+@pytest.mark.parametrize("groups", [[1], [0], [1, 0]])
+def test_only_the_groups_that_are_asked_for_are_read(groups):
+    q = RNG.normal(size=(4, 1, HEADS, SIZE)).astype(np.float32)
+    k, v, pages = in_pages(range(4), 2)
+    whole = paged(q, k, v, pages, SLOTS)
+    for other in set(range(GROUPS)) - set(groups):
+        k, v = (pool.at[:, other].set(jnp.nan) for pool in (k, v))
+    per_group = HEADS // GROUPS
+    heads = np.concatenate([np.arange(per_group) + g * per_group for g in groups])
+    visible = Visible(slot=jnp.asarray(SLOTS), pages_BP=pages, groups_K=jnp.asarray(groups))
+    found = jax.jit(paged_attention, static_argnums=(4, 5, 6))(
+        q[:, :, heads], k, v, visible, 0, 0.3, None
+    )
+    np.testing.assert_allclose(found, whole[:, :, heads], atol=1e-6)
+
+
 def test_pages_are_read_by_one_implementation_only():
     q = np.zeros((4, 1, HEADS, SIZE), np.float32)
     k, v, pages = in_pages(range(4), 2)
