@@ -29,8 +29,8 @@ def paged_attention(
     """`moejax.ops.attention.attention` where keys are a pool of A pages of S slots.
 
     Query t of row b stands in slot visible.slot[b] + t and sees the slots up to its own of the
-    pages visible.pages_BP[b], in their order; of the groups visible.groups_K, G of them or all,
-    where query head h uses the (h // (H / G))-th. float32 scores and sums; any window and head sizes.
+    pages visible.pages_BP[b], in their order. Query head h uses the (h // (H / G))-th of the G
+    groups visible.groups_K, or of all. float32 scores and sums; any window and head sizes.
     """
     num_batch, num_queries, num_heads, head_size = q_BTHC.shape
     num_groups, page_size = k_AGSC.shape[1:3]
