@@ -3,7 +3,8 @@
 `Compiled.as_text()` prints computations in the order of the schedule. A collective stands there as
 one instruction (nothing runs meanwhile), as a pair KIND-start, KIND-done, as async-start and
 async-done around a computation, or, on a TPU, as fusions that share a `chain_id`: the first starts
-it, the last awaits it and those in between carry it along with work of their own.
+it, the last awaits it and those in between carry it along with work of their own. A reduce-scatter
+of a TPU is a fusion of an all-reduce and the slice that a device keeps; only its name says so.
 """
 
 import dataclasses
@@ -35,6 +36,7 @@ _CALLS = re.compile(r"\b(?:calls|to_apply|body|condition)=%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{\s*$")
 _CHAIN = re.compile(r'chain_id="(\w+)"')
+_SCATTER = "all-reduce-scatter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +178,7 @@ def _spans(
 ) -> Iterator[tuple[int, int, Instruction, str]]:
     """(place of the start, of the done, the collective itself, type of the result) of each."""
     done = {i.operands[0]: n for n, i in enumerate(instructions) if i.opcode.endswith("-done")}
-    chains: dict[str, tuple[int, int, Instruction]] = {}
+    chains: dict[str, tuple[int, int, Instruction, str]] = {}
     for place, instruction in enumerate(instructions):
         opcode = instruction.opcode
         if opcode in KINDS:
@@ -190,12 +192,15 @@ def _spans(
                 last = _last_done(instructions, done, place)
                 yield place, last, inner[0], instructions[last].shape
         elif opcode == "fusion":
+            scatters = any(name.startswith(_SCATTER) for name in instruction.calls)
             for inner_one in _collectives_in(program, instruction):
                 chain = inner_one.chain or instruction.name
                 first = chains[chain][0] if chain in chains else place
-                chains[chain] = (first, place, inner_one)
-    for first, last, inner_one in chains.values():
-        yield first, last, inner_one, inner_one.shape
+                if scatters:
+                    kept = instruction.shape
+                    inner_one = dataclasses.replace(inner_one, opcode="reduce-scatter", shape=kept)
+                chains[chain] = (first, place, inner_one, inner_one.shape)
+    yield from chains.values()
 
 
 def _participants(rest: str) -> int:

@@ -9,13 +9,15 @@ from moejax.core.memory import GIB
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """hbm_bytes: what a program may use. Per second: bf16 operations of the matrix units, bytes of
-    HBM, and bytes in one direction over all of its links to other chips."""
+    HBM, and bytes in one direction over all of its links to other chips. lanes: of one row of a
+    tile, the least that a device should have of a width that is split; 1: there are no tiles."""
 
     name: str
     hbm_bytes: int
     flops_per_s: float
     hbm_bytes_per_s: float
     link_bytes_per_s: float
+    lanes: int = 128
 
 
 # Rates: Google Cloud's TPU pages (links: v5e 1,600 and v6e 3,200 Gbit/s, v5p 1,200 GB/s both ways)
@@ -27,7 +29,7 @@ CHIPS = {
         Chip("v5e", int(15.75 * GIB), 1.97e14, 8.19e11, 2.0e11),
         Chip("v5p", int(95.74 * GIB), 4.59e14, 2.765e12, 6.0e11),
         Chip("v6e", int(31.25 * GIB), 9.18e14, 1.64e12, 4.0e11),
-        Chip("h100", 84_942_979_072, 9.89e14, 3.352e12, 4.5e11),
+        Chip("h100", 84_942_979_072, 9.89e14, 3.352e12, 4.5e11, lanes=1),
     )
 }
 

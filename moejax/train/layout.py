@@ -9,14 +9,17 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from moejax.core import tree
+from moejax.core.chips import chip_of_kind
 from moejax.core.errors import InputError
 from moejax.core.mesh import AXES, make_mesh
 from moejax.core.sharding import param_spec
 from moejax.models.config import ModelConfig
+from moejax.models.flops import num_params
 from moejax.models.params import abstract_params
 from moejax.train.placement import check_rows
 
 AUTOMATIC = 0
+_STATE_BYTES = 16  # of one parameter: float32 with AdamW's moments and a gradient
 
 
 def choose_mesh(
@@ -31,7 +34,9 @@ def choose_mesh(
     Of all sizes that multiply to the number of devices, that every parameter and the batch divide
     by, the first by this order: fewest devices on "tensor" (it sums activations in every layer);
     of an MoE the most on "expert" (tokens travel, not weights); then the most on "fsdp" (state is
-    split, not copied); "data" takes what is left.
+    split, not copied), but on TPUs, if memory allows, no more than leaves a device 128 of a width:
+    XLA gathers narrower parts by all-reduces of the whole, twice the bytes; "data" takes what is
+    left.
 
     Errors: InputError where no sizes fit, with what forbids the first choice.
     """
@@ -40,7 +45,19 @@ def choose_mesh(
     if unknown or min(wanted.values(), default=0) < 0:
         raise InputError(f"mesh {dict(wanted)}: sizes are 1 or more (0 chooses) for {AXES}")
     tried: list[tuple[tuple[int, ...], str]] = []
-    sizes = sorted(_sizes(len(found), wanted, model), key=_order)
+    chip, number = chip_of_kind(getattr(found[0], "device_kind", "")), num_params(model)
+
+    def order(each: tuple[int, ...]) -> tuple[int, ...]:
+        _, fsdp, expert, tensor = each
+        state = _STATE_BYTES * number // (fsdp * expert * tensor)
+        tiled = (
+            chip is not None
+            and model.d_model // (fsdp * expert) >= chip.lanes
+            and state <= chip.hbm_bytes // 2
+        )
+        return tensor, -expert, -tiled, -fsdp
+
+    sizes = sorted(_sizes(len(found), wanted, model), key=order)
     if not sizes:
         given = {axis: size for axis, size in wanted.items() if size}
         raise InputError(
@@ -76,11 +93,6 @@ def _sizes(num: int, wanted: Mapping[str, int], model: ModelConfig) -> Iterator[
                 for tensor in choices[3]:
                     if data * fsdp * expert * tensor == num:
                         yield data, fsdp, expert, tensor
-
-
-def _order(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    _, fsdp, expert, tensor = sizes
-    return tensor, -expert, -fsdp
 
 
 def _problem(sizes, model: ModelConfig, num_rows: int, accumulation: int) -> str:

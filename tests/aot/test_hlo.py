@@ -85,6 +85,20 @@ ENTRY %main (a: bf16[2,2]) -> bf16[8,2] {
 }
 """
 
+SCATTER = """
+%all-reduce-scatter.3.clone.1 (input.15: f32[8,64]) -> f32[2,64] {
+  %input.15 = f32[8,64]{1,0} parameter(0)
+  %all-reduce.9 = f32[8,64]{1,0} all-reduce(%input.15), replica_groups={{0,1,2,3}}, to_apply=%add
+  %at = u32[] partition-id()
+  ROOT %s = f32[2,64]{1,0} dynamic-slice(%all-reduce.9, %at), dynamic_slice_sizes={2,64}
+}
+
+ENTRY %main (a: f32[8,64]) -> f32[2,64] {
+  %a = f32[8,64]{1,0} parameter(0)
+  ROOT %f = f32[2,64]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.3.clone.1
+}
+"""
+
 
 def test_one_instruction_runs_alone_and_loops_are_told():
     found = {c.name: c for c in hlo.collectives(SYNC)}
@@ -96,6 +110,12 @@ def test_one_instruction_runs_alone_and_loops_are_told():
     assert not any(c.is_async or c.between or c.with_matmul for c in found.values())
     assert [name for name, c in found.items() if c.in_loop] == ["inner"]
     assert found["inner"].computation == "body"
+
+
+def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
+    (only,) = hlo.collectives(SCATTER)
+    assert (only.kind, only.bytes, only.participants) == ("reduce-scatter", 2 * 64 * 4, 4)
+    assert not only.is_async
 
 
 def test_a_pair_counts_once_with_what_lies_between():

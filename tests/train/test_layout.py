@@ -51,6 +51,27 @@ def test_sizes(monkeypatch, model, num, rows, wanted, sizes):
     assert chosen(monkeypatch, model, num, rows, **wanted) == sizes
 
 
+@dataclasses.dataclass
+class Named:
+    device_kind: str
+
+
+@pytest.mark.parametrize(
+    "kind, width, heads, sizes",
+    [
+        ("TPU v5", 2048, 16, (16, 16, 1, 1)),  # 128 of 2,048 each, the rest are copies
+        ("TPU v5", 512, 16, (64, 4, 1, 1)),
+        ("TPU v5 lite", 32_768, 256, (1, 256, 1, 1)),  # 26 GB of state in a 128th: no room
+        ("NVIDIA H100 80GB HBM3", 2048, 16, (1, 256, 1, 1)),  # no tiles
+        ("cpu", 2048, 16, (1, 256, 1, 1)),
+    ],
+)
+def test_a_tpu_gets_whole_tiles_where_memory_allows(monkeypatch, kind, width, heads, sizes):
+    model = ModelConfig("llama", 4096, 16, width, 4 * width, heads, heads, width // heads)
+    monkeypatch.setattr(layout, "make_mesh", lambda *sizes, devices: sizes)
+    assert layout.choose_mesh({}, model, 256, 1, [Named(kind)] * 256) == sizes
+
+
 @pytest.mark.parametrize(
     "wanted, rows, words",
     [
