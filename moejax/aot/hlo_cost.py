@@ -311,29 +311,57 @@ def _read_inside(inside: list[Instruction], place: int, shape: str) -> float:
     )
     if parameter is None or not whole:
         return whole
-    users = [i for i in inside if parameter.name in i.operands]
-    if not users:
-        return 0.0
+    starts = _async_part(inside) == "AsyncCollectiveStart"
     total = 0.0
-    for user in users:
+    for user in (i for i in inside if parameter.name in i.operands):
         if user.opcode in ("dynamic-slice", "slice", "gather"):
             total += shape_bytes(user.shape)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
             continue  # written in place
+        elif user.is_root and (user.opcode == "tuple" or _async_part(inside)):
+            continue  # carried along
+        elif user.chain and not starts:
+            continue  # read where the collective started
         else:
             return whole
     return min(whole, total)
 
 
 def _written_inside(inside: list[Instruction]) -> float | None:
-    """Bytes written by a fusion that updates a slice in place; None for every other one."""
+    """Bytes written by a fusion that updates slices in place or carries a collective along.
+
+    None for every other one: what it returns.
+    """
     root = next((i for i in inside if i.is_root), None)
     while root is not None and root.opcode in ("bitcast", "copy"):
         root = _find(inside, root.operands[0])
-    if root is None or root.opcode != "dynamic-update-slice":
+    if root is None:
         return None
-    update = _find(inside, root.operands[1])
-    return float(shape_bytes(update.shape)) if update is not None else None
+    part = _async_part(inside)
+    if part:  # all of the result is counted at the start
+        chained = (i for i in inside if i.chain)
+        return sum(_hbm_bytes(i.shape) for i in chained) if part.endswith("Start") else 0.0
+    if root.opcode == "tuple":
+        return sum(_written(inside, _find(inside, name)) for name in root.operands)
+    return _written(inside, root) if root.opcode == "dynamic-update-slice" else None
+
+
+def _written(inside: list[Instruction], result: Instruction | None) -> float:
+    while result is not None and result.opcode == "bitcast":
+        result = _find(inside, result.operands[0])
+    if result is None or result.opcode == "parameter" or result.chain:
+        return 0.0
+    if result.opcode == "dynamic-update-slice":
+        update = _find(inside, result.operands[1])
+        return _hbm_bytes(result.shape) if update is None else float(shape_bytes(update.shape))
+    return _hbm_bytes(result.shape)
+
+
+def _async_part(inside: list[Instruction]) -> str:
+    """Which end of a collective that runs beside fusions a fusion is; "" for those between."""
+    root = next((i for i in inside if i.is_root), None)
+    called = root.calls[-1] if root is not None and root.opcode == "custom-call" else ""
+    return called if called.startswith("AsyncCollective") else ""
 
 
 def _hbm_bytes(shape: str) -> float:

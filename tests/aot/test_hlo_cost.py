@@ -48,6 +48,54 @@ ENTRY %main (a: bf16[8,16], b: bf16[24,16,32]) -> bf16[8,16] {
 }
 """
 
+# A gather of [2,2] to [8,2] that runs beside a product, which also updates a slice of a stack.
+BESIDE = """
+%begin (p: bf16[2,2]) -> (bf16[2,2], bf16[8,2]) {
+  %p = bf16[2,2]{1,0} parameter(0)
+  %g = bf16[8,2]{1,0} all-gather(%p), dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %c = (bf16[2,2], bf16[8,2]) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+%along (p.1: bf16[2,2], o.1: bf16[8,2], s.1: bf16[24,4,4], w.1: bf16[4,4]) -> (bf16[24,4,4]) {
+  %p.1 = bf16[2,2]{1,0} parameter(0)
+  %o.1 = bf16[8,2]{1,0} parameter(1)
+  %s.1 = bf16[24,4,4]{2,1,0} parameter(2)
+  %w.1 = bf16[4,4]{1,0} parameter(3)
+  %y = bf16[4,4]{1,0} convolution(%w.1, %w.1), dim_labels=bf_io->bf
+  %y.1 = bf16[1,4,4]{2,1,0} bitcast(%y)
+  %u = bf16[24,4,4]{2,1,0} dynamic-update-slice(%s.1, %y.1)
+  %g.1 = bf16[8,2]{1,0} all-gather(%p.1), dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %t = (bf16[24,4,4]{2,1,0}, bf16[2,2]{1,0}, bf16[8,2]{1,0}) tuple(%u, %p.1, %g.1)
+}
+
+%end (p.2: bf16[2,2], o.2: bf16[8,2]) -> bf16[8,2] {
+  %p.2 = bf16[2,2]{1,0} parameter(0)
+  %o.2 = bf16[8,2]{1,0} parameter(1)
+  %g.2 = bf16[8,2]{1,0} all-gather(%p.2), dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %c.2 = bf16[8,2]{1,0} custom-call(%p.2, %o.2, %g.2), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: bf16[2,2], s: bf16[24,4,4], w: bf16[4,4]) -> bf16[8,2] {
+  %a = bf16[2,2]{1,0} parameter(0)
+  %s = bf16[24,4,4]{2,1,0} parameter(1)
+  %w = bf16[4,4]{1,0} parameter(2)
+  %f = (bf16[2,2]{1,0}, bf16[8,2]{1,0}) fusion(%a), kind=kCustom, calls=%begin
+  %f.0 = bf16[2,2]{1,0} get-tuple-element(%f), index=0
+  %f.1 = bf16[8,2]{1,0} get-tuple-element(%f), index=1
+  %m = (bf16[24,4,4], bf16[2,2], bf16[8,2]) fusion(%f.0, %f.1, %s, %w), kind=kOutput, calls=%along
+  %m.1 = bf16[2,2]{1,0} get-tuple-element(%m), index=1
+  %m.2 = bf16[8,2]{1,0} get-tuple-element(%m), index=2
+  ROOT %d = bf16[8,2]{1,0} fusion(%m.1, %m.2), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_what_a_fusion_carries_along_is_no_traffic():
+    """The gather reads its part and writes the whole once; of the stack a slice is written."""
+    found = hlo_cost.cost(hlo.parse(BESIDE))
+    gather, product = 2 * (2 * 2 + 8 * 2), 2 * (4 * 4 + 4 * 4)
+    assert found.traffic_bytes == gather + product
+
 
 def test_a_loop_counts_with_its_trips():
     found = hlo_cost.cost(hlo.parse(LOOP))
