@@ -2,9 +2,11 @@
 
 import contextlib
 import contextvars
+import os
 from collections.abc import Iterator
 
 import jax
+from jax.sharding import Mesh
 
 _compiled_for: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar(
     "platform", default=None
@@ -31,3 +33,27 @@ def compiling_for(name: str, kind: str = "") -> Iterator[None]:
         yield
     finally:
         _compiled_for.reset(token)
+
+
+# Without these libtpu 0.0.42 runs no all-to-all and no all-gather beside a matrix product.
+_TPU_OVERLAP = (
+    "xla_tpu_enable_async_all_to_all",
+    "xla_enable_async_all_gather",
+    "xla_tpu_enable_async_collective_fusion",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+)
+
+
+def overlap_options(mesh: Mesh | None) -> dict[str, bool | str] | None:
+    """Compiler options for programs on a mesh, so that collectives run beside arithmetic.
+
+    None where the compiler does so by itself, and with MOEJAX_OVERLAP=0 in the environment. What
+    LIBTPU_INIT_ARGS names is left as it says.
+    """
+    if mesh is None or mesh.size == 1 or mesh.devices.flat[0].platform != "tpu":
+        return None
+    if os.environ.get("MOEJAX_OVERLAP") == "0":
+        return None
+    named = os.environ.get("LIBTPU_INIT_ARGS", "")
+    given = {word.lstrip("-").partition("=")[0] for word in named.split()}
+    return {name: "true" for name in _TPU_OVERLAP if name not in given}

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moejax.core import narrow, tree
 from moejax.core.errors import InputError
 from moejax.core.mesh import TOKEN_AXES
+from moejax.core.platform import overlap_options
 from moejax.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -104,7 +105,12 @@ def make_train_step(
         return jax.jit(step, donate_argnums=0)
     assert options.mesh is not None
     everywhere = NamedSharding(options.mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=(options.shardings, everywhere))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(options.shardings, everywhere),
+        compiler_options=overlap_options(options.mesh),
+    )
 
 
 def _placed(grads: tree.Tree, options: StepOptions) -> tree.Tree:

@@ -39,8 +39,10 @@ def test_the_plan_adds_up(tmp_path):
     # Full remat computes the blocks' forward pass twice, the head's too: at most 4 / 3.
     assert 1.0 < found["compiled_flops"] / found["model_flops"] < 1.45
     assert not found["unknown_kernels"] and found["open_loops"] == 0
-    kinds = {row["kind"] for row in found["moved"]}
-    assert "all-gather" in kinds
+    kinds = {row["kind"]: row for row in found["moved"]}
+    gathers = kinds["all-gather"]
+    assert gathers["overlapped_bytes"] > 0.4 * gathers["sent_bytes"], gathers
+    assert "reduce-scatter" in kinds
     line = found["roofline"]
     assert line["step_s"] == max(line["compute_s"], line["memory_s"], line["network_s"])
     assert found["tokens_per_s"] == pytest.approx(8 * 1024 / line["step_s"])

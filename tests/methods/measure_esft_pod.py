@@ -1,11 +1,10 @@
 """ESFT and full fine-tuning of DeepSeek-V2-Lite, planned for a pod slice that is not here.
 
-    python -m tests.methods.measure_esft_pod state EXPERTS.json
-    python -m tests.methods.measure_esft_pod compile EXPERTS.json TOPOLOGY METHOD
+    python -m tests.methods.measure_esft_pod EXPERTS.json
 
-AdamW, bfloat16 with float32 masters, one row of 4,096 tokens per device, remat "full", experts over
-all devices. "state" reckons with shapes and shardings alone; "compile" needs the extra [aot] and
-prints what XLA assigns on one device. EXPERTS.json: a config of --stage=select, as the published.
+The state per device, from shapes and shardings alone: AdamW, bfloat16 with float32 masters, experts
+over all devices. EXPERTS.json: a config of --stage=select, as the published. What a step takes
+beside it: launch.compile with configs/esft/deepseek_v2_lite.py.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from moejax.aot import compile as aot
 from moejax.aot import topology
 from moejax.aot.estimate import shard_bytes
 from moejax.core.mesh import make_mesh
@@ -67,15 +65,5 @@ def state(chosen) -> None:
         print(f"{name} ratio {found['esft'] / found['full']:.3f}", flush=True)
 
 
-def compiled(chosen, name: str, method: str) -> None:
-    mesh = make_mesh(expert=16 if "4x4" in name else 8, devices=topology.devices(name))
-    memory = aot.memory(program_of(method, chosen, mesh).lower().compile())
-    print(f"{name} {method}: {memory.total_bytes / 1e9:.2f} GB per device at the peak ({memory})")
-
-
 if __name__ == "__main__":
-    experts = expert_config.read(sys.argv[2])
-    if sys.argv[1] == "state":
-        state(experts)
-    else:
-        compiled(experts, *sys.argv[3:5])
+    state(expert_config.read(sys.argv[1]))
