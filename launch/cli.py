@@ -30,12 +30,13 @@ COMPILE_CACHE = flags.DEFINE_string(
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print shapes, memory and FLOPs, then stop.")
 
 
-def run(main: Callable[[Sequence[str]], int | None], streams: bool = False) -> None:
+def run(main: Callable[[Sequence[str]], int | None], freed: str = "kept") -> None:
     """Runs an absl main so that whatever the user can mend is one line and an exit code.
 
-    streams: the command reads and writes piece by piece and computes little, so it gives memory
-    back but for a few pieces (`moejax.core.memory.keep_parts`); others keep it
-    (`moejax.core.memory.keep_freed`), unless MOEJAX_KEEP_FREED is 0.
+    freed: what becomes of memory that the command frees. "kept" (`moejax.core.memory.keep_freed`,
+    unless MOEJAX_KEEP_FREED is 0) for those that compute; "parts" (`moejax.core.memory.keep_parts`)
+    for those that read and write piece by piece; "returned", as the C library does it, for those
+    that only compile, by threads that one heap would hold up.
 
     0 done; 2 bad input, bad flags or no space left; 3 out of memory (`launch.out_of_memory`); 130
     interrupted; 75 a training run that saved its state at SIGTERM. Anything else is a bug of ours
@@ -49,9 +50,9 @@ def run(main: Callable[[Sequence[str]], int | None], streams: bool = False) -> N
             return _fail(f"unexpected argument {args[1]!r}: flags are written --name=value", 2)
         try:
             enable_compile_cache()
-            if streams:
+            if freed == "parts":
                 keep_parts()
-            wanted = not streams and os.environ.get(out_of_memory.KEEP_FREED) != "0"
+            wanted = freed == "kept" and os.environ.get(out_of_memory.KEEP_FREED) != "0"
             if wanted and keep_freed():
                 out_of_memory.remember_kept()
             return main(args) or 0

@@ -110,7 +110,7 @@ def _plan(config, model, devices) -> dict:
     for line in describe(found):
         print(line)
     changes = []
-    if not found.fits:
+    if not found.fits and not found.refused:
         changes = remedies(setup, found.required_bytes or found.hbm.used)
         _print_remedies(describe_remedies(changes, chip.hbm_bytes), setup)
     if TEXT.value:
@@ -196,4 +196,4 @@ def _sweep(config, model, devices) -> dict:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, freed="returned")

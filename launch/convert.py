@@ -215,4 +215,4 @@ def _transformers_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    cli.run(main, streams=True)
+    cli.run(main, freed="parts")

@@ -259,4 +259,4 @@ def _number(text: str) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(main, streams=True)
+    cli.run(main, freed="parts")

@@ -119,4 +119,4 @@ def show_plan(source: Loaded, config: ModelConfig) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, streams=True)
+    cli.run(main, freed="parts")

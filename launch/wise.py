@@ -188,4 +188,4 @@ def _operations(late: Loaded, plan: Plan, inputs: list[dict[str, str]]) -> linea
 
 
 if __name__ == "__main__":
-    cli.run(main, streams=True)
+    cli.run(main, freed="parts")

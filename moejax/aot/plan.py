@@ -23,7 +23,8 @@ class Plan:
     data, counted once. unknown_kernels: names of kernels whose FLOPs are left out. roofline, and
     with it tokens_per_s and mfu (model FLOPs over the chips' peak), are bounds that no run beats.
     They are None where the program did not compile for want of memory; hbm is then estimated, and
-    required_bytes what the compiler asked for.
+    required_bytes what the compiler asked for, refused its words where it does not say (a chip has
+    other memories than HBM, which no setting of a run frees).
     """
 
     hbm: Hbm
@@ -38,6 +39,7 @@ class Plan:
     mfu: float | None
     compile_s: float
     required_bytes: int | None = None
+    refused: str = ""
     unknown_kernels: tuple[str, ...] = ()
 
     @property
@@ -83,6 +85,7 @@ def read_plan(
 
 def failed_plan(setup: Setup, error: BaseException, compile_s: float) -> Plan:
     """The plan of a step that the compiler refused for want of memory."""
+    asked = required_bytes(str(error))
     return Plan(
         hbm=estimate(setup),
         model_flops=_model_flops(setup),
@@ -95,14 +98,15 @@ def failed_plan(setup: Setup, error: BaseException, compile_s: float) -> Plan:
         tokens_per_s=None,
         mfu=None,
         compile_s=compile_s,
-        required_bytes=required_bytes(str(error)) or setup.chip.hbm_bytes + 1,
+        required_bytes=asked or setup.chip.hbm_bytes + 1,
+        refused="" if asked else " ".join(str(error).split())[:300],
     )
 
 
 def required_bytes(message: str) -> int | None:
-    """Bytes that a RESOURCE_EXHAUSTED of the compiler says it needs; None if it does not say."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of", message)
-    found = found or re.search(r"\(([\d.]+)([KMGT])\) exceeds", message)
+    """Bytes of HBM that a RESOURCE_EXHAUSTED of the compiler says it needs; None if it does not."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    found = found or re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", message)
     if not found:
         return None
     return int(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1))
@@ -159,8 +163,8 @@ def describe_hbm(hbm: Hbm) -> list[str]:
 
 def _describe_work(plan: Plan) -> list[str]:
     if plan.roofline is None:
-        asked = (plan.required_bytes or 0) / GIB
-        return [f"compiler refused: it needs {asked:.2f} GiB; all below the table is unknown"]
+        why = plan.refused or f"it needs {(plan.required_bytes or 0) / GIB:.2f} GiB"
+        return [f"compiler refused: {why}; all below the table is unknown"]
     assert plan.compiled_flops is not None and plan.traffic_bytes is not None
     factor = plan.compiled_flops / plan.model_flops
     line = plan.roofline

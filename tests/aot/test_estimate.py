@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from moejax.aot.estimate import Setup, estimate, estimate_time
-from moejax.aot.plan import required_bytes
+from moejax.aot.plan import describe as describe_plan
+from moejax.aot.plan import failed_plan, required_bytes
 from moejax.aot.remedies import describe, least_devices, remedies
 from moejax.core.chips import CHIPS
 from moejax.core.errors import InputError
@@ -120,7 +121,11 @@ def test_least_devices_hold_the_state():
         ("memory required for HLO temporaries (400.50G) exceeds available HBM (95.74G).", 400.5),
         ("Ran out of memory in memory space hbm. Used 105.25G of 95.74G hbm. Exceeded", 105.25),
         ("RESOURCE_EXHAUSTED: something else", None),
+        ("Ran out of memory in memory space vmem. Used 17.50M of 16.00M vmem.", None),
     ],
 )
 def test_bytes_that_the_compiler_asks_for(message, gib):
     assert required_bytes(message) == (None if gib is None else int(gib * GIB))
+    plan = failed_plan(setup(), RuntimeError(message), 1.0)
+    said = "\n".join(describe_plan(plan))
+    assert not plan.fits and (f"it needs {gib:.2f} GiB" if gib else message) in said
