@@ -68,6 +68,8 @@ def get_config() -> ConfigDict:
                 "max_logit_mib": 256,  # float32 logits that exist at once, per device
                 "moe_implementation": "",  # of moejax.ops.grouped_matmul, "" chooses
                 "moe_strategy": "auto",  # how tokens travel to experts (moejax.moe.choose)
+                # On TPUs: collectives beside arithmetic; False leaves it to LIBTPU_INIT_ARGS.
+                "overlap": True,
             },
             # Devices per axis; they multiply to the number of devices. 0 chooses.
             "mesh": {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import functools
 import shutil
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from moejax.train.loss import example_nll, lm_loss
 from moejax.train.optim import OptimConfig
 
 BATCH = 16  # rows at a time where nothing is trained
+_WAIT_S = 5.0
+Run = tuple[str, float, int]  # arm, rate, seed
 
 
 def model_of(config: ConfigDict, vocab_size: int) -> ModelConfig:
@@ -153,14 +157,41 @@ class Bench:
     base: tree.Tree
     rank: int
     folder: Path
+    arms: Mapping[str, ExpertConfig | None]
 
-    def run(
-        self, arm: str, chosen: ExpertConfig | None, rate: float, seed: int
-    ) -> dict[str, Any]:
-        """One arm at one rate and seed: losses on every domain. Read back if it was done before."""
+    def run_all(self, runs: Sequence[Run], say: Callable[[dict], None]) -> list[dict[str, Any]]:
+        """The results of all runs, in order. Those that another process is at are waited for."""
+        found: dict[Run, dict[str, Any]] = {}
+        while len(found) < len(runs):
+            before = len(found)
+            for run in runs:
+                result = None if run in found else self.run(*run)
+                if result is not None:
+                    found[run] = result
+                    say(result)
+            if len(found) == before:
+                time.sleep(_WAIT_S)
+        return [found[run] for run in runs]
+
+    def run(self, arm: str, rate: float, seed: int) -> dict[str, Any] | None:
+        """One arm at one rate and seed: losses on every domain. Read back if it was done before.
+
+        None while another process does it.
+        """
         path = self.folder / arm / f"{rate:g}" / str(seed)
-        if (path / "result.json").exists():
+        path.mkdir(parents=True, exist_ok=True)
+        with (path / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            if not (path / "result.json").exists():
+                atomic.write_json(path / "result.json", self._measure(arm, rate, seed, path))
+                shutil.rmtree(path / "run", ignore_errors=True)  # it only serves to go on
             return atomic.read_json(path / "result.json")
+
+    def _measure(self, arm: str, rate: float, seed: int, path: Path) -> dict[str, Any]:
+        chosen = self.arms[arm]
         started, config, model = time.monotonic(), self.config, self.model
         low_rank = LoraConfig(self.rank, 2.0 * self.rank, seed=seed)
         method = arm if arm in ("full", "lora", "frozen") else "esft"
@@ -191,7 +222,7 @@ class Bench:
             )
             trained = fitted.params
         params = jax.jit(made.assemble)(trained, made.frozen)
-        result = {
+        return {
             "arm": arm,
             "rate": rate,
             "seed": seed,
@@ -199,10 +230,6 @@ class Bench:
             "losses": {part: self.losses(params, part) for part in ("validation", "test")},
             "seconds": time.monotonic() - started,
         }
-        path.mkdir(parents=True, exist_ok=True)
-        atomic.write_json(path / "result.json", result)
-        shutil.rmtree(path / "run", ignore_errors=True)  # its checkpoint only serves to go on
-        return result
 
     def losses(self, params: tree.Tree, part: str) -> dict[str, list[float]]:
         """Nats per token of every row, by domain."""

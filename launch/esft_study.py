@@ -7,7 +7,8 @@ adapted to one of them by full fine-tuning, LoRA of equally many parameters, ESF
 scores, and, of the same counts, experts by gradients and at random, each at the best of the same
 learning rates and over seeds. WORKDIR gets every run's raw losses (arms/ARM/RATE/SEED/result.json),
 specialisation.json, and, made from them, study.json, table.md and plots/. Started again it goes on
-where it was.
+where it was; once the base is trained, several processes of the same command share the runs
+(`taskset -c 0`, `taskset -c 1`: two of one core each are faster than one of two).
 """
 
 from __future__ import annotations
@@ -85,22 +86,23 @@ def adapt_all(config, model, domains, base, found: dict[str, Any], workdir: Path
     report is written anew as soon as a seed is done.
     """
     scores = score_files.scores_of(found["scores"][config.target], "the study's scores")
-    arms = arms_of(config, scores)
-    token = arms["esft_token"]
+    trained = arms_of(config, scores)
+    token = trained["esft_token"]
     assert token is not None
     equal = tree.num_params(split_params(base, model, token)[0])
-    bench = Bench(config, model, domains, base, equal_rank(base, equal), workdir / "arms")
+    arms = {"frozen": None} | trained
+    bench = Bench(config, model, domains, base, equal_rank(base, equal), workdir / "arms", arms)
     first, *_ = seeds = config.seeds
     methods: dict[str, str] = {}
-    for arm in arms:
+    for arm in trained:
         methods.setdefault(method_of(arm), arm)
     wanted = [(arm, rate, first) for arm in methods.values() for rate in config.rates]
-    later = len(seeds) * len(arms) - len(methods)
+    later = len(seeds) * len(trained) - len(methods)
     say = _Told(1 + len(wanted) + later, config.target)
-    results = [say(bench.run("frozen", None, 0.0, 0))]
+    results = bench.run_all([("frozen", 0.0, 0)], say)
     tried: dict[str, list[dict]] = {}
-    for arm, rate, seed in wanted:
-        tried.setdefault(method_of(arm), []).append(say(bench.run(arm, arms[arm], rate, seed)))
+    for result in bench.run_all(wanted, say):
+        tried.setdefault(method_of(result["arm"]), []).append(result)
 
     def loss(result) -> float:
         return target_and_others(result["losses"]["validation"], config.target)[0]
@@ -112,11 +114,7 @@ def adapt_all(config, model, domains, base, found: dict[str, Any], workdir: Path
             print(f"note     {method} is best at {rate:g}, the {edge} rate tried: --config.rates "
                   "may be widened, what is done is kept", flush=True)
     for seed in seeds:
-        for arm, chosen in arms.items():
-            result = bench.run(arm, chosen, rates[method_of(arm)], seed)
-            results.append(result)
-            if not (seed == first and arm in methods.values()):
-                say(result)
+        results += bench.run_all([(arm, rates[method_of(arm)], seed) for arm in trained], say)
         write_report(tried, results, found, config.target, workdir)
 
 
@@ -126,8 +124,13 @@ class _Told:
     def __init__(self, total: int, target: str) -> None:
         self.total, self.target = total, target
         self.seconds: list[float] = []
+        self.said: set[tuple] = set()
 
-    def __call__(self, result: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, result: dict[str, Any]) -> None:
+        run = result["arm"], result["rate"], result["seed"]
+        if run in self.said:
+            return
+        self.said.add(run)
         self.seconds.append(result["seconds"])
         done = len(self.seconds)
         rest = datetime.timedelta(seconds=round(sum(self.seconds) / done * (self.total - done)))
@@ -137,7 +140,6 @@ class _Told:
             f"{self.target} {mine:.4f}, others {others:.4f}, {result['trained_params']:,} trained, "
             f"{result['seconds']:.0f} s  ETA {rest}", flush=True
         )
-        return result
 
 
 def _sizes(model: ModelConfig) -> str:

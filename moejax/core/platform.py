@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import os
 from collections.abc import Iterator
 
 import jax
@@ -47,13 +46,9 @@ _TPU_OVERLAP = (
 def overlap_options(mesh: Mesh | None) -> dict[str, bool | str] | None:
     """Compiler options for programs on a mesh, so that collectives run beside arithmetic.
 
-    None where the compiler does so by itself, and with MOEJAX_OVERLAP=0 in the environment. What
-    LIBTPU_INIT_ARGS names is left as it says.
+    For `jax.jit`, where they go before what LIBTPU_INIT_ARGS says. None where there is nothing to
+    be told: on one device, and but for TPUs.
     """
     if mesh is None or mesh.size == 1 or mesh.devices.flat[0].platform != "tpu":
         return None
-    if os.environ.get("MOEJAX_OVERLAP") == "0":
-        return None
-    named = os.environ.get("LIBTPU_INIT_ARGS", "")
-    given = {word.lstrip("-").partition("=")[0] for word in named.split()}
-    return {name: "true" for name in _TPU_OVERLAP if name not in given}
+    return dict.fromkeys(_TPU_OVERLAP, "true")

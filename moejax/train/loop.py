@@ -148,6 +148,7 @@ class _Run:
             config.max_skipped > 0,
             mesh,
             grad_dtype=config.grad_dtype,
+            overlap=config.overlap,
         )
         if self._latest is not None:
             feed.resume(self._latest, self._checkpoints.data(self._latest))

@@ -26,7 +26,7 @@ class TrainConfig:
       steps: updates in all. optim: the optimizer. seed: of all randomness.
       accumulation: microbatches per update; divides the rows of a batch.
       accumulation_dtype: of the sum of their gradients.
-      grad_dtype: as `moejax.train.step.StepOptions` has it.
+      grad_dtype, overlap: as `moejax.train.step.StepOptions` has them.
       max_skipped: steps in a row whose loss or gradient may be not finite: they change nothing
         and are counted. One more ends the run. 0 ends it at the first.
       log_every: steps between console lines (every step is in metrics.jsonl); losses are fetched,
@@ -46,6 +46,7 @@ class TrainConfig:
     accumulation: int = 1
     accumulation_dtype: str = "float32"
     grad_dtype: str | None = None
+    overlap: bool = True
     max_skipped: int = 0
     seed: int = 0
     log_every: int = 1

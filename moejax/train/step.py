@@ -41,6 +41,8 @@ class StepOptions:
       grad_dtype: of the gradients of blocks' weights until the optimizer takes them as float32
         (`moejax.core.narrow`): the dtype of the arithmetic, for losses that cast every weight
         to it before anything else. None: that of the weights.
+      overlap: tell the compiler to run collectives beside arithmetic
+        (`moejax.core.platform.overlap_options`).
     """
 
     accumulation: int = 1
@@ -49,6 +51,7 @@ class StepOptions:
     mesh: Mesh | None = None
     shardings: TrainState | None = None
     grad_dtype: str | None = None
+    overlap: bool = True
 
     def __post_init__(self):
         if self.accumulation_dtype not in ACCUMULATION_DTYPES:
@@ -109,7 +112,7 @@ def make_train_step(
         step,
         donate_argnums=0,
         out_shardings=(options.shardings, everywhere),
-        compiler_options=overlap_options(options.mesh),
+        compiler_options=overlap_options(options.mesh) if options.overlap else None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -28,12 +29,15 @@ def test_the_tiny_study_goes_through_and_goes_on(tmp_path):
     assert list(rows) == ["frozen", "full", "lora", *esft, "random"]
     assert rows["random"]["trained_params"] == rows["esft_token"]["trained_params"]
     assert "[19/19]" in done.stdout and (tmp_path / "plots/frontier.png").stat().st_size > 5000
-    result = tmp_path / "arms/esft_token/0.003/1/result.json"
-    before = json.loads(result.read_text()).pop("losses")
-    result.unlink()
-    again = run()
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert json.loads(result.read_text()).pop("losses") == before
+    results = sorted(tmp_path.glob("arms/*/*/1/result.json"))
+    before = [json.loads(path.read_text())["losses"] for path in results]
+    assert len(results) == 6
+    for path in results:
+        path.unlink()
+    with ThreadPoolExecutor() as pool:  # two processes share the runs
+        both = [job.result() for job in [pool.submit(run) for _ in range(2)]]
+    assert [again.returncode for again in both] == [0, 0], both[0].stderr + both[1].stderr
+    assert [json.loads(path.read_text())["losses"] for path in results] == before
 
 
 def _result(arm: str, rate: float, seed: int, target: float, other: float):
