@@ -46,7 +46,7 @@ def esft_program(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> StepProg
         settings.max_skipped > 0,
         mesh,
         grad_dtype=grad_dtype(config),
-        overlap=config.compute.overlap,
+        overlap=settings.overlap,
     )
     return step_program(
         make_loss(config, model, Adaptation({}, {}, *faces), parallel_options(config, mesh)),

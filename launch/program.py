@@ -96,7 +96,7 @@ def make_program(
             settings.max_skipped > 0,
             mesh,
             grad_dtype=grad_dtype(config),
-            overlap=config.compute.overlap,
+            overlap=settings.overlap,
         ),
         selection_bias_update(model),
     )

@@ -52,6 +52,7 @@ def checked(config: ConfigDict | None, like: ConfigDict | None = None) -> Config
 
 # What folders of runs meant before config.json had these keys (None: either may lack it).
 BEFORE = {"config.data.on_long": "truncate", "data.rows_sha256": None, "data.sha256": None}
+BEFORE |= {"config.compute.overlap": None}
 
 
 def load_rows(config: ConfigDict, loaded: Loaded) -> SharedData:
@@ -99,6 +100,7 @@ def train_config(config: ConfigDict, num_rows: int | None) -> TrainConfig:
     names = ["accumulation", "accumulation_dtype", "max_skipped", "seed", "log_every"]
     names += ["save_every", "keep_last", "keep_every", "eval_every", "hang_s", "prefetch"]
     rest = {name: settings[name] for name in names}
+    rest["overlap"] = config.compute.overlap
     return TrainConfig(steps, optim, best_metric=best_metric, **rest)
 
 

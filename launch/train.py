@@ -145,9 +145,7 @@ def train(
     peak = measure_gemm_peak(config.compute.dtype)
     rate = f"{peak.gflops:,.0f} GFLOP/s in {peak.dtype} matrix products"
     multihost.say(f"machine  {rate}, {peak.device}")
-    settings = dataclasses.replace(
-        settings, grad_dtype=grad_dtype(config), overlap=config.compute.overlap
-    )
+    settings = dataclasses.replace(settings, grad_dtype=grad_dtype(config))
     result = fit(
         settings,
         make_loss(model, config, mesh),

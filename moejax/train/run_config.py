@@ -15,7 +15,8 @@ from moejax.train.optim import OptimConfig
 from moejax.train.peak import Peak
 
 # Settings of TrainConfig that may change between two starts of one run: its steps stay the same.
-FREE = ("log_every", "save_every", "eval_every", "keep_last", "keep_every", "hang_s", "prefetch")
+_SAVING = ("log_every", "save_every", "eval_every", "keep_last", "keep_every")
+FREE = (*_SAVING, "hang_s", "prefetch", "overlap")
 
 
 @dataclasses.dataclass(frozen=True)
