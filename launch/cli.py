@@ -16,7 +16,7 @@ from absl import app, flags, logging
 
 from launch import out_of_memory
 from moejax.core.errors import InputError
-from moejax.core.memory import keep_freed, keep_parts
+from moejax.core.memory import keep_freed, keep_parts, return_freed
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -35,8 +35,8 @@ def run(main: Callable[[Sequence[str]], int | None], freed: str = "kept") -> Non
 
     freed: what becomes of memory that the command frees. "kept" (`moejax.core.memory.keep_freed`,
     unless MOEJAX_KEEP_FREED is 0) for those that compute; "parts" (`moejax.core.memory.keep_parts`)
-    for those that read and write piece by piece; "returned", as the C library does it, for those
-    that only compile, by threads that one heap would hold up.
+    for those that read and write piece by piece; "returned" (`moejax.core.memory.return_freed`)
+    for those that compile.
 
     0 done; 2 bad input, bad flags or no space left; 3 out of memory (`launch.out_of_memory`); 130
     interrupted; 75 a training run that saved its state at SIGTERM. Anything else is a bug of ours
@@ -50,8 +50,8 @@ def run(main: Callable[[Sequence[str]], int | None], freed: str = "kept") -> Non
             return _fail(f"unexpected argument {args[1]!r}: flags are written --name=value", 2)
         try:
             enable_compile_cache()
-            if freed == "parts":
-                keep_parts()
+            if freed != "kept":
+                {"parts": keep_parts, "returned": return_freed}[freed]()
             wanted = freed == "kept" and os.environ.get(out_of_memory.KEEP_FREED) != "0"
             if wanted and keep_freed():
                 out_of_memory.remember_kept()

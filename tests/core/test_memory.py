@@ -44,9 +44,19 @@ def test_freed_memory_goes_back_elsewhere(calls, monkeypatch, why):
     assert not calls
 
 
+def test_a_compiler_gives_back_and_many_cores_keep_their_heaps(calls, monkeypatch):
+    memory.return_freed()
+    assert calls == {-8: 2, -3: 256 << 10, -1: 256 << 10}  # M_ARENA_MAX, M_MMAP_, M_TRIM_THRESHOLD
+    calls.clear()
+    monkeypatch.setattr(memory.os, "cpu_count", lambda: 64)
+    memory.return_freed()
+    assert set(calls) == {-3, -1}
+
+
 def test_without_glibc_nothing_happens(calls, monkeypatch):
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
     assert not memory.keep_freed()
+    memory.return_freed()
     memory.give_back()
     assert not calls
 
