@@ -105,7 +105,7 @@ def adapt_all(config, model, domains, base, found: dict[str, Any], workdir: Path
         tried.setdefault(method_of(result["arm"]), []).append(result)
 
     def loss(result) -> float:
-        return target_and_others(result["losses"]["validation"], config.target)[0]
+        return target_and_others(result["losses"]["validation"], config.target)["target"]
 
     rates = {method: min(found, key=loss)["rate"] for method, found in tried.items()}
     for method, rate in rates.items():
@@ -134,10 +134,11 @@ class _Told:
         self.seconds.append(result["seconds"])
         done = len(self.seconds)
         rest = datetime.timedelta(seconds=round(sum(self.seconds) / done * (self.total - done)))
-        mine, others = target_and_others(result["losses"]["test"], self.target)
+        mean = target_and_others(result["losses"]["test"], self.target)
+        what = f"{result['arm']} rate {result['rate']:g} seed {result['seed']}"
         print(
-            f"[{done}/{self.total}] {result['arm']} rate {result['rate']:g} seed {result['seed']}: "
-            f"{self.target} {mine:.4f}, others {others:.4f}, {result['trained_params']:,} trained, "
+            f"[{done}/{self.total}] {what}: {self.target} {mean['target']:.4f}, others "
+            f"{mean['others']:.4f}, {result['trained_params']:,} trained, "
             f"{result['seconds']:.0f} s  ETA {rest}", flush=True
         )
 

@@ -45,7 +45,7 @@ def write_report(
     rows = [_row(method, found, target) for method, found in runs.items()]
     rates = [
         {"method": method, "rate": r["rate"]}
-        | {part: _two(r["losses"][part], target) for part in ("validation", "test")}
+        | {part: target_and_others(r["losses"][part], target) for part in ("validation", "test")}
         for method, found in tried.items()
         for r in found
     ]
@@ -61,10 +61,10 @@ def write_report(
     figure.savefig(folder / "plots" / "overlap.png", dpi=130)
 
 
-def target_and_others(losses: Rows, target: str) -> tuple[float, float]:
-    """Mean loss on the target, and the mean of the other domains' means."""
-    found = _two(losses, target)
-    return found["target"], found["others"]
+def target_and_others(losses: Rows, target: str) -> dict[str, float]:
+    """Mean loss on the "target", and the mean of the "others", the other domains' means."""
+    parts = _parts(target, losses)
+    return {name: float(np.mean([np.mean(losses[d]) for d in parts[name]])) for name in parts}
 
 
 def mean_of_means(groups: Sequence[np.ndarray]) -> Interval:
@@ -74,11 +74,6 @@ def mean_of_means(groups: Sequence[np.ndarray]) -> Interval:
     half = 1.96 * float(np.sqrt(np.sum(variances))) / len(groups)
     value = float(np.mean(means))
     return Interval(value, value - half, value + half)
-
-
-def _two(losses: Rows, target: str) -> dict[str, float]:
-    parts = _parts(target, losses)
-    return {name: float(np.mean([np.mean(losses[d]) for d in parts[name]])) for name in parts}
 
 
 def _parts(target: str, losses: Iterable[str]) -> dict[str, list[str]]:
@@ -96,7 +91,7 @@ def _row(method: str, found: Sequence[Result], target: str) -> dict[str, Any]:
     row: dict[str, Any] = {"method": method, "runs": len(found), "rate": found[0]["rate"]}
     row["trained_params"] = found[0]["trained_params"]
     for name, domains in _parts(target, rows).items():
-        each = [_two(r["losses"]["test"], target)[name] for r in found]
+        each = [target_and_others(r["losses"]["test"], target)[name] for r in found]
         row[name] = dataclasses.asdict(mean_of_means([rows[d] for d in domains]))
         row[name] |= {"of runs": each}
     row["domains"] = {name: float(np.mean(values)) for name, values in rows.items()}
