@@ -33,6 +33,7 @@ from moejax.train.loss import example_nll, lm_loss
 from moejax.train.optim import OptimConfig
 
 BATCH = 16  # rows at a time where nothing is trained
+FREE = ("seeds", "draws", "rates", "specialised_below")  # of the config: change no run
 _WAIT_S = 5.0
 Run = tuple[str, float, int]  # arm, rate, seed
 
@@ -61,6 +62,11 @@ def model_of(config: ConfigDict, vocab_size: int) -> ModelConfig:
     )
 
 
+def identity(config: ConfigDict) -> dict[str, Any]:
+    """What a run in the study's folder must share with the next: all but the keys in FREE."""
+    return {key: value for key, value in config.to_dict().items() if key not in FREE}
+
+
 def pretrained(config: ConfigDict, model: ModelConfig, domains: Domains, folder: Path) -> tree.Tree:
     """The base: trained on all domains, the target at most its share; resumed if it is there."""
     p, names = config.pretrain, list(domains.rows)
@@ -82,7 +88,7 @@ def pretrained(config: ConfigDict, model: ModelConfig, domains: Domains, folder:
         batches,
         folder,
         None,
-        RunInfo("pretrain", {"config": config.to_dict()}),
+        RunInfo("pretrain", {"config": identity(config)}),
     )
     return jax.device_get(result.params)
 
@@ -218,7 +224,7 @@ class Bench:
                 batches,
                 path / "run",
                 None,
-                RunInfo(arm, {"config": config.to_dict()}, quiet=True),
+                RunInfo(arm, {"config": identity(config)}, quiet=True),
             )
             trained = fitted.params
         params = jax.jit(made.assemble)(trained, made.frozen)

@@ -23,6 +23,7 @@ from ml_collections import config_flags
 from launch import cli
 from launch.esft_domains import load_domains
 from launch.esft_lab import (
+    FREE,
     Bench,
     arms_of,
     equal_rank,
@@ -54,8 +55,7 @@ def main(argv) -> None:
     if WORKDIR.value is None:
         raise InputError("--workdir is missing: name the folder that the study is kept in")
     workdir = Path(WORKDIR.value)
-    free = ["seeds", "draws", "rates", "specialised_below"]
-    claim_folder(workdir, config.to_dict(), "study_config.json", free=free)
+    claim_folder(workdir, config.to_dict(), "study_config.json", free=FREE)
     domains = load_domains(config, workdir)
     model = model_of(config, domains.vocab_size)
     for name, parts in domains.rows.items():
