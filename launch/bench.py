@@ -1,12 +1,13 @@
 """Measures moejax's kernels against goals and peers, on this machine.
 
   python -m launch.bench --suite=kernels --peer            the experts' matrix products: timed on
-                                                           the CPU, counted for a TPU v5p
-  python -m launch.bench --suite=kernels --only=v5p        the latter alone
+                                                           the CPU and on an NVIDIA GPU, counted for
+                                                           a TPU v5p
+  python -m launch.bench --suite=kernels --only=v5p        the last alone (--only=gpu: the second)
   python -m launch.bench --suite=kernels --only=E64        figures whose name matches
   python -m launch.bench --suite=kernels --out=rows.json
   python -m launch.bench --suite=layer --peer              the layer on a v5p:2x2x2, compiled
-  python -m launch.bench --suite=train --peer              a training step on the CPU
+  python -m launch.bench --suite=train --peer              a training step on the CPU or GPU
   python -m launch.bench --suite=data --peer               padding and tokens per second of the data
                                                            pipeline alone
   python -m launch.bench --suite=serve --peer              tokens per second beside transformers
@@ -35,6 +36,7 @@ from rich.console import Console
 from launch import (
     bench_cpu,
     bench_data,
+    bench_gpu,
     bench_graft,
     bench_graft_plan,
     bench_layer,
@@ -57,7 +59,7 @@ ONLY = flags.DEFINE_string("only", None, "Measure only figures that match this r
 OUT = flags.DEFINE_string("out", None, "JSON file for the rows, the machine and the versions.")
 
 SUITES: dict[str, dict[str, Rows]] = {
-    "kernels": {"cpu": bench_cpu.rows, "tpu": bench_tpu.rows},
+    "kernels": {"cpu": bench_cpu.rows, "gpu": bench_gpu.rows, "tpu": bench_tpu.rows},
     "layer": {"mesh": bench_layer.rows},
     "train": {"cpu": bench_train.rows},
     "data": {"cpu": bench_data.rows},

@@ -1,7 +1,7 @@
 """What every test shares: one CPU device set-up, and a spoken reason for each test that is skipped.
 
-`slow`, `parity` and `aot` tests are skipped here and not deselected, so that the closing summary of
-pytest (-ra) names each with its reason.
+`slow`, `parity`, `aot` and `gpu` tests are skipped here and not deselected, so that the closing
+summary of pytest (-ra) names each with its reason.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from pathlib import Path
 
 # Before anything imports jax: the suite's numbers are those of a CPU, whatever the machine has.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "cuda" in os.environ["JAX_PLATFORMS"]:
+    os.environ.setdefault("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share the memory
 # The suite spends its time in compiling programs that run once: half of it with LLVM's optimiser
 # off. `.ci/run` leaves it on, so that what users run is tested too.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -33,8 +36,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 PARITY_DIR = Path(__file__).parent / "parity"
 MISSING = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
 PARITY_REASON = f"parity: {' and '.join(MISSING)} not installed (BUILD.md, 'Live parity', says how)"
+ON_GPU = "cuda" in os.environ["JAX_PLATFORMS"]
 LACKS_LIBTPU = importlib.util.find_spec("libtpu") is None
 AOT_REASON = "aot: libtpu not installed (tests/run --aot makes an environment that has it)"
+GPU_REASON = "gpu: no NVIDIA GPU (tests/run --gpu, on a machine that has one)"
 SLOW_REASON = "slow: run with --slow"
 # Linux lets a process map 65,530 regions; each compiled program takes a few, and a worker that has
 # compiled some ten thousand dies of the next one without a word.
@@ -68,6 +73,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=PARITY_REASON))
         if LACKS_LIBTPU and item.get_closest_marker("aot"):
             item.add_marker(pytest.mark.skip(reason=AOT_REASON))
+        if not ON_GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=GPU_REASON))
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason=SLOW_REASON))
 

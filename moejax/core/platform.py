@@ -24,6 +24,17 @@ def device_kind() -> str:
     return named[1] if named else jax.devices()[0].device_kind
 
 
+def is_hopper() -> bool:
+    """Whether a "gpu" is an NVIDIA one of compute capability 9 or 10: H100, H200, B200.
+
+    Ahead of time it is: the H100 is the only GPU that programs are compiled for elsewhere.
+    """
+    if platform() != "gpu" or jax.default_backend() != "gpu":
+        return platform() == "gpu"
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    return capability.partition(".")[0] in ("9", "10")
+
+
 @contextlib.contextmanager
 def compiling_for(name: str, kind: str = "") -> Iterator[None]:
     """Lets `platform` and `device_kind` answer these inside, for programs of other devices."""

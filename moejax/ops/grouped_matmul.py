@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.core.errors import InputError
-from moejax.core.platform import platform
+from moejax.core.platform import is_hopper, platform
 from moejax.ops.grouped_matmul_cpu import grouped_matmul_cpu
 from moejax.ops.grouped_matmul_ref import grouped_matmul_ref
 from moejax.ops.implementations import checked
@@ -75,7 +75,8 @@ def grouped_matmul(
     rhs. groups: bool [E] or None (all); where false the gradient of rhs[e] is zero and, but for
     `ref` and `ragged_dot`, no work is done for it; the output and the gradient of lhs stay whole.
     implementation: a name in IMPLEMENTATIONS, never replaced by another; None takes `cpu` on a
-    CPU and `ragged_dot` on a TPU or GPU, where our own kernels have not run yet, and logs it once.
+    CPU, `gpu` on an H100, H200 or B200, and `ragged_dot` on a TPU, where our own kernels have not
+    run yet, and on other GPUs, which lack the shared memory for ours; it logs that once.
     Raises ValueError for shapes that do not fit and, where they are known (outside of jit), for
     sizes below zero or of more rows than there are; NotImplementedError for an implementation that
     the devices cannot run.
@@ -89,13 +90,13 @@ def grouped_matmul(
 def chosen(implementation: str | None) -> str:
     """The implementation asked for, or the one None stands for; raises as `grouped_matmul`."""
     if implementation is None:
-        return _choose(platform())
+        return _choose(platform(), is_hopper())
     return checked("grouped_matmul", implementation, IMPLEMENTATIONS, PLATFORM)
 
 
 @functools.lru_cache
-def _choose(backend: str) -> str:
-    name = "cpu" if backend == "cpu" else "ragged_dot"
+def _choose(backend: str, hopper: bool) -> str:
+    name = "cpu" if backend == "cpu" else "gpu" if hopper else "ragged_dot"
     _log.info("grouped_matmul: %r on the %s backend", name, backend)
     return name
 

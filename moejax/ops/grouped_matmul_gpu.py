@@ -16,6 +16,7 @@ about 21 bits of each product; bfloat16 and float16 are exact. Sums are float32.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -107,25 +108,57 @@ def _rows_kernel(table, *refs, num_pairs, transposed, tile, interpret):  # type:
     (num_rows, num_cols), depth = out.shape, refs[0].shape[1]
     visit, col_tile = place(table.shape[1], pl.cdiv(num_cols, tile.n))
     group, start, end = table[0, visit], table[1, visit], table[2, visit]
-    # A tile that hangs over the end of the array reads the last row again instead of a mask.
-    rows = jnp.minimum(start + jnp.arange(tile.m), num_rows - 1)
-    cols = pl.Slice(col_tile * tile.n, tile.n)
-    inside_cols = within(cols, num_cols)
     all_steps = jnp.int32(pl.cdiv(depth, tile.k))
     steps = jnp.where(group < refs[num_pairs].shape[0], all_steps, jnp.int32(0))
 
-    total = jnp.zeros((tile.m, tile.n), jnp.float32)
-    for x_ref, w_ref in zip(refs[:num_pairs], refs[num_pairs : 2 * num_pairs], strict=True):
+    def make(m: int, n: int, whole: bool) -> None:
+        # A tile that hangs over the end of the array reads the last row again instead of a mask.
+        rows = jnp.minimum(start + jnp.arange(m), num_rows - 1)
+        cols = pl.Slice(col_tile * tile.n, n)
+        inside_cols = None if whole else span(cols) < num_cols
+        total = jnp.zeros((m, n), jnp.float32)
+        for x_ref, w_ref in zip(refs[:num_pairs], refs[num_pairs : 2 * num_pairs], strict=True):
 
-        def step(i, total, x_ref=x_ref, w_ref=w_ref):  # type: ignore
-            ks = pl.Slice(i * tile.k, tile.k)
-            inside_k = within(ks, depth)
-            x = load(x_ref.at[rows[:, None], span(ks)[None, :]], across(None, inside_k))
-            w = load_matrix(w_ref, group, ks, cols, (inside_k, inside_cols), transposed)
-            return total + dot(x, w, (1, 1 if transposed else 0), interpret)
+            def step(i, total, x_ref=x_ref, w_ref=w_ref):  # type: ignore
+                ks = pl.Slice(i * tile.k, tile.k)
+                inside_k = within(ks, depth)
+                x = load(x_ref.at[rows[:, None], span(ks)[None, :]], across(None, inside_k))
+                w = load_matrix(w_ref, group, ks, cols, (inside_k, inside_cols), transposed)
+                return total + dot(x, w, (1, 1 if transposed else 0), interpret)
 
-        total = jax.lax.fori_loop(0, steps, step, total)
-    store_rows(out, total, (start, end), cols, inside_cols)
+            total = jax.lax.fori_loop(0, steps, step, total)
+        store_rows(out, total, (start, end), cols, inside_cols)
+
+    in_halves(make, tile, end - start, col_tile, num_cols)
+
+
+def in_halves(
+    make: Callable[[int, int, bool], None],
+    tile: Tile,
+    num_rows: jax.Array | None,
+    col_tile: jax.Array,
+    num_cols: int,
+) -> None:
+    """make(m, n, whole): a tile, or half of one where that holds all there is, either way.
+
+    num_rows: how many there are from this tile's first on; None: never halved. whole: all n columns
+    exist. Only the largest tiles are worth the second program.
+    """
+    rest, half = num_cols % tile.n, tile.n // 2
+
+    def by_cols(m: int) -> None:
+        if tile.n < 256 or rest == 0 or rest > half:
+            make(m, tile.n, rest == 0)
+            return
+        last = num_cols // tile.n
+        pl.when(col_tile < last)(lambda: make(m, tile.n, True))
+        pl.when(col_tile == last)(lambda: make(m, half, rest == half))
+
+    if num_rows is None or tile.m < 128:
+        by_cols(tile.m)
+        return
+    pl.when(num_rows > tile.m // 2)(lambda: by_cols(tile.m))
+    pl.when(num_rows <= tile.m // 2)(lambda: by_cols(tile.m // 2))
 
 
 def outer_by_group(
@@ -161,20 +194,25 @@ def _outer_kernel(table, x_ref, y_ref, out, *, tile, interpret):  # type: ignore
     group, start, end = table[0, visit], table[1, visit], table[2, visit]
     within_group = pl.program_id(0) % (k_tiles * n_tiles)
     ks = pl.Slice(within_group // n_tiles * tile.m, tile.m)
-    cols = pl.Slice(within_group % n_tiles * tile.n, tile.n)
-    inside_k, inside_cols = within(ks, num_k), within(cols, num_n)
+    inside_k = within(ks, num_k)
 
-    def step(i, total):  # type: ignore
-        rows = start + i * tile.k + jnp.arange(tile.k)
-        mine = rows < end  # both are masked: zero times another's NaN would be NaN
-        x = load(x_ref.at[rows[:, None], span(ks)[None, :]], across(mine, inside_k))
-        y = load(y_ref.at[rows[:, None], span(cols)[None, :]], across(mine, inside_cols))
-        return total + dot(x, y, (0, 0), interpret)
+    def make(m: int, n: int, whole: bool) -> None:
+        cols = pl.Slice(within_group % n_tiles * tile.n, n)
+        inside_cols = None if whole else span(cols) < num_n
 
-    zeros = jnp.zeros((tile.m, tile.n), jnp.float32)
-    total = jax.lax.fori_loop(0, pl.cdiv(end - start, tile.k), step, zeros)
-    mask = across(inside_k, inside_cols)
-    plgpu.store(out.at[group, ks, cols], total.astype(out.dtype), mask=mask)
+        def step(i, total):  # type: ignore
+            rows = start + i * tile.k + jnp.arange(tile.k)
+            mine = rows < end  # both are masked: zero times another's NaN would be NaN
+            x = load(x_ref.at[rows[:, None], span(ks)[None, :]], across(mine, inside_k))
+            y = load(y_ref.at[rows[:, None], span(cols)[None, :]], across(mine, inside_cols))
+            return total + dot(x, y, (0, 0), interpret)
+
+        total = jnp.zeros((m, n), jnp.float32)
+        total = jax.lax.fori_loop(0, pl.cdiv(end - start, tile.k), step, total)
+        mask = across(inside_k, inside_cols)
+        plgpu.store(out.at[group, ks, cols], total.astype(out.dtype), mask=mask)
+
+    in_halves(make, tile, None, within_group % n_tiles, num_n)
 
 
 def visits(group_sizes: jax.Array, num_rows: int, block: int) -> jax.Array:

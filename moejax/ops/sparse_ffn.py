@@ -28,7 +28,7 @@ def sparse_ffn(
     params: rows_up and rows_down [M, P, D], rows_gate for a gated layer, and maybe b_gate, b_up
     [M, P] and b_down [D]. x, result: [B, D]. weight: factors of blocks per row, such as 0 for a
     block that only another row chose; None: 1. implementation and what is raised: as in
-    `sparse_matmul`, which the products are; `tpu` is one kernel of all three.
+    `sparse_matmul`, which the products are; `tpu` is one kernel of all three, `gpu` two.
     """
     names: list[str] = [name for name in ("rows_gate", "rows_up", "rows_down") if name in params]
     shapes = {params[name].shape for name in names}
@@ -37,10 +37,14 @@ def sparse_ffn(
             f"sparse_ffn takes x [B, D] and rows of one shape [M, P, D], got {x_BD.shape} and "
             f"{', '.join(f'{name} {list(params[name].shape)}' for name in names)}"
         )
-    if chosen(implementation, params["rows_up"].dtype) == "tpu":
-        from moejax.ops.sparse_matmul_tpu import sparse_ffn_tpu  # Pallas is slow to import
+    kernel = chosen(implementation, params["rows_up"].dtype)
+    if kernel in ("gpu", "tpu"):
+        if kernel == "gpu":  # Pallas is slow to import
+            from moejax.ops.sparse_matmul_gpu import sparse_ffn_gpu as whole
+        else:
+            from moejax.ops.sparse_matmul_tpu import sparse_ffn_tpu as whole
 
-        out_BD = sparse_ffn_tpu(params, x_BD, chosen_K, activation, weight_BK)
+        out_BD = whole(params, x_BD, chosen_K, activation, weight_BK).astype(x_BD.dtype)
         return out_BD + params["b_down"].astype(x_BD.dtype) if "b_down" in params else out_BD
 
     def into(name: str) -> jax.Array:

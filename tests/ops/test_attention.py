@@ -187,9 +187,7 @@ def test_blockwise_memory_is_linear_in_the_text():
     def temp_bytes(num_tokens):
         q = jax.ShapeDtypeStruct((1, num_tokens, 2, 8), jnp.float32)
         k = jax.ShapeDtypeStruct((1, 2, num_tokens, 8), jnp.float32)
-        run = jax.grad(
-            lambda q, k, v: jnp.sum(WAYS["blockwise"](q, k, v, Visible(), 0, 1.0, None))
-        )
+        run = jax.grad(lambda q, k, v: jnp.sum(WAYS["blockwise"](q, k, v, Visible(), 0, 1.0, None)))
         return jax.jit(run).lower(q, k, k).compile().memory_analysis().temp_size_in_bytes
 
     assert temp_bytes(4096) < 2.2 * temp_bytes(2048)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from moejax.core.platform import compiling_for
 from moejax.core.precision import TOLERANCE
 from moejax.ops import grouped_matmul as module
 from moejax.ops import grouped_matmul_cpu as cpu
@@ -186,6 +187,13 @@ def test_the_cpu_kernel_keeps_no_gathered_weights():
     gathered = lhs.shape[0] // 128 * rhs[0].nbytes  # one matrix per block of 128 rows
     activations = 3 * lhs.shape[0] * rhs.shape[2] * 4
     assert compiled.memory_analysis().temp_size_in_bytes < gathered + activations
+
+
+def test_each_kind_of_device_gets_what_ran_there():
+    assert module.chosen(None) == "cpu"
+    for name, found in (("gpu", "gpu"), ("tpu", "ragged_dot")):
+        with compiling_for(name):
+            assert module.chosen(None) == found
 
 
 def test_none_chooses_and_says_so_once(caplog):

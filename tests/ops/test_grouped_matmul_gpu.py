@@ -67,6 +67,18 @@ def test_any_tile_gives_the_same(tile):
     assert_close(d_rhs, pull(out)[0], "float32")
 
 
+@pytest.mark.parametrize("n", [300, 384, 500])
+def test_half_tiles_give_the_same(n):
+    """Rows: 200 are one tile and a half, 64 and 1 half of one; columns: the last tile by n."""
+    lhs, rhs, sizes = operands([200, 64, 1, 0], 301, n=n)
+    tile = Tile(128, 256, 16, 8, 3)
+    out = multiply_rows([(lhs, rhs)], sizes, transposed=False, interpret=True, tile=tile)
+    assert_close(out, grouped_matmul_ref(lhs, rhs, sizes), "float32")
+    d_rhs = outer_by_group(lhs, out, sizes, None, interpret=True, tile=tile)
+    _, pull = jax.vjp(lambda w: grouped_matmul_ref(lhs, w, sizes), rhs)
+    assert_close(d_rhs, pull(out)[0], "float32")
+
+
 def test_rows_past_the_last_group_stay_out_even_if_not_finite():
     lhs, rhs, sizes = operands([10, 20], 35)
     (out, d_lhs, d_rhs), _ = both(lhs.at[30:].set(jnp.nan), rhs, sizes)
