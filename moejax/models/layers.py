@@ -12,6 +12,7 @@ from moejax.models.config import ModelConfig
 from moejax.models.sparse import sparse_feed_forward
 from moejax.ops.gated_ffn import Activation, ffn_shapes, gated_ffn
 from moejax.ops.norm import layer_norm, rms_norm, rms_norm_delta
+from moejax.ops.wide_product import wide_product
 
 ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -65,7 +66,7 @@ def feed_forward(
         return gated_ffn(params, x, activation, on_neurons)
 
     def affine(x: jax.Array, name: str) -> jax.Array:
-        y = jnp.matmul(x, params[f"w_{name}"], preferred_element_type=jnp.float32).astype(x.dtype)
+        y = wide_product(jnp.matmul, x, params[f"w_{name}"]).astype(x.dtype)
         return y + params[f"b_{name}"] if f"b_{name}" in params else y
 
     hidden = activation(affine(x, "up"))

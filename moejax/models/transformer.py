@@ -35,6 +35,7 @@ from moejax.moe.losses import pooled_balance
 from moejax.moe.sparse import sparse_moe
 from moejax.ops.attention import AttentionSpec, Visible, Window, cudnn_can, shared_mask, soft_capped
 from moejax.ops.rope import frequencies, rotation
+from moejax.ops.wide_product import wide_product
 
 __all__ = ["abstract_params", "init_leaf", "init_params"]  # of the tree, from params.py
 __all__ += ["ForwardOptions", "Inserted", "Output", "forward", "logits", "split_layers"]
@@ -152,7 +153,7 @@ def unembed(params: tree.Tree, config: ModelConfig, hidden: jax.Array) -> jax.Ar
     else:
         head, form = params["lm_head"]["w"], "...d,dv->...v"
     head = head.astype(hidden.dtype)
-    found = jnp.einsum(form, hidden, head, preferred_element_type=jnp.float32)
+    found = wide_product(functools.partial(jnp.einsum, form), hidden, head)
     return soft_capped(found, config.embedding.logit_soft_cap)
 
 

@@ -15,6 +15,7 @@ from moejax.ops.attention_blockwise import blockwise_attention
 from moejax.ops.attention_paged import paged_attention
 from moejax.ops.attention_spec import Visible, Window, mask_of, soft_capped
 from moejax.ops.attention_splash import splash_attention, splash_can
+from moejax.ops.wide_product import wide_product
 
 __all__ = ["AttentionSpec", "Visible", "Window", "attention", "choose", "shared_mask"]
 __all__ += ["cudnn_can", "soft_capped"]
@@ -203,7 +204,7 @@ def dense_attention(
     mask_BTS = mask_of(visible, num_queries, k_BGSC.shape[2], window)
     q = q_BTHC.reshape(num_batch, num_queries, num_groups, num_heads // num_groups, head_size)
     q_BGTJC = jnp.transpose(q, (0, 2, 1, 3, 4))  # J: the heads that share one group
-    scores = jnp.einsum("bgtjc,bgsc->bgtjs", q_BGTJC, k_BGSC, preferred_element_type=jnp.float32)
+    scores = wide_product(functools.partial(jnp.einsum, "bgtjc,bgsc->bgtjs"), q_BGTJC, k_BGSC)
     scores = soft_capped(scores * scale, soft_cap)
     scores = jnp.where(mask_BTS[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BGSC.dtype)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from moejax.ops.wide_product import wide_product
 
 # Distances up to this are told apart one by one, larger ones by their logarithm.
 EXACT_DISTANCES = 8
@@ -59,7 +63,7 @@ def attention_weights(
     q_BTHC: jax.Array, k_BHSC: jax.Array, limit_BT: jax.Array, bias_HN: jax.Array | None = None
 ) -> jax.Array:
     """The softmax of `cross_attention`, float32 [B, H, T, S]; 0 for a query that sees nothing."""
-    scores = jnp.einsum("bthc,bhsc->bhts", q_BTHC, k_BHSC, preferred_element_type=jnp.float32)
+    scores = wide_product(functools.partial(jnp.einsum, "bthc,bhsc->bhts"), q_BTHC, k_BHSC)
     scores = scores * q_BTHC.shape[-1] ** -0.5
     keys_S = jnp.arange(k_BHSC.shape[2])
     distance_BTS = limit_BT[:, :, None] - 1 - keys_S

@@ -13,6 +13,7 @@ from moejax.core.platform import is_hopper, platform
 from moejax.ops.grouped_matmul_cpu import grouped_matmul_cpu
 from moejax.ops.grouped_matmul_ref import grouped_matmul_ref
 from moejax.ops.implementations import checked
+from moejax.ops.wide_product import wide_product
 
 # (lhs, rhs, group_sizes, groups) -> out, with a gradient of its own.
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
@@ -24,9 +25,7 @@ def _ragged_dot(
 ) -> jax.Array:
     if groups is not None:  # jax's own gradient does the work of every group all the same
         rhs = jnp.where(groups[:, None, None], rhs, jax.lax.stop_gradient(rhs))
-    accum = jnp.promote_types(lhs.dtype, jnp.float32)
-    out = jax.lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=accum)
-    return out.astype(lhs.dtype)
+    return wide_product(jax.lax.ragged_dot, lhs, rhs, group_sizes).astype(lhs.dtype)
 
 
 def _gpu(
