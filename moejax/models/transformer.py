@@ -38,8 +38,8 @@ from moejax.ops.rope import frequencies, rotation
 from moejax.ops.wide_product import wide_product
 
 __all__ = ["abstract_params", "init_leaf", "init_params"]  # of the tree, from params.py
-__all__ += ["ForwardOptions", "Inserted", "Output", "forward", "logits", "split_layers"]
-__all__ += ["outer_at_use", "unembed"]
+__all__ += ["ForwardOptions", "Inserted", "Output", "forward", "logits"]
+__all__ += ["outer_at_use", "split_layers", "unembed"]
 
 
 @jax.tree_util.register_dataclass
@@ -137,10 +137,9 @@ def outer_at_use(params: tree.Tree, options: ForwardOptions) -> tree.Tree:
     if options.parallel is None:
         return params
 
-    def placed(path, w):
-        return w if path.startswith("layers/") else _cast(path, w, options)
-
-    return tree.map_with_path(placed, params)
+    return tree.map_with_path(
+        lambda path, w: w if path.startswith("layers/") else _cast(path, w, options), params
+    )
 
 
 def unembed(params: tree.Tree, config: ModelConfig, hidden: jax.Array) -> jax.Array:
@@ -152,8 +151,8 @@ def unembed(params: tree.Tree, config: ModelConfig, hidden: jax.Array) -> jax.Ar
         head, form = embed["tokens"], "...d,vd->...v"
     else:
         head, form = params["lm_head"]["w"], "...d,dv->...v"
-    head = head.astype(hidden.dtype)
-    found = wide_product(functools.partial(jnp.einsum, form), hidden, head)
+    einsum = functools.partial(jnp.einsum, form)
+    found = wide_product(einsum, hidden, head.astype(hidden.dtype))
     return soft_capped(found, config.embedding.logit_soft_cap)
 
 
