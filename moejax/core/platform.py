@@ -24,10 +24,11 @@ def device_kind() -> str:
     return named[1] if named else jax.devices()[0].device_kind
 
 
-def is_hopper() -> bool:
-    """Whether a "gpu" is an NVIDIA one of compute capability 9 or 10: H100, H200, B200.
+def takes_gpu_kernels() -> bool:
+    """Whether a "gpu" has the shared memory that our kernels' tiles take: H100, H200, B200.
 
-    Ahead of time it is: the H100 is the only GPU that programs are compiled for elsewhere.
+    These are NVIDIA's of compute capability 9 and 10. Ahead of time it has: the H100 is the only
+    GPU that programs are compiled for elsewhere.
     """
     if platform() != "gpu" or jax.default_backend() != "gpu":
         return platform() == "gpu"

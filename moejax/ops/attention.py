@@ -230,7 +230,7 @@ def cudnn_attention(
 ) -> jax.Array:
     """`jax.nn.dot_product_attention` by cuDNN's flash attention: NVIDIA GPUs, 16-bit, no cache.
 
-    Not run by our tests: no GPU there. Segments become a mask of T * S.
+    Segments become a mask of T * S.
     """
     _refuse("cudnn", soft_cap, q_BTHC, v_BGSC)
     if visible.slot is not None:

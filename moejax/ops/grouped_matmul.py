@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.core.errors import InputError
-from moejax.core.platform import is_hopper, platform
+from moejax.core.platform import platform, takes_gpu_kernels
 from moejax.ops.grouped_matmul_cpu import grouped_matmul_cpu
 from moejax.ops.grouped_matmul_ref import grouped_matmul_ref
 from moejax.ops.implementations import checked
@@ -89,13 +89,13 @@ def grouped_matmul(
 def chosen(implementation: str | None) -> str:
     """The implementation asked for, or the one None stands for; raises as `grouped_matmul`."""
     if implementation is None:
-        return _choose(platform(), is_hopper())
+        return _choose(platform(), takes_gpu_kernels())
     return checked("grouped_matmul", implementation, IMPLEMENTATIONS, PLATFORM)
 
 
 @functools.lru_cache
-def _choose(backend: str, hopper: bool) -> str:
-    name = "cpu" if backend == "cpu" else "gpu" if hopper else "ragged_dot"
+def _choose(backend: str, ours: bool) -> str:
+    name = "cpu" if backend == "cpu" else "gpu" if ours else "ragged_dot"
     _log.info("grouped_matmul: %r on the %s backend", name, backend)
     return name
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.core.errors import InputError
-from moejax.core.platform import platform
+from moejax.core.platform import platform, takes_gpu_kernels
 from moejax.ops import sparse_matmul_native as native
 from moejax.ops.implementations import checked
 from moejax.ops.sparse_matmul_cpu import sparse_matmul_cpu
@@ -58,9 +58,10 @@ def sparse_matmul(
     "Deja Vu", section 4.3). w [M, P, D]; chosen: integers in [0, M), any order, repeats allowed.
     Sums are at least float32, the result has x's dtype; no gradient. implementation: a name of
     IMPLEMENTATIONS, never replaced by another. None takes `native` on a CPU (a C++ kernel, compiled
-    on first use) where it can be had and the arrays are float32, else `cpu`; on a TPU or GPU the
-    kernel for it, though they have only been compiled for such devices and have not run there:
-    `ref` would copy the blocks and save nothing.
+    on first use) where it can be had and the arrays are float32, else `cpu` (plain XLA, a block at
+    a time), as on GPUs without the shared memory for ours; on a TPU, H100, H200 or B200 the kernel
+    for it, though the TPU's has only been compiled and has not run: `ref` would copy the blocks and
+    save nothing.
 
     Errors:
       InputError: shapes that do not fit, an unknown implementation, `native` without a compiler.
@@ -74,13 +75,15 @@ def sparse_matmul(
 def chosen(implementation: str | None, dtype: jnp.dtype) -> str:
     """The implementation asked for, or the one None stands for; raises as `sparse_matmul`."""
     if implementation is None:
-        return _choose(platform(), jnp.dtype(dtype) == jnp.float32)
+        return _choose(platform(), jnp.dtype(dtype) == jnp.float32, takes_gpu_kernels())
     return checked("sparse_matmul", implementation, IMPLEMENTATIONS, PLATFORM)
 
 
 @functools.lru_cache
-def _choose(backend: str, is_float32: bool) -> str:
+def _choose(backend: str, is_float32: bool, ours: bool) -> str:
     name, why = backend, ""
+    if backend == "gpu" and not ours:
+        name, why = "cpu", "plain XLA: no H100, H200 or B200"
     if backend == "cpu":
         why = native.missing() or ""
         name = "native" if is_float32 and not why else "cpu"

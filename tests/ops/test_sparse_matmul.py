@@ -170,10 +170,10 @@ from moejax.aot import compile as aot, topology
 from moejax.ops.sparse_ffn import sparse_ffn
 from moejax.ops.sparse_matmul import sparse_matmul
 
-name, implementation, batch = sys.argv[1], sys.argv[2], int(sys.argv[3])
+name, implementation, batch, kind = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 mesh = Mesh(topology.devices(name)[:1], ("one",))
 
-def array(*dims, dtype=jnp.bfloat16):
+def array(*dims, dtype=kind):
     return aot.abstract(dims, dtype, mesh, PartitionSpec())
 
 rows = {f"rows_{n}": array(64, 128, 2048) for n in ("gate", "up", "down")}
@@ -194,9 +194,15 @@ print("compiled")
 
 @pytest.mark.aot
 @pytest.mark.parametrize(
-    ("name", "implementation", "batch"),
-    [("v5e:2x2", "tpu", 1), ("v5p:2x2x1", "tpu", 1), ("h100x1", "gpu", 2), ("h100x1", "gpu", 8)],
+    ("name", "implementation", "batch", "dtype"),
+    [
+        ("v5e:2x2", "tpu", 1, "bfloat16"),
+        ("v5p:2x2x1", "tpu", 1, "bfloat16"),
+        ("h100x1", "gpu", 1, "bfloat16"),
+        ("h100x1", "gpu", 8, "bfloat16"),
+        ("h100x1", "gpu", 6, "float32"),
+    ],
 )
-def test_the_kernels_compile_without_a_copy_of_the_blocks(name, implementation, batch):
-    done = run_for(name, PROGRAM, name, implementation, str(batch))
+def test_the_kernels_compile_without_a_copy_of_the_blocks(name, implementation, batch, dtype):
+    done = run_for(name, PROGRAM, name, implementation, str(batch), dtype)
     assert done.stdout.strip() == "compiled", done.stderr[-3000:]
