@@ -61,7 +61,7 @@ OUT = flags.DEFINE_string("out", None, "JSON file for the rows, the machine and 
 SUITES: dict[str, dict[str, Rows]] = {
     "kernels": {"cpu": bench_cpu.rows, "gpu": bench_gpu.rows, "tpu": bench_tpu.rows},
     "layer": {"mesh": bench_layer.rows},
-    "train": {"cpu": bench_train.rows},
+    "train": {"step": bench_train.rows},
     "data": {"cpu": bench_data.rows},
     "serve": {"cpu": bench_serve.rows},
     "shadow": {"cpu": bench_shadow.rows, "tpu": bench_shadow.tpu_rows},

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launch.bench_row import Row, Wanted
+from moejax.core import platform as device
 from moejax.core.errors import InputError
 from moejax.core.memory import give_back
 
@@ -40,6 +41,8 @@ def measure(parts: dict[str, Rows], peer: bool, wanted: Wanted) -> Iterator[Row]
     for name, rows in parts.items():
         say(f"{name} ...")
         try:
+            if name == "cpu" and device.platform() != "cpu":
+                raise InputError("its figures are a CPU's: JAX_PLATFORMS=cpu times them here")
             for row in rows(peer, wanted):
                 if wanted(row.figure):
                     say(f"[{time.perf_counter() - started:.0f} s] {row.figure}: {number(row.ours)}")

@@ -8,7 +8,7 @@ import json
 import pytest
 from rich.console import Console
 
-from launch import bench_row, bench_table, bench_tpu, bench_tpu_peers
+from launch import bench_gpu, bench_row, bench_table, bench_tpu, bench_tpu_peers
 from launch.bench_row import Row
 from moejax.core.errors import InputError
 from tests import commands
@@ -146,3 +146,31 @@ def test_a_peer_that_is_not_installed_stands_in_the_table(monkeypatch):
     row = bench_tpu._beside("tokamax", "forward", "v5p forward", 0.91, bench_tpu.IDEAL)
     assert (row.figure, row.ours, row.peer) == ("v5p forward, against tokamax", 0.91, None)
     assert row.how == "not measured: not installed"
+
+
+def every(figure):
+    return True
+
+
+def test_without_a_gpu_its_rows_say_so():
+    (row,) = bench_table.measure({"gpu": bench_gpu.rows}, True, every)
+    assert row.ours is None and "not measured: needs an NVIDIA GPU" in row.how
+
+
+def test_on_a_gpu_rows_of_a_cpu_are_not_timed(monkeypatch):
+    monkeypatch.setattr("moejax.core.platform.jax.default_backend", lambda: "gpu")
+    (row,) = bench_table.measure({"cpu": bench_gpu.rows}, False, every)
+    assert row.ours is None and "JAX_PLATFORMS=cpu" in row.how
+
+
+def test_rows_of_a_gpu_at_tiny_sizes(monkeypatch):
+    """Timed on the CPU here: what is computed is the same, but for the peers that need a GPU."""
+    monkeypatch.setattr(bench_gpu, "platform", lambda: "gpu")
+    monkeypatch.setattr(bench_gpu, "SHAPES", {"tiny": (64, 4, 32, 16)})
+    monkeypatch.setattr(bench_gpu, "LAYERS", {"tiny": (32, 128)})
+    monkeypatch.setattr(bench_gpu, "ROUND_S", 0.001)
+    rows = {row.figure: row for row in bench_gpu.rows(True, every)}
+    assert list(rows)[:3] == [f"gpu tiny bf16, {op}" for op in ("forward", "dx", "dW")]
+    assert all(row.ours > 0 for row in rows.values()) and len(rows) == 6
+    assert rows["gpu tiny bf16, forward"].peer_name == "jax.lax.ragged_dot"
+    assert "TB/s" in rows["gpu tiny layer bf16 batch 4, 50% kept, of the dense one's time"].how
