@@ -14,6 +14,7 @@ from moejax.io import atomic
 from moejax.report import esft_plots
 
 RIVALS = ("full", "lora", "random")
+FORGOTTEN = (0.01, 0.03, 0.1, 0.2, 0.5)  # nats of the other domains above the base
 NOTE = (
     "Nats per token on test rows; others: the mean of the other domains' means. Intervals: 95%, "
     "rows of all domains drawn anew, after the mean over runs (seeds; draws of random experts); "
@@ -50,6 +51,8 @@ def write_report(
         for r in found
     ]
     study = {"rows": rows, "differences": _differences(runs, target), "rates": rates}
+    base = target_and_others(_mean_rows(runs["frozen"]), target)
+    study["at_equal_forgetting"] = at_equal_forgetting(rates, base)
     atomic.write_json(folder / "study.json", study)
     atomic.write_text(folder / "table.md", as_markdown(study, target))
     (folder / "plots").mkdir(exist_ok=True)
@@ -65,6 +68,27 @@ def target_and_others(losses: Rows, target: str) -> dict[str, float]:
     """Mean loss on the "target", and the mean of the "others", the other domains' means."""
     parts = _parts(target, losses)
     return {name: float(np.mean([np.mean(losses[d]) for d in parts[name]])) for name in parts}
+
+
+def at_equal_forgetting(
+    rates: Sequence[Mapping[str, Any]], base: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Per method what the target has gained where the others have lost FORGOTTEN, None if never.
+
+    Between rates, and between the base and the lowest rate, along straight lines.
+    """
+    found = []
+    for method in dict.fromkeys(r["method"] for r in rates):
+        tests = [r["test"] for r in rates if r["method"] == method]
+        points = [(t["others"] - base["others"], base["target"] - t["target"]) for t in tests]
+        gains: list[float | None] = []
+        for level in FORGOTTEN:
+            spans = zip([(0.0, 0.0), *points], points, strict=False)
+            span = next((s for s in spans if s[0][0] <= level <= s[1][0]), None)
+            xs, ys = zip(*span, strict=True) if span else ((), ())
+            gains.append(float(np.interp(level, xs, ys)) if span else None)
+        found.append({"method": method, "gains": gains})
+    return found
 
 
 def mean_of_means(groups: Sequence[np.ndarray]) -> Interval:
@@ -116,7 +140,7 @@ def _differences(runs: Mapping[str, Sequence[Result]], target: str) -> list[dict
 
 
 def as_markdown(study: Mapping[str, Any], target: str) -> str:
-    """Three tables, as they stand in BUILD.md."""
+    """Four tables, as they stand in BUILD.md."""
     names = list(study["rows"][0]["domains"])
     lines = [_line("method", "runs", "rate", "trained", *names, "others"),
              "| --- |" + " ---: |" * (len(names) + 4)]
@@ -137,6 +161,12 @@ def as_markdown(study: Mapping[str, Any], target: str) -> str:
     for method in dict.fromkeys(r["method"] for r in study["rates"]):
         tests = [r["test"] for r in study["rates"] if r["method"] == method]
         lines.append(_line(method, *(f"{t['target']:.3f} / {t['others']:.3f}" for t in tests)))
+    lines += ["", _line("first seed: gain on the target where the others have lost",
+                        *(f"{level:g}" for level in FORGOTTEN)),
+              "| --- |" + " ---: |" * len(FORGOTTEN)]
+    for r in study["at_equal_forgetting"]:
+        gains = ("" if gain is None else f"{gain:.3f}" for gain in r["gains"])
+        lines.append(_line(r["method"], *gains))
     return "\n".join([*lines, "", NOTE]) + "\n"
 
 

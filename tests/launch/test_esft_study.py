@@ -76,6 +76,19 @@ def test_the_report_pairs_rows_and_takes_random_draws_as_one_method(tmp_path):
     assert "| random | 4 | 0.1 | 7 |" in table and "esft_token - random" in table
 
 
+def test_gains_are_compared_where_as_much_was_forgotten():
+    def rate(method, target, others):
+        return {"method": method, "test": {"target": target, "others": others}}
+
+    rates = [rate("a", 2.8, 3.02), rate("a", 2.6, 3.22), rate("b", 2.9, 2.99), rate("b", 2.5, 3.05)]
+    a, b = report.at_equal_forgetting(rates, {"target": 3.0, "others": 3.0})
+    assert report.FORGOTTEN == (0.01, 0.03, 0.1, 0.2, 0.5)
+    assert a["gains"] == [pytest.approx(g) for g in (0.1, 0.21, 0.28, 0.38)] + [None]
+    # The first rate forgot nothing: between it and the next.
+    assert b["gains"][:2] == [pytest.approx(0.1 + 0.4 * 2 / 6), pytest.approx(0.1 + 0.4 * 4 / 6)]
+    assert b["gains"][2:] == [None, None, None]
+
+
 def test_the_interval_of_a_mean_of_means_is_that_of_drawing_again():
     rng = np.random.default_rng(0)
     groups = [rng.normal(1.0, 0.5, 64), rng.normal(3.0, 0.1, 40)]
