@@ -56,7 +56,8 @@ def write_report(
     atomic.write_json(folder / "study.json", study)
     atomic.write_text(folder / "table.md", as_markdown(study, target))
     (folder / "plots").mkdir(exist_ok=True)
-    figure = esft_plots.frontier_plot(rows, rates, target)
+    changes = {d["method"]: d for d in study["differences"] if d["minus"] == "frozen"}
+    figure = esft_plots.frontier_plot(changes, rates, base, target)
     figure.savefig(folder / "plots" / "frontier.png", dpi=130)
     names = specialisation["domains"]
     top_k = round(specialisation["overlap"][0][0])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from moejax.report.plots import LINE_COLORS, MARKERS, _figure
+
+LEAST_LOST = 1e-3  # nats, the least that the frontier's axis shows
 
 
 def stability_plot(curves: Sequence[Any], top_k: int) -> Figure:
@@ -130,30 +132,37 @@ def group_plot(rows: Sequence[Any]) -> Figure:
     return figure
 
 
-def frontier_plot(rows: Sequence[Any], rates: Sequence[Any], target: str) -> Figure:
-    """Loss on the target against loss on the other domains.
+def frontier_plot(
+    changes: Mapping[str, Any], rates: Sequence[Any], base: Mapping[str, float], target: str
+) -> Figure:
+    """What was gained on the target against what the other domains lost, from the base on.
 
-    rows: the methods at their best rates, points with intervals; rates: every method at every
-    rate, lines of small dots from the lowest rate to the highest (launch/esft_study_report.py).
+    changes: method -> its "target" and "others" minus the base's at its best rate, with intervals;
+    rates: every method at every rate, lines of small dots from the lowest rate to the highest
+    (launch/esft_study_report.py); base: the base's own losses. Losses of less than LEAST_LOST,
+    which are noise, lie on the lower edge.
     """
     figure, axes = _figure(7.2, 5.0)
-    for i, row in enumerate(rows):
-        mine, others = row["target"], row["others"]
-        color = "#777777" if row["method"] == "frozen" else LINE_COLORS[i % len(LINE_COLORS)]
-        line = sorted((r for r in rates if r["method"] == row["method"]), key=lambda r: r["rate"])
+    for i, (method, change) in enumerate(changes.items()):
+        color, marker = LINE_COLORS[i % len(LINE_COLORS)], MARKERS[i % len(MARKERS)]
+        line = sorted((r for r in rates if r["method"] == method), key=lambda r: r["rate"])
         axes.plot(
-            [r["test"]["target"] for r in line], [r["test"]["others"] for r in line],
-            color=color, marker=".", markersize=4, linewidth=0.8, alpha=0.5,
+            [base["target"] - r["test"]["target"] for r in line],
+            [max(LEAST_LOST, r["test"]["others"] - base["others"]) for r in line],
+            color=color, marker=".", markersize=5, linewidth=1.2, alpha=0.7,
         )
+        mine, others = change["target"], change["others"]
+        lost = max(LEAST_LOST, others["mean"])
+        low, high = (max(LEAST_LOST, others[end]) for end in ("low", "high"))
         axes.errorbar(
-            mine["mean"], others["mean"],
-            xerr=[[mine["mean"] - mine["low"]], [mine["high"] - mine["mean"]]],
-            yerr=[[others["mean"] - others["low"]], [others["high"] - others["mean"]]],
-            color=color, marker=MARKERS[i % len(MARKERS)], linestyle="none", capsize=3,
-            label=row["method"],
+            -mine["mean"], lost,
+            xerr=[[mine["high"] - mine["mean"]], [mine["mean"] - mine["low"]]],
+            yerr=[[lost - low], [high - lost]],
+            color=color, marker=marker, linestyle="none", capsize=3, label=method,
         )
-    axes.set_xlabel(f"nats per token on {target} (lower is better)")
-    axes.set_ylabel("mean of the other domains (lower is better)")
+    axes.set_yscale("log")
+    axes.set_xlabel(f"gained on {target}, nats per token (higher is better)")
+    axes.set_ylabel("lost on the other domains, nats (lower is better)")
     axes.set_title("What is learned against what is forgotten (lines: learning rates)", fontsize=11)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
