@@ -21,7 +21,7 @@ NOTE = (
     "differences are paired by row."
 )
 Result = Mapping[str, Any]  # a result.json of launch/esft_lab.py
-Rows = Mapping[str, Sequence[float]]  # domain -> nats per token of every row
+Rows = Mapping[str, Sequence[float] | np.ndarray]  # domain -> nats per token of every row
 
 
 def method_of(arm: str) -> str:
