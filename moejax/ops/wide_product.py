@@ -32,13 +32,16 @@ def _wide(product: Callable[..., jax.Array], x: jax.Array, w: jax.Array, rest: A
 
 
 def _forward(product, x, w, rest) -> tuple[jax.Array, Any]:
-    return _wide(product, x, w, rest), (x, w, rest)
+    # The product itself: in a call of `_wide` remat's policies would not find it to keep.
+    return product(x, w, *rest, preferred_element_type=jnp.float32), (x, w, rest)
 
 
 def _backward(product, saved, d_out) -> tuple[jax.Array, jax.Array, None]:
     x, w, rest = saved
-    _, pull = jax.vjp(lambda x, w: product(x, w, *rest), x, w)
-    return *pull(d_out.astype(x.dtype)), None
+    d_out = d_out.astype(x.dtype)
+    (dx,) = jax.linear_transpose(lambda x: product(x, w, *rest), x)(d_out)
+    (dw,) = jax.linear_transpose(lambda w: product(x, w, *rest), w)(d_out)
+    return dx, dw, None
 
 
 _wide.defvjp(_forward, _backward)

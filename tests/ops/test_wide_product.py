@@ -44,6 +44,21 @@ def test_other_operands_have_jaxs_own_gradient(dtypes):
         np.testing.assert_array_equal(got, wanted)
 
 
+def test_remat_that_keeps_products_keeps_these():
+    x, w = draw(3, 16), draw(16, 7, seed=1)
+
+    def loss(x, w):
+        return jnp.sum(jnp.sin(wide_product(jnp.matmul, x, w)))
+
+    def num_products(policy):
+        remat = jax.checkpoint(loss, policy=policy)
+        traced = jax.make_jaxpr(jax.grad(remat, (0, 1)))(x, w)
+        return len(list(_products(traced.jaxpr)))
+
+    assert num_products(jax.checkpoint_policies.dots_saveable) == 3
+    assert num_products(jax.checkpoint_policies.nothing_saveable) == 4
+
+
 def test_more_operands_pass_through():
     x, w, sizes = draw(6, 16), draw(2, 16, 7, seed=1), jnp.asarray([4, 2])
     out, pull = jax.vjp(lambda x, w: wide_product(jax.lax.ragged_dot, x, w, sizes), x, w)
