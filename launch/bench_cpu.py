@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch.bench_row import Row, Wanted
+from launch.bench_row import Row, Wanted, timed
 from moejax.moe.dispatch import combine, dispatch, plan
 from moejax.moe.experts import grouped_ffn
 from moejax.train.peak import measure_gemm_peak
@@ -47,7 +46,7 @@ def _block_rows(what: str, shape: tuple[int, ...], gradient: bool, peer: bool) -
     ours = _jax_block(arrays, gradient, None)
     gflop = (18 if gradient else 6) * NUM_TOKENS * top_k * width * ffn / 1e9
     peak = measure_gemm_peak()
-    seconds = statistics.median(_timed(ours) for _ in range(NUM_PAIRS))
+    seconds = statistics.median(timed(ours) for _ in range(NUM_PAIRS))
     how = f"median of {NUM_PAIRS}; matrix-product peak in this run {peak.gflops:.0f}"
     yield Row(f"{what}, rate", gflop / seconds, "GFLOP/s", how=how)
     if not peer:
@@ -65,7 +64,7 @@ def _block_rows(what: str, shape: tuple[int, ...], gradient: bool, peer: bool) -
     if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
         theirs = _torch_block(arrays, gradient)
         ratio = _ratio(ours, theirs, NUM_PAIRS)
-        needed = GOAL * gflop / statistics.median(_timed(theirs) for _ in range(NUM_PAIRS))
+        needed = GOAL * gflop / statistics.median(timed(theirs) for _ in range(NUM_PAIRS))
         how = f"{paired.format(NUM_PAIRS)}; the goal is {needed:.0f} GFLOP/s, the best product "
         how += f"in this run {peak.gflops:.0f}"
         yield Row(figure, ratio, "x", goal, 1.0, rival, how)
@@ -144,10 +143,4 @@ def _torch_block(arrays: Arrays, gradient: bool) -> Callable[[], Any]:
 def _ratio(ours: Callable[[], Any], peer: Callable[[], Any], num_pairs: int) -> float:
     """The peer's time over ours, median over pairs of runs that follow each other."""
     ours(), peer()  # compiled and warm
-    return statistics.median(1 / (_timed(ours) / _timed(peer)) for _ in range(num_pairs))
-
-
-def _timed(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    return statistics.median(1 / (timed(ours) / timed(peer)) for _ in range(num_pairs))

@@ -1,4 +1,4 @@
-"""Rows of an NVIDIA GPU, timed on it: grouped products, experts, feed-forward layers in blocks.
+"""Rows of an NVIDIA GPU, timed on it: experts' grouped products, feed-forward layers in blocks.
 
 Shapes are those of published models, sizes of groups uneven as a router makes them, numbers
 bfloat16. Calls are queued one behind the other and timed together; ours and a peer take turns, and
@@ -32,14 +32,11 @@ SHAPES = {
     "Qwen3-30B-A3B": (65536, 128, 2048, 768),
     "DeepSeek-V2-Lite decoding": (512, 64, 2048, 1408),
 }
-# Width, neurons, rows of the batch: of Llama-3.2-1B and Llama-2-7B.
+# Width and neurons of a layer.
 LAYERS = {"Llama-3.2-1B": (2048, 8192), "Llama-2-7B": (4096, 11008)}
 BATCHES, BLOCK, NUM_LAYERS = (1, 4, 8), 64, 8
-MOSAIC = (
-    (128, 128, 5, 8),
-    (128, 128, 4, 4),
-    (128, 192, 4, 8),
-)  # rows, columns, steps, columns' run
+# Rows and columns of a tile, steps under way, tiles of columns in a row.
+MOSAIC = ((128, 128, 5, 8), (128, 128, 4, 4), (128, 192, 4, 8))
 ROUNDS, ROUND_S = 5, 0.02
 Call = Callable[[], Any]
 
@@ -102,7 +99,7 @@ def _ours(x: Any, w: Any, dy: Any, sizes: Any) -> dict[str, Call]:
 
 
 def _sizes(num_rows: int, num_experts: int) -> np.ndarray:
-    """Uneven, as routers are: the largest expert has about twice the mean."""
+    """Uneven, as routers are: the largest expert has 1.6 to 2.2 times the mean."""
     rng = np.random.default_rng(0)
     share = rng.dirichlet(np.full(num_experts, 10.0))
     drawn = rng.choice(num_experts, num_rows, p=share)

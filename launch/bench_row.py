@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -70,3 +71,10 @@ def measure_in_process(
         return json.loads(lines[-1])
     said = done.stderr.strip().splitlines() or ["nothing on stderr"]
     raise InputError(f"{module} {' '.join(arguments)} ended with {done.returncode}: {said[-1]}")
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds of one call, which returns when it is done."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

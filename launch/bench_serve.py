@@ -13,13 +13,12 @@ import importlib.util
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from launch.bench_row import Row, Wanted
+from launch.bench_row import Row, Wanted, timed
 from launch.smollm2 import gguf_path
 from moejax.io.load import load_any, save_any
 from moejax.io.loaded import Loaded
@@ -64,7 +63,7 @@ def rows(peer: bool, wanted: Wanted) -> Iterator[Row]:
     ours = functools.partial(_ours, prepare(loaded.params), loaded, prompts)
     answers = ours()  # compiled and warm
     num_tokens = sum(map(len, answers))
-    seconds = statistics.median(_timed(ours) for _ in range(NUM_PAIRS))
+    seconds = statistics.median(timed(ours) for _ in range(NUM_PAIRS))
     how = f"median of {NUM_PAIRS}, prompts and all; {_circumstances()}"
     yield Row(figures[0], num_tokens / seconds, "tokens/s", how=how)
     if not peer or not wanted(figures[1]):
@@ -78,8 +77,8 @@ def rows(peer: bool, wanted: Wanted) -> Iterator[Row]:
     equal = sum(a == b for a, b in zip(answers, theirs(), strict=True))
     ratios = []
     for _ in range(NUM_PAIRS):
-        our_s = _timed(ours)
-        ratios.append(_timed(theirs) / our_s)
+        our_s = timed(ours)
+        ratios.append(timed(theirs) / our_s)
     how = (
         f"times in turns, median of {NUM_PAIRS} ratios ({min(ratios):.2f} to {max(ratios):.2f}); "
         f"{equal} of {len(prompts)} answers equal; {_circumstances()}"
@@ -129,9 +128,3 @@ def _transformers(loaded: Loaded, prompts: list[list[int]]) -> Callable[[], Answ
         return out[:, longest:].tolist()
 
     return run
-
-
-def _timed(run: Callable[[], Answers]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start

@@ -15,7 +15,6 @@ import functools
 import importlib.util
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch.bench_row import Row, Wanted
+from launch.bench_row import Row, Wanted, timed
 from moejax.core.memory import give_back
 from moejax.core.platform import platform
 from moejax.models import flops, transformer
@@ -111,7 +110,7 @@ def _rows(setting: _Setting, peer: bool, wanted: Wanted) -> Iterator[Row]:
         return
     theirs = _torch_step(setting, config)
     theirs()
-    found = statistics.median(1 / (_timed(ours) / _timed(theirs)) for _ in range(NUM_PAIRS))
+    found = statistics.median(1 / (timed(ours) / timed(theirs)) for _ in range(NUM_PAIRS))
     how = f"steps in turns, median of {NUM_PAIRS} ratios of times"
     yield Row(ratio, found, "x", setting.ratio_goal, 1.0, "transformers", how)
 
@@ -159,7 +158,7 @@ def _share(step: Step, operations: float, setting: _Setting) -> tuple[float, flo
             made = product(x, x)
         made.block_until_ready()
 
-    products_s, step_s = _timed(products), _timed(step)
+    products_s, step_s = timed(products), timed(step)
     return (operations / step_s) / (num * 2 * size**3 / products_s), step_s
 
 
@@ -199,9 +198,3 @@ def _tokens(setting: _Setting, config: ModelConfig) -> np.ndarray:
     rng = np.random.default_rng(0)
     shape = setting.rows, setting.length
     return rng.integers(0, config.vocab_size, shape).astype(np.int32)
-
-
-def _timed(run: Step) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
