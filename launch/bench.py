@@ -26,6 +26,7 @@ makes an environment that has it, .venv-aot.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,6 +81,8 @@ def main(argv: Sequence[str]) -> None:
     if cli.DRY_RUN.value:
         print(f"would measure {', '.join(SUITES[SUITE.value])} of suite {SUITE.value}")
         return
+    if PEER.value:  # torch in the same process needs some of a GPU's memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     rows = list(measure(SUITES[SUITE.value], PEER.value, wanted))
     if not rows:
         raise InputError(f"--only={ONLY.value}: no figure of suite {SUITE.value} matches")

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -20,8 +22,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moejax.core.errors import InputError
+from moejax.core.memory import keep_freed
 
 Wanted = Callable[[str], bool]
+Program = Callable[[], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,3 +82,69 @@ def timed(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+class Elsewhere:
+    """A peer's program in a process of its own, which runs it when asked and waits in between.
+
+    There the allocator is as the peer's users find it, or, with `kept`, keeps what is freed as our
+    commands do (`moejax.core.memory.keep_freed`): in one process a peer gains by what ours set.
+    """
+
+    def __init__(self, make: Callable[..., Program], *arguments: Any, kept: bool = False):
+        """make(*arguments), called over there, returns the program; both are pickled.
+
+        InputError if it fails, with its last words.
+        """
+        spawn = multiprocessing.get_context("spawn")
+        self._here, there = spawn.Pipe()
+        self._process = spawn.Process(
+            target=_serve, args=(there, make, arguments, kept), daemon=True
+        )
+        self._process.start()
+        there.close()
+        self._answer()
+
+    def seconds(self) -> float:
+        """Of one run."""
+        self._here.send(None)
+        return self._answer()
+
+    def __enter__(self) -> Elsewhere:
+        """Itself; its process ends with the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._here.close()
+        self._process.join()
+
+    def _answer(self) -> float:
+        try:
+            found = self._here.recv()
+        except EOFError:
+            self._process.join()
+            found = f"its process ended with {self._process.exitcode}"
+        if isinstance(found, str):
+            raise InputError(f"the peer did not run: {found}")
+        return found
+
+
+def _serve(pipe: Any, make: Callable[..., Program], arguments: tuple[Any, ...], kept: bool) -> None:
+    try:
+        if kept:
+            keep_freed()
+        program = make(*arguments)
+        program()  # compiled and warm
+        pipe.send(0.0)
+        while True:
+            pipe.recv()
+            pipe.send(timed(program))
+    except EOFError:
+        return
+    except Exception as error:  # whatever a peer raises, the bench goes on without it
+        pipe.send(f"{type(error).__name__}: {error}")
+
+
+def paired(ours: Program, peer: Callable[[], float], num_pairs: int) -> float:
+    """How many times as long a peer takes: the median over pairs of runs that follow each other."""
+    return statistics.median(1 / (timed(ours) / peer()) for _ in range(num_pairs))
