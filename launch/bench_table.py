@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
 import os
 import platform
 import re
@@ -78,12 +77,6 @@ def number(value: float | None) -> str:
 
 def record(suite: str, rows: list[Row]) -> dict[str, Any]:
     """What --out holds: enough to know what was measured, where and with what."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "suite": suite,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -92,7 +85,7 @@ def record(suite: str, rows: list[Row]) -> dict[str, Any]:
             "processor": processor(),
             "cores": len(os.sched_getaffinity(0)),
         },
-        "versions": versions,
+        "versions": {"python": platform.python_version()} | device.versions(*PACKAGES),
         "rows": [{**dataclasses.asdict(row), "reached": row.reached} for row in rows],
     }
 

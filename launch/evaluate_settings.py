@@ -7,7 +7,6 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from rich.console import Console
 from launch.mesh_text import parse_mesh
 from moejax.core import tree
 from moejax.core.errors import InputError
+from moejax.core.platform import versions
 from moejax.evals import scores
 from moejax.evals.samples import read_partial, write_samples
 from moejax.evals.sandbox import Limits
@@ -89,10 +89,9 @@ def write_run(settings: Settings, outcome: Outcome, began: float) -> None:
 
 def environment() -> dict[str, Any]:
     """What the figures were measured on."""
-    versions = {name: metadata.version(name) for name in ("moejax", "jax", "flax", "numpy")}
     machine = {
         "python": platform.python_version(),
-        **versions,
+        **versions("moejax", "jax", "flax", "numpy"),
         "device": jax.devices()[0].device_kind,
         "machine": platform.machine(),
         "kernel": platform.release(),

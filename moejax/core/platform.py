@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import importlib.metadata
 from collections.abc import Iterator
 
 import jax
@@ -34,6 +35,18 @@ def takes_gpu_kernels() -> bool:
         return platform() == "gpu"
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))
     return capability.partition(".")[0] in ("9", "10")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of installed packages, by name: those that are not are left out, moejax is named even so."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            if package == "moejax":
+                found[package] = "not installed (source tree)"
+    return found
 
 
 @contextlib.contextmanager

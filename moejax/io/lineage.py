@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.metadata
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import xxhash
 
 from moejax.core import tree
 from moejax.core.errors import InputError
+from moejax.core.platform import versions
 from moejax.io import atomic
 from moejax.io.digests import hash_file
 
@@ -49,7 +49,7 @@ def append(
         "args": dict(args or {}),
         "results": dict(results or {}),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "moejax": _version(),
+        **versions("moejax"),
     }
     return (*lineage, entry)
 
@@ -108,10 +108,3 @@ def hash_params(params: tree.Tree) -> str:
         total.update(f"{path}\0{value.dtype}{list(value.shape)}\n".encode())
         total.update(value.reshape(-1).view(np.uint8).data)
     return total.hexdigest()
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("moejax")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"  # run from a checkout that was never installed

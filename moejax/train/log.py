@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import datetime
-import importlib.metadata
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from moejax.core.platform import versions
 from moejax.io import processes
 from moejax.io.atomic import write_text
 
@@ -47,16 +47,10 @@ def truncate_metrics(workdir: str | os.PathLike[str], step: int) -> None:
 def environment() -> dict[str, Any]:
     """What a run runs on: versions, platform, devices, and the time, as JSON."""
     names = ("moejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed (source tree)"
     device = jax.devices()[0]
     return {
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions(*names),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "backend": device.platform,
