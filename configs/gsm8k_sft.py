@@ -13,7 +13,9 @@ Command:  python -m launch.train --config=configs/gsm8k_sft.py --workdir=runs/gs
 Hardware: anything from 2 CPU cores (4 GiB; the MoE 6 GiB) to a pod: rows divide by 8.
 Expected: BUILD.md, "Training on a mesh": losses equal in all three places, dense and MoE, the
           routers' noise on. (With balance_scope "local", the default of upcycling, an MoE's balance
-          loss is another function on each mesh.) A whole epoch was not run yet.
+          loss is another function on each mesh.) A whole epoch in bfloat16 took an H200 28 s dense
+          and 49 s the MoE; 1.384 nats per answer token of GSM8K's test set become 0.665 and 0.667
+          (BUILD.md, "On an NVIDIA GPU").
 """
 
 from ml_collections import ConfigDict
@@ -36,5 +38,4 @@ def get_config() -> ConfigDict:
     config.train.clip_norm = 1.0
     config.train.save_every = 50
     config.train.keep_last = 2
-    config.compute.remat = "dots"
     return config

@@ -55,6 +55,5 @@ def get_config(stage: str = "moe") -> ConfigDict:
     config.train.save_every = 500
     config.train.eval_every = 500
     config.compute.dtype = "bfloat16"
-    config.compute.remat = "dots"
     config.save.dtype = "bfloat16"
     return config

@@ -29,7 +29,7 @@ from rich.console import Console
 from configs import quickstart_merge, quickstart_moe, quickstart_sft
 from launch import cli
 from launch.judge import Judge, JudgeConfig
-from launch.settings import load_rows, train_config
+from launch.settings import forward_options, load_rows, train_config
 from launch.smollm2 import gguf_path
 from moejax import api, report
 from moejax.api import Model
@@ -242,10 +242,10 @@ class Lineage:
 
     def _sft(self, name: str, model: Model) -> Model:
         """Tunes all parameters, from the first batch on."""
-        config = model.config
+        config, options = model.config, forward_options(self._job.config(name))
 
         def loss(params, frozen, batch, rng):
-            return lm_loss(params, config, batch, rng)
+            return lm_loss(params, config, batch, rng, options)
 
         step_flops = flops.train_flops(config, self._batch_size * self._seq_len, self._seq_len)
         result = self._fit(name, loss, (model.params, {}), 0, step_flops)
@@ -258,7 +258,8 @@ class Lineage:
         path = self._out / "merge_coefficients.json"
         if not path.exists():
             config, merge = moe().config, MergeConfig(LAM)
-            loss = merging.merge_loss(config, merge, lm_loss)
+            options = forward_options(self._job.config("merge"))
+            loss = merging.merge_loss(config, merge, functools.partial(lm_loss, options=options))
             tokens = self._batch_size * self._seq_len
             step_flops = flops.merge_flops(config, tokens, self._seq_len, 1)
             trees = (merging.init_coefficients(config, merge), moe().params)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from moejax.core.errors import InputError
 from moejax.moe.expert_parallel import Parallel
-from moejax.ops.attention_blockwise import SAVED
+from moejax.ops import kept
 
 REMAT = ("nothing", "dots", "full", "offload")
 # Of what a block hands on, what "offload" keeps in the host's memory: its input.
@@ -18,7 +18,7 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(SAVED),
+        jax.checkpoint_policies.save_only_these_names(*kept.NAMES),
     ),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
@@ -36,8 +36,9 @@ class ForwardOptions:
     Attributes:
       compute_dtype: dtype of the arithmetic (routers and norms' statistics stay float32).
       remat: what of a block is computed again in the backward pass: "nothing" (also "none"),
-        "dots" (all but matrix products and what blockwise attention mixed), "full" (all; block
-        inputs are kept) or "offload" (all; block inputs wait in the host's memory).
+        "dots" (all but matrix products, grouped ones too, and what blockwise attention mixed),
+        "full" (all; block inputs are kept) or "offload" (all; block inputs wait in the host's
+        memory). Experts in exchanges ("chunked") compute their products again whatever it says.
       moe_implementation: a name of `moejax.ops.grouped_matmul.IMPLEMENTATIONS`, None chooses.
       attention: a name of `moejax.ops.attention.IMPLEMENTATIONS`, None chooses.
       trace_routing: keep each token's experts in `Output.stats.trace`, [L, B, T, K].

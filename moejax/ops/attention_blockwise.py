@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moejax.ops.attention_spec import Visible, Window, block_mask, in_window, limit_of, soft_capped
+from moejax.ops.kept import ATTENTION
 
 BLOCK = 256
-SAVED = "blockwise_attention"
 _LOW = -1e30  # finite: the difference of two of them is a number
 
 
@@ -117,8 +117,8 @@ def _forward(scores: _Scores, q, k, v, visible: Visible, window):
     num_blocks = q.shape[3] // scores.q_block
     blocks, logs = jax.lax.map(one_block, jnp.arange(num_blocks))
     # Named so that a policy of `jax.checkpoint` can keep them: all that is dear to compute again.
-    out = checkpoint_name(_joined(blocks), SAVED)
-    log_sums = checkpoint_name(jnp.moveaxis(logs, 0, 3).reshape(q.shape[:4]), SAVED)
+    out = checkpoint_name(_joined(blocks), ATTENTION)
+    log_sums = checkpoint_name(jnp.moveaxis(logs, 0, 3).reshape(q.shape[:4]), ATTENTION)
     return out, (q, k, v, visible, window, out, log_sums)
 
 

@@ -13,8 +13,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask as masks,
 )
 
-from moejax.ops.attention_blockwise import SAVED
 from moejax.ops.attention_spec import Visible, Window
+from moejax.ops.kept import ATTENTION
 
 LANES = 128
 MAX_BLOCK = 512
@@ -75,7 +75,7 @@ def splash_attention(
             q_seq_shards=1,
             attn_logits_soft_cap=soft_cap,
             block_sizes=_blocks(block),
-            residual_checkpoint_name=SAVED,
+            residual_checkpoint_name=ATTENTION,
             interpret=interpret,
         )
         return jax.vmap(one_row, in_axes=(0, 0, 0, None if segments is None else 0))(

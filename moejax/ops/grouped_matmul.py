@@ -7,12 +7,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax.core.errors import InputError
 from moejax.core.platform import platform, takes_gpu_kernels
 from moejax.ops.grouped_matmul_cpu import grouped_matmul_cpu
 from moejax.ops.grouped_matmul_ref import grouped_matmul_ref
 from moejax.ops.implementations import checked
+from moejax.ops.kept import GROUPED
 from moejax.ops.wide_product import wide_product
 
 # (lhs, rhs, group_sizes, groups) -> out, with a gradient of its own.
@@ -83,7 +85,8 @@ def grouped_matmul(
     check(lhs, rhs, group_sizes, groups)
     kernel = _KERNELS[chosen(implementation)]
     dtype = jnp.result_type(lhs, rhs)
-    return kernel(lhs.astype(dtype), rhs.astype(dtype), group_sizes.astype(jnp.int32), groups)
+    out = kernel(lhs.astype(dtype), rhs.astype(dtype), group_sizes.astype(jnp.int32), groups)
+    return checkpoint_name(out, GROUPED)
 
 
 def chosen(implementation: str | None) -> str:

@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax.ops.gated_ffn import Activation
+from moejax.ops.kept import GROUPED
 from moejax.ops.tpu_outer import outer
 from moejax.ops.tpu_rows import Form, Interpret, multiply
 from moejax.ops.tpu_tiles import Operands, checked, outer_tiles, rows_tiles
@@ -74,7 +76,8 @@ def grouped_gated_tpu(
 
 def _gated_forward(lhs, w_gate, w_up, group_sizes, activation, groups, interpret):
     form = Form("grouped_gated", ((0, 0), (0, 1)), lambda a, b: (activation(a) * b, a, b), 3)
-    out, gate, up = _rows(form, [lhs], [w_gate, w_up], group_sizes, interpret)
+    found = _rows(form, [lhs], [w_gate, w_up], group_sizes, interpret)
+    out, gate, up = (checkpoint_name(each, GROUPED) for each in found)
     return out, (lhs, w_gate, w_up, group_sizes, groups, gate, up)
 
 

@@ -1,0 +1,53 @@
+"""Remat "dots" computes no product of experts again, whatever kernel makes it."""
+
+import contextlib
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import pytest
+from jax.extend.core import Var
+
+from moejax.core.platform import compiling_for
+from moejax.models.options import REMAT_POLICIES
+from moejax.moe.config import MoEConfig
+from moejax.moe.layer import moe_layer
+from moejax.moe.shapes import init_moe
+from moejax.ops.grouped_matmul import PLATFORM
+
+
+def count(jaxpr) -> int:
+    """Matrix products in all that it calls, but those of many small ones at once (batch dims).
+
+    A kernel whose result nothing reads does not count: XLA drops it, jax leaves it in.
+    """
+    read = {v for equation in jaxpr.eqns for v in equation.invars if isinstance(v, Var)}
+    read |= {v for v in jaxpr.outvars if isinstance(v, Var)}
+    found = 0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if read.isdisjoint(equation.outvars):
+            continue
+        found += name in ("ragged_dot_general", "pallas_call")
+        found += name == "dot_general" and not params["dimension_numbers"][1][0]
+        found += sum(count(inner) for inner in jax.extend.core.jaxprs_in_params(params))
+    return found
+
+
+@pytest.mark.parametrize("implementation", ["ref", "ragged_dot", "cpu", "gpu", "tpu"])
+def test_dots_keeps_the_products_of_experts(implementation):
+    config = MoEConfig(4, 3)
+    params = init_moe(jax.random.key(0), 128, 256, config)
+    x = jnp.ones((2, 8, 128))
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(moe_layer(params, x, config, implementation=implementation)[0]))
+
+    def num_products(policy):
+        wanted = loss if policy is None else jax.checkpoint(loss, policy=REMAT_POLICIES[policy])
+        return count(jax.make_jaxpr(jax.grad(wanted, (0, 1)))(params, x).jaxpr)
+
+    device = PLATFORM.get(implementation)
+    with compiling_for(device) if device else contextlib.nullcontext():
+        plain, dots, full = (num_products(policy) for policy in (None, "dots", "full"))
+    assert plain == dots < full
