@@ -18,7 +18,7 @@ from moejax.core.errors import InputError
 from moejax.evals import masked
 from moejax.methods import shadow_dejavu, shadow_predictor, shadow_rivals
 from moejax.methods.shadow_mask import BUDGETS, Mask, Sizes, check_sparsity, full_mask, select
-from moejax.methods.shadow_measure import Asked, Text, measure
+from moejax.methods.shadow_measure import Asked, Text, measure, slots_for
 from moejax.methods.shadow_scores import CRITERIA, FOR_HEADS, FOR_NEURONS
 from moejax.report.shadow_plots import METHODS
 
@@ -68,7 +68,7 @@ def arms_of(config: Any, texts: bool) -> Iterator[Arm]:
         for place in places:
             for method in METHODS:
                 yield Arm(method, place, sparsity)
-    for budget in judged.budgets:
+    for budget in judged.budgets if texts else ():
         for method in METHODS:
             yield Arm(method, "both", 0.5, budget)
     for sparsity in judged.sparsities:
@@ -186,7 +186,7 @@ class Decider:
             prompt, rest = pairs[row]
             tokens = np.array([*prompt, *rest], np.int32)
             text = Text(tokens, np.arange(len(tokens)) >= len(prompt), len(prompt))
-            width = -(-len(tokens) // 64) * 64
+            width = slots_for(len(tokens), loaded.config.max_position)
             one = jax.device_get(measure(loaded.params, loaded.config, text, asked, width))
             heads = one["heads"][t.heads].reshape(sizes.num_layers, sizes.heads, -1).sum(-1)
             found[row] = heads, one["neurons"][t.neurons]

@@ -12,7 +12,7 @@ import numpy as np
 from launch.shadow_data import Model, Sample, identity, load_model, load_samples
 from moejax.core.errors import InputError
 from moejax.methods import shadow_traces
-from moejax.methods.shadow_measure import Asked, measure
+from moejax.methods.shadow_measure import Asked, measure, slots_for
 from moejax.train.folder import claim_folder
 
 SECTIONS = ("model", "data", "collect")
@@ -84,14 +84,15 @@ def _collect_part(model: Model, part, folder: Path, number: int, config) -> int:
     sums = {"train": shadow_traces.Pooled(), "heldout": shadow_traces.Pooled()}
     for at, sample in part:
         asked = _asked(config, curvature=False)
-        one = measure(loaded.params, loaded.config, sample.text, asked, config.data.slots)
+        slots = slots_for(len(sample.text.tokens), config.data.slots)
+        one = measure(loaded.params, loaded.config, sample.text, asked, slots)
         one = jax.device_get(one)
         found.append(one)
         where = sums["heldout" if sample.heldout else "train"]
         where.add(one)
         if at < config.collect.curvature_texts and "grasp" in config.collect.criteria:
             asked = Asked(("grasp",), config.collect.parity)
-            more = measure(loaded.params, loaded.config, sample.text, asked, config.data.slots)
+            more = measure(loaded.params, loaded.config, sample.text, asked, slots)
             where.add(jax.device_get({n: more[n] for n in ("heads", "neurons")}))
     arrays = shadow_traces.pack(found, [at for at, _ in part])
     both = {f"{side}/{n}": a for side, pool in sums.items() for n, a in pool.arrays().items()}

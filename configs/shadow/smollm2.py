@@ -59,9 +59,9 @@ def get_config(size: str = "full") -> ConfigDict:
             },
             "evaluate": {
                 "sparsities": (0.3, 0.5, 0.7),
-                "budgets": ("global", "hybrid"),  # besides local, at 0.5
+                "budgets": ("global", "hybrid"),  # besides local, at 0.5 on texts
                 "places": ("both", "heads", "neurons"),
-                "windows": 48,  # of WikiText-2 test
+                "windows": 24,  # of WikiText-2 test
                 # Mean scores under other criteria, at 0.5 on texts.
                 "static_criteria": (
                     *("l2_norm", "act_grad", "fisher", "grad_norm", "snip", "grasp", "nwot"),

@@ -60,13 +60,19 @@ class Asked:
         return {table[name] for table in tables for name in self.criteria if name in table}
 
 
+def slots_for(length: int, most: int) -> int:
+    """Slots to pad a text to: the next multiple of 64, at most `most`; each is a program."""
+    return min(-(-length // 64) * 64, most)
+
+
 def measure(
     params: tree.Tree, config: ModelConfig, text: Text, asked: Asked, num_slots: int
 ) -> dict[str, Any]:
     """Scores of one text, on the device.
 
     Args:
-      text: at most num_slots tokens; it is padded to that many, so that one program serves all.
+      text: at most num_slots tokens; it is padded to that many (`slots_for`), so that one program
+        serves texts of several lengths.
       asked: the criteria; all of them come from one forward and one backward pass, "grasp" takes
         another backward pass of those.
 
