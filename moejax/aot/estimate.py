@@ -193,6 +193,8 @@ def _kept(setup: Setup, remat: str) -> int:
     """What one device's microbatch keeps, were it alone."""
     if remat == "offload":
         return 0
+    if remat == "dots" and setup.mesh["expert"] > 1:  # as `ForwardOptions.policy`
+        remat = "dense_dots"
     implementation = None if setup.model.moe is None else "ragged_dot"
     options = ForwardOptions(setup.compute_dtype, remat, implementation, "blockwise")
     shape = (setup.rows_per_device, setup.seq_len)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -14,12 +16,19 @@ from moejax.ops import kept
 REMAT = ("nothing", "dots", "full", "offload")
 # Of what a block hands on, what "offload" keeps in the host's memory: its input.
 BLOCK_INPUT = "block_input"
+
+
+def _dots(*names: str) -> Callable[..., Any]:
+    return jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(*names),
+    )
+
+
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(*kept.NAMES),
-    ),
+    "dots": _dots(kept.ATTENTION, kept.GROUPED),
+    "dense_dots": _dots(kept.ATTENTION),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[BLOCK_INPUT],
@@ -38,7 +47,8 @@ class ForwardOptions:
       remat: what of a block is computed again in the backward pass: "nothing" (also "none"),
         "dots" (all but matrix products, grouped ones too, and what blockwise attention mixed),
         "full" (all; block inputs are kept) or "offload" (all; block inputs wait in the host's
-        memory). Experts in exchanges ("chunked") compute their products again whatever it says.
+        memory). "dense_dots" does not keep grouped products, and "dots" neither where tokens
+        travel to experts: buffers there are as large as the worst load.
       moe_implementation: a name of `moejax.ops.grouped_matmul.IMPLEMENTATIONS`, None chooses.
       attention: a name of `moejax.ops.attention.IMPLEMENTATIONS`, None chooses.
       trace_routing: keep each token's experts in `Output.stats.trace`, [L, B, T, K].
@@ -58,6 +68,13 @@ class ForwardOptions:
         """The mesh of `parallel`."""
         return None if self.parallel is None else self.parallel.mesh
 
+    @property
+    def policy(self) -> Callable[..., Any] | None:
+        """What `jax.checkpoint` keeps of a block; None leaves it out."""
+        travel = self.mesh is not None and self.mesh.shape["expert"] > 1
+        name = "dense_dots" if self.remat == "dots" and travel else self.remat
+        return REMAT_POLICIES.get(name)
+
     def __post_init__(self):
-        if self.remat not in ("none", *REMAT):
+        if self.remat not in ("none", *REMAT, *REMAT_POLICIES):
             raise InputError(f"remat {self.remat!r} is unknown: use {', '.join(REMAT)}")

@@ -24,7 +24,7 @@ from moejax.models.inserted import Inserted, changed, composed
 from moejax.models.layers import ACTIVATION, feed_forward, norm
 from moejax.models.mha import AttentionInputs, mha
 from moejax.models.mla import mla
-from moejax.models.options import BLOCK_INPUT, REMAT_POLICIES, ForwardOptions
+from moejax.models.options import BLOCK_INPUT, ForwardOptions
 from moejax.models.params import abstract_params, init_leaf, init_params
 from moejax.models.sparse import sparse_mha
 from moejax.models.sparse_mla import sparse_mla
@@ -374,8 +374,8 @@ def _run_scanned(layers, flow, state, rng, context: _Context):
         x_BTD, new_state, found = _block(layer, x_BTD, key, extend, context, window)
         return (context.after(index, x_BTD, kept), new_state), found
 
-    if context.options.remat in REMAT_POLICIES:
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[context.options.remat], prevent_cse=False)
+    if (policy := context.options.policy) is not None:
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     xs = (layers, jnp.arange(num_layers), windows)
     (flow, state), found = jax.lax.scan(body, (flow, state), xs)
     return flow, state, found

@@ -6,4 +6,3 @@ A kernel or a loop is no `dot_general`, so a policy of `jax.checkpoint` finds it
 
 ATTENTION = "blockwise_attention"
 GROUPED = "grouped_product"
-NAMES = (ATTENTION, GROUPED)
