@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import time
 
 import pytest
 from rich.console import Console
@@ -174,3 +176,31 @@ def test_rows_of_a_gpu_at_tiny_sizes(monkeypatch):
     assert all(row.ours > 0 for row in rows.values()) and len(rows) == 6
     assert rows["gpu tiny bf16, forward"].peer_name == "jax.lax.ragged_dot"
     assert "TB/s" in rows["gpu tiny layer bf16 batch 4, 50% kept, of the dense one's time"].how
+
+
+def _sleeping(seconds):
+    return lambda: time.sleep(seconds)
+
+
+def _failing():
+    raise ValueError("no such peer")
+
+
+def _dying():
+    os._exit(3)
+
+
+def test_a_peer_runs_in_a_process_of_its_own_when_asked():
+    with bench_row.Elsewhere(_sleeping, 0.05, kept=True) as peer:
+        assert 0.05 <= peer.seconds() < 1
+        ratio = bench_row.paired(lambda: time.sleep(0.1), peer.seconds, 3)
+    assert 0.2 < ratio < 1
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [(_failing, "ValueError: no such peer"), (_dying, "its process ended with 3")],
+)
+def test_a_peer_that_fails_says_so(make, words):
+    with pytest.raises(InputError, match=words):
+        bench_row.Elsewhere(make)
