@@ -52,6 +52,7 @@ class Arm:
 def arms_of(config: Any, texts: bool) -> Iterator[Arm]:
     """Every arm for texts, or for multiple choice, dense first.
 
+    Budgets over layers, and training-free rivals at another sparsity than 0.5, are for texts alone.
     InputError for a sparsity outside [0, 1), a place, budget or criterion that is none.
     """
     judged = config.evaluate
@@ -71,7 +72,7 @@ def arms_of(config: Any, texts: bool) -> Iterator[Arm]:
     for budget in judged.budgets if texts else ():
         for method in METHODS:
             yield Arm(method, "both", 0.5, budget)
-    for sparsity in judged.sparsities:
+    for sparsity in judged.sparsities if texts else [s for s in judged.sparsities if s == 0.5]:
         yield Arm("griffin", "neurons", sparsity)
         yield Arm("griffin_single", "neurons", sparsity)
         yield Arm("cats", "neurons", sparsity)

@@ -77,7 +77,9 @@ def batches(
             )
 
     def widths(rows: Sequence[int]) -> tuple[int, int]:
-        return tuple(bucket(max(len(pairs[r][i]) for r in rows)) for i in (0, 1))  # type: ignore
+        before, after = (max(len(pairs[r][i]) for r in rows) for i in (0, 1))
+        # The rest is computed once for every mask, and answers are short: it has smaller sizes.
+        return bucket(before), min(bucket(after), power_of_two(max(after, 8)))
 
     left = sorted(groups or [[at] for at in range(len(pairs))], key=widths, reverse=True)
     found, mine = [], list(left[0])
