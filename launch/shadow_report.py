@@ -68,8 +68,9 @@ def _figures(records: tables.Records, report: dict[str, Any], workdir: Path) -> 
         texts = name == WINDOWS
         for place in dict.fromkeys(r["place"] for (n, _), r in records.items() if n == name):
             points = tables.lines(records, name, place, "value")
-            what = "perplexity of the tokens after the prompt" if texts else "accuracy"
-            title = f"{name}, {place} pruned, local budgets, mask from the prompt"
+            what = "perplexity after the prompt" if texts else "accuracy"
+            but = " (griffin, cats: neurons alone)" if place == "both" and "cats" in points else ""
+            title = f"{name}, {place} pruned{but}, local budgets, mask from the prompt"
             level = tables.value_of(dense)
             found[f"{name}: {place}"] = (
                 f"{name}_{place}", plots.quality_plot(points, level, what, title)

@@ -47,8 +47,11 @@ def quality_plot(
     """
     figure, axes = _figure(7.2, 4.4)
     is_perplexity = what.startswith("perplexity")
+    most = 30 * dense if is_perplexity else float("inf")
+    if any(v > most for line in points.values() for _, v in line):
+        what = f"{what}, at most {most:.0f}"
     for method, line in points.items():
-        values = [min(v, 30 * dense) if is_perplexity else v for _, v in line]
+        values = [min(v, most) for _, v in line]
         axes.plot([s for s, _ in line], values, **_style(method))
     axes.axhline(dense, color="#777777", linewidth=1, label="dense")
     if is_perplexity:
