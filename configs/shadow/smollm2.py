@@ -4,7 +4,7 @@ Command:  for stage in collect train evaluate report; do
               python -m launch.shadow --stage=$stage --config=configs/shadow/smollm2.py \\
                   --workdir=runs/shadow
           done
-Hardware: 2 CPU cores, 12 GiB; about 2 hours. Every stage goes on where it stopped.
+Hardware: 2 CPU cores, 12 GiB; two hours and a few minutes. Every stage goes on where it stopped.
 Expected: predicted minus static masks, local budgets, nats per token of WikiText-2: -0.20 at 30 %
           of heads and neurons, -0.05 (not certain) at 50 %, nothing at 70 %; of heads or neurons
           alone -0.07 to -0.17 at every sparsity. DejaVu's lose more, but for its small ones at 50 %
