@@ -16,14 +16,14 @@ import functools
 import importlib.util
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch.bench_row import Elsewhere, Row, Wanted, paired, timed
+from launch.bench_row import Elsewhere, Program, Row, Wanted, paired, timed
 from moejax.core.memory import give_back
 from moejax.core.platform import platform
 from moejax.models import flops, transformer
@@ -36,7 +36,6 @@ from moejax.train.state import init_state
 from moejax.train.step import make_train_step
 
 NUM_PAIRS = 7
-Step = Callable[[], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +133,7 @@ def _num_used(config: ModelConfig) -> int:
     return flops.active_params(config) - table
 
 
-def _our_step(setting: _Setting, config: ModelConfig) -> Step:
+def _our_step(setting: _Setting, config: ModelConfig) -> Program:
     """One update; the state is kept between calls."""
     optimizer = make_optimizer(OptimConfig(setting.optimizer), 1000)
     # Keeping less is faster, on a CPU and a GPU: what a scan keeps it copies.
@@ -157,7 +156,7 @@ def _our_step(setting: _Setting, config: ModelConfig) -> Step:
     return run
 
 
-def _share(step: Step, operations: float, setting: _Setting) -> tuple[float, float]:
+def _share(step: Program, operations: float, setting: _Setting) -> tuple[float, float]:
     """The step's rate over that of products that take about as long, queued; and its seconds."""
     size = setting.product
     x = jax.random.normal(jax.random.key(0), (size, size), setting.dtype)
@@ -174,7 +173,7 @@ def _share(step: Step, operations: float, setting: _Setting) -> tuple[float, flo
     return (operations / step_s) / (num * 2 * size**3 / products_s), step_s
 
 
-def _torch_step(setting: _Setting, config: ModelConfig) -> Step:
+def _torch_step(setting: _Setting, config: ModelConfig) -> Program:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.optimization import Adafactor
