@@ -44,13 +44,13 @@ def _of(name: str, speed: Speed, peer: str) -> Iterator[Row]:
     share_goal, ratio_goal = GOALS[speed.sparsity]
     rounds = speed.against_dense
     how = (
-        f"{NUM_TOKENS} tokens in turns, median of {len(rounds)} ratios ({min(rounds):.2f} to "
-        f"{max(rounds):.2f}), predictor for every token included; {num_threads()} threads, load "
+        f"{NUM_TOKENS} tokens in turns, of {len(rounds)} ratios {_range(rounds)}, predictor for "
+        f"every token included; {num_threads()} threads, load "
         f"average {os.getloadavg()[0]:.1f}"
     )
-    by_rows = statistics.median(speed.against_dense_by_rows)
-    yield Row(figure, speed.tokens_per_s, "tokens/s", how=how)
-    also = f"{by_rows:.2f} times dense decoding by rows"
+    dense = f", dense {speed.dense_tokens_per_s:.1f}"
+    yield Row(figure, speed.tokens_per_s, "tokens/s", how=how + dense)
+    also = f"{_range(speed.against_dense_by_rows)} times dense decoding by rows"
     yield Row(f"{figure}, times our dense", one["against_dense"], "x", ratio_goal, how=also)
     bound = f"bytes of weights allow {speed.bound:.2f}x"
     yield Row(
@@ -58,8 +58,15 @@ def _of(name: str, speed: Speed, peer: str) -> Iterator[Row]:
     )
     if peer:
         ours = one["against_transformers"]
-        how = "as above" if ours else "not measured: pip install -e .[parity]"
+        how = _range(speed.against_transformers)
+        how = how if ours else "not measured: pip install -e .[parity]"
         yield Row(f"{figure}, times transformers", ours, "x", "", 1.0 if ours else None, peer, how)
+
+
+def _range(rounds: list[float]) -> str:
+    if not rounds:
+        return ""
+    return f"{statistics.median(rounds):.2f} ({min(rounds):.2f} to {max(rounds):.2f})"
 
 
 def tpu_rows(peer: bool, wanted: Wanted) -> Iterator[Row]:

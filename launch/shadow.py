@@ -19,7 +19,8 @@ bench     tokens per second under the masks that evaluate judges, beside dense d
           --peer transformers, in turns; RUN/bench.json. `launch.bench --suite=shadow` times models
           of random weights.
 report    tables, paired intervals and plots of all that is there; RUN/report.html. Beside a row of
-          RUN/bench.json with "same_predictor" stands what RUN/predictor costs in quality.
+          RUN/bench.json stands what its mask costs in quality, where it was timed with RUN's own
+          predictor and decides by the prompt, as the masks that evaluate judges.
 generate  continues prompts: the prompt dense, then with what RUN/predictor (--predictor) says that
           it needs. --audit_share of the requests are compared with the dense model, which takes
           over once their mean drift passes --audit_limit.
@@ -78,6 +79,9 @@ def main(argv) -> None:
     needs_none = values["dry_run"] or (values["stage"] == "generate" and values["predictor"])
     if not values["workdir"] and not needs_none:
         raise InputError(f"--stage={values['stage']} needs --workdir: the folder of the run")
+    from launch.shadow_data import check_counts  # after the flags: it takes seconds to import
+
+    check_counts(values["config"])
     importlib.import_module(STAGES[str(STAGE.value)]).main(values)
 
 

@@ -129,15 +129,16 @@ class Decider:
         else:
             scores = oracle if arm.method.startswith("oracle") else None
             if scores is None:
-                scores = self._scores(arm.method, batch, read.signals)
+                scores = self.scores(arm.method, batch, read.signals)
             elif arm.method == "oracle":
-                scores = Mask(scores.heads, _summed(scores.blocks, sizes))
+                scores = Mask(scores.heads, summed(scores.blocks, sizes))
             mask = select(scores, sizes, arm.shares, arm.budget)
         real = slice(0, len(batch.rows))
         kept = [np.asarray(m)[real, sizes.first :].mean(0) for m in (mask.heads, mask.blocks)]
         return masked.masked_nats(params, config, batch, read, mask, sizes), kept
 
-    def _scores(self, method: str, batch: masked.Batch, signal: dict[str, Any]) -> Mask:
+    def scores(self, method: str, batch: masked.Batch, signal: dict[str, Any]) -> Mask:
+        """Scores of a method for every row of a batch, [B, L, units]."""
         sizes, count = self.model.sizes, len(batch.length_B)
         if method in ("predicted", "predicted_per_layer"):
             variant = "unified" if method == "predicted" else "per_layer_normalised"
@@ -153,7 +154,7 @@ class Decider:
         if method.startswith("griffin"):
             heads = np.zeros((count, sizes.num_layers, sizes.heads))
             neurons = np.swapaxes(np.asarray(signal["griffin"]), 0, 1)
-            return Mask(heads, neurons if method in SINGLE else _summed(neurons, sizes))
+            return Mask(heads, neurons if method in SINGLE else summed(neurons, sizes))
         return self._static(method, count)
 
     def _static(self, method: str, count: int) -> Mask:
@@ -178,10 +179,11 @@ class Decider:
     def oracle(self, batch: masked.Batch, pairs: Any, gold: dict[int, int]) -> Mask:
         """The true scores of every row: heads [B, L, units], neurons one by one [B, L, F].
 
-        gold: per row of a question the one with its right answer, whose scores all of them get.
+        gold: per row of a question the one with its right answer, whose scores all of them get:
+        this knows the answer, as nothing else that decides a mask does.
         """
         t, loaded, sizes = self.config.train, self.model.loaded, self.model.sizes
-        asked = Asked(tuple(dict.fromkeys((t.heads, t.neurons))))
+        asked = Asked(tuple(dict.fromkeys((t.heads, t.neurons))), self.config.collect.parity)
         found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for row in {gold.get(row, row) for row in batch.rows}:
             prompt, rest = pairs[row]
@@ -214,7 +216,7 @@ class Decider:
         return {place: np.asarray(v)[:, :, 1::4] for place, v in values.items()}
 
 
-def _summed(neurons_BLF: np.ndarray, sizes: Sizes) -> np.ndarray:
+def summed(neurons_BLF: np.ndarray, sizes: Sizes) -> np.ndarray:
     """Neurons that are in order already, by block."""
     shape = (*neurons_BLF.shape[:-1], sizes.blocks, sizes.block)
     return neurons_BLF.reshape(shape).sum(-1)

@@ -12,21 +12,31 @@ from typing import Any
 import jax
 
 from launch.shadow_data import load_model
-from launch.shadow_generate import read_predictor
-from launch.shadow_speed import NUM_ROUNDS, NUM_TOKENS, Setup, check_peer, measure, num_threads
+from launch.shadow_generate import predictor_folder, read_predictor
+from launch.shadow_speed import (
+    NUM_ROUNDS,
+    NUM_TOKENS,
+    Setup,
+    check_interval,
+    check_peer,
+    measure,
+    num_threads,
+)
 from moejax.io import atomic
 from moejax.methods.shadow_decode import check_plan, lay_out
 from moejax.methods.shadow_order import reordered
+from moejax.methods.shadow_predictor import hash_folder
 from moejax.serve.prepare import prepare
 
 
 def main(values: dict[str, Any]) -> None:
     """Times decoding, dense and at every sparsity of the config, and writes RUN/bench.json."""
     config = values["config"]
-    if values["peer"]:
-        check_peer()
     model = load_model(config)
+    if values["peer"]:
+        check_peer(model.loaded.config)
     predictor = read_predictor(values, model)
+    check_interval(values["refresh_every"])
     sparsities = [float(s) for s in config.evaluate.sparsities]
     print(
         f"bench    {', '.join(f'{s:.0%}' for s in sparsities)} not computed, {NUM_ROUNDS} rounds "
@@ -49,10 +59,9 @@ def main(values: dict[str, Any]) -> None:
         jax.device_put(predictor.params),
         values["refresh_every"],
     )
-    rows: list[dict[str, Any]] = [
-        speed.to_json() | {"same_predictor": True}
-        for speed in measure(setup, sparsities, values["peer"])
-    ]
+    measured = measure(setup, sparsities, values["peer"])
+    about = {"predictor": hash_folder(predictor_folder(values))}
+    rows: list[dict[str, Any]] = [speed.to_json() | about for speed in measured]
     for row in rows:
         theirs = row["against_transformers"]
         print(

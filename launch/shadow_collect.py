@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from launch.shadow_data import Model, Sample, identity, load_model, load_samples
+from launch.shadow_data import Model, Sample, claim, identity, load_model, load_samples
 from moejax.core.errors import InputError
+from moejax.io import atomic
 from moejax.methods import shadow_traces
 from moejax.methods.shadow_measure import Asked, measure, slots_for
-from moejax.train.folder import claim_folder
 
 SECTIONS = ("model", "data", "collect")
 POOLED = "pooled_{:05d}.npz"
@@ -37,7 +37,7 @@ def main(values: dict[str, Any]) -> None:
         )
         return
     folder = Path(values["workdir"]) / "traces"
-    claim_folder(folder, identity(config, SECTIONS, model), "collect.json")
+    claim(folder, "collect.json", identity(config, SECTIONS, model), samples)
     size = config.collect.part
     numbers = range(-(-len(samples) // size))
     began, done = time.perf_counter(), 0
@@ -96,7 +96,7 @@ def _collect_part(model: Model, part, folder: Path, number: int, config) -> int:
             where.add(jax.device_get({n: more[n] for n in ("heads", "neurons")}))
     arrays = shadow_traces.pack(found, [at for at, _ in part])
     both = {f"{side}/{n}": a for side, pool in sums.items() for n, a in pool.arrays().items()}
-    np.savez(folder / POOLED.format(number), **both)  # type: ignore[arg-type]
+    atomic.write_npz(folder / POOLED.format(number), both)
     return shadow_traces.write_part(folder, number, arrays)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from launch.smollm2 import gguf_path
 from moejax.core.errors import InputError
 from moejax.data.sources import rows
 from moejax.data.stdlib import load_corpus
+from moejax.evals.masked import Pair
 from moejax.evals.tasks.choice import CHOICE_TASKS, ChoiceItem, load_choices
 from moejax.evals.text_likelihood import Encoding
 from moejax.io import lineage
@@ -24,8 +26,10 @@ from moejax.io.load import Loaded, load_any
 from moejax.io.tokenizer import Tokenizer
 from moejax.methods.shadow_mask import Sizes, sizes_of
 from moejax.methods.shadow_measure import Text
+from moejax.train.folder import claim_folder
 
 SOURCES = ("gsm8k", "stdlib", "wikitext")
+TEXTS = "texts_sha256"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,3 +172,36 @@ def identity(config: ConfigDict, sections: tuple[str, ...], model: Model) -> dic
     """What a stage's folder belongs to: these sections of the config, and the model."""
     plain = json.loads(json.dumps(config.to_dict()))
     return {name: plain[name] for name in sections} | {"model_sha256": model.sha256}
+
+
+def claim(folder: Path, name: str, mine: dict[str, Any], samples: Iterable[Sample]) -> None:
+    """`claim_folder` of collected texts too: the standard library is another in another Python."""
+    texts = {TEXTS: hash_pairs(pairs_of(sample.text for sample in samples))}
+    claim_folder(folder, mine | texts, name, before={TEXTS: None})
+
+
+def hash_pairs(pairs: Sequence[Pair]) -> str:
+    """sha256 of token ids and of where prompts end."""
+    ids = json.dumps([[list(map(int, part)) for part in pair] for pair in pairs])
+    return hashlib.sha256(ids.encode()).hexdigest()
+
+
+def pairs_of(texts: Iterable[Text]) -> list[Pair]:
+    """(prompt, what follows it) of texts."""
+    return [(t.tokens[: t.prompt].tolist(), t.tokens[t.prompt :].tolist()) for t in texts]
+
+
+def check_counts(config: ConfigDict) -> None:
+    """InputError for a number that leaves nothing to do, before any stage begins."""
+    least = {
+        "data": ("slots", "prompt"),
+        "collect": ("part", "rows", "curvature_texts"),
+        "train": ("epochs", "batch_size", "dejavu_hidden", "dejavu_epochs"),
+        "evaluate": ("windows", "questions", "batch_tokens", "calibration_texts"),
+    }
+    for section, names in least.items():
+        for name in names:
+            if config[section][name] < 1:
+                raise InputError(f"{section}.{name} {config[section][name]}: give at least 1")
+    if not 0 < config.data.heldout_share < 1:
+        raise InputError(f"data.heldout_share {config.data.heldout_share:g} lies outside (0, 1)")

@@ -12,12 +12,15 @@ import jax
 import numpy as np
 
 from launch import shadow_data as data
+from launch import shadow_ranking
 from launch.shadow_arms import Arm, Decider, arms_of
 from launch.shadow_data import Model, identity, load_model
 from launch.shadow_train import SECTIONS, read_order
+from moejax.core.errors import InputError
 from moejax.evals import masked
 from moejax.io import atomic
 from moejax.methods.shadow_order import reordered
+from moejax.methods.shadow_rivals import PLACES as THRESHOLDS
 from moejax.train.folder import claim_folder
 
 WINDOWS, SET, PART = "wikitext", "set.json", "part_{:05d}.json"
@@ -54,7 +57,8 @@ def main(values: dict[str, Any]) -> None:
         print("dry run: nothing judged, nothing written")
         return
     workdir = Path(values["workdir"])
-    claim_folder(workdir, identity(config, SECTIONS, model), "train.json")
+    samples = data.load_samples(config, model.tokenizer)
+    data.claim(workdir, "train.json", identity(config, SECTIONS, model), samples)
     mine = identity(config, ("evaluate",), model)
     claim_folder(workdir / "evaluation", mine, "evaluate.json", FREE)
     order = read_order(workdir, config, model)
@@ -71,8 +75,7 @@ def main(values: dict[str, Any]) -> None:
 
 
 def _windows(config, model: Model) -> Judged:
-    texts = data.load_windows(config, model.tokenizer)
-    pairs = [(t.tokens[: t.prompt].tolist(), t.tokens[t.prompt :].tolist()) for t in texts]
+    pairs = data.pairs_of(data.load_windows(config, model.tokenizer))
     return Judged(WINDOWS, pairs, [[row] for row in range(len(pairs))])
 
 
@@ -92,7 +95,11 @@ def _judge(one: Judged, arms: list[Arm], decider: Decider, config, folder: Path)
     """All arms on a batch, then the next batch: a run cut short has all arms on the same rows."""
     folder.mkdir(parents=True, exist_ok=True)
     about = {"counts": [len(rest) for _, rest in one.pairs], "groups": one.groups}
-    atomic.write_json(folder / SET, about | {"gold": one.gold})
+    about |= {"gold": one.gold, data.TEXTS: data.hash_pairs(one.pairs)}
+    there = atomic.read_json(folder / SET) if (folder / SET).exists() else {}
+    if there.get(data.TEXTS, about[data.TEXTS]) != about[data.TEXTS]:
+        raise InputError(f"{folder} was judged on other texts: take another --workdir")
+    atomic.write_json(folder / SET, about)
     batches = masked.batches(one.pairs, config.evaluate.batch_tokens, one.groups)
     began, judged, left = time.perf_counter(), 0, len(batches)
     gold = {row: g for rows, g in zip(one.groups, one.gold or [], strict=False) for row in rows}
@@ -101,13 +108,17 @@ def _judge(one: Judged, arms: list[Arm], decider: Decider, config, folder: Path)
         done: dict[str, Any]
         done = atomic.read_json(path) if path.exists() else {"rows": batch.rows, "arms": {}}
         missing = [arm for arm in arms if arm.name not in done["arms"]]
-        if not missing:
+        ranked = folder / shadow_ranking.FILE.format(number)
+        if not missing and ranked.exists():
             left -= 1
             continue
         read = decider.read(batch)
         oracle = None
-        if any(arm.method.startswith("oracle") for arm in missing):
+        if not ranked.exists() or any(arm.method.startswith("oracle") for arm in missing):
             oracle = decider.oracle(batch, one.pairs, gold)
+        if not ranked.exists():
+            assert oracle is not None
+            shadow_ranking.write(ranked, decider, batch, read, oracle, gold)
         for arm in missing:
             nats, kept = decider.judge(arm, batch, read, oracle)
             done["arms"][arm.name] = _entry(arm, nats[: len(batch.rows)], kept)
@@ -116,7 +127,7 @@ def _judge(one: Judged, arms: list[Arm], decider: Decider, config, folder: Path)
         each = (time.perf_counter() - began) / judged
         print(
             f"{one.name:9} batch {number + 1}/{len(batches)}: {len(batch.rows)} rows, "
-            f"{len(missing)} arms, {each / len(missing):.1f} s an arm, "
+            f"{len(missing)} arms, {each / max(1, len(missing)):.1f} s an arm, "
             f"{each * (left - judged) / 60:.0f} min left",
             flush=True,
         )
@@ -133,7 +144,8 @@ def _entry(arm: Arm, nats: np.ndarray, kept: list[np.ndarray]) -> dict[str, Any]
 def read(workdir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """A record of each set and arm, over the rows that all arms of the set have.
 
-    "nats" and "counts" per row; of questions "passed" and "gold_margin" in nats.
+    "nats" and "counts" per row; of questions "passed" and "gold_margin" in nats; "judged" and
+    "total" of texts or questions.
     """
     for folder in sorted(path.parent for path in (workdir / "evaluation").glob(f"*/{SET}")):
         about = atomic.read_json(folder / SET)
@@ -144,6 +156,21 @@ def read(workdir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield folder.name, _record(name, parts, about)
 
 
+def incomplete(workdir: Path) -> list[str]:
+    """A line for each set of which a part is judged, or nothing under all arms."""
+    judged = {name: (r["judged"], r["total"]) for name, r in read(workdir)}
+    lines = []
+    for folder in sorted(path.parent for path in (workdir / "evaluation").glob(f"*/{SET}")):
+        total = len(atomic.read_json(folder / SET)["groups"])
+        done = judged.get(folder.name, (0, total))[0]
+        if done < total:
+            lines.append(
+                f"{folder.name}: {done} of {total} are judged under all arms, the longest first; "
+                "--stage=evaluate goes on"
+            )
+    return lines
+
+
 def _record(name: str, parts: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
     entries = [part["arms"][name] for part in parts]
     rows = [row for part in parts for row in part["rows"]]
@@ -152,7 +179,9 @@ def _record(name: str, parts: list[dict[str, Any]], about: dict[str, Any]) -> di
     record: dict[str, Any] = {"arm": name} | {f: entries[0][f] for f in fields}
     weights = [len(part["rows"]) for part in parts]
     for field in ("kept_heads", "kept_neurons"):
-        record[field] = float(np.average([entry[field] for entry in entries], weights=weights))
+        shares = [entry[field] for entry in entries]
+        rule = entries[0]["method"] in THRESHOLDS  # cuts values, of no heads, and of every token
+        record[field] = None if rule else float(np.average(shares, weights=weights))
     if "kept_maps" in entries[0]:
         maps = [
             np.average([np.array(e["kept_maps"][i]) for e in entries], axis=0, weights=weights)
@@ -160,6 +189,8 @@ def _record(name: str, parts: list[dict[str, Any]], about: dict[str, Any]) -> di
         ]
         record["kept_maps"] = {"heads": maps[0].tolist(), "blocks": maps[1].tolist()}
     order = sorted(rows)
+    record |= {"judged": sum(group[0] in nats for group in about["groups"])}
+    record |= {"total": len(about["groups"])}
     record |= {"nats": [nats[r] for r in order], "counts": [about["counts"][r] for r in order]}
     if about["gold"] is not None:
         record["passed"], record["gold_margin"] = [], []

@@ -69,14 +69,18 @@ def make_ready(values: dict[str, Any], model: Model) -> sparse.Sparse:
 
 def read_predictor(values: dict[str, Any], model: Model) -> predictors.Predictor:
     """The predictor of --predictor, or of --workdir; InputError if it is not of this model."""
-    folder = values["predictor"]
-    if not folder:
-        if not values["workdir"]:
-            raise InputError(
-                "--predictor is missing: name its folder, or with --workdir the run that has one"
-            )
-        folder = Path(values["workdir"]) / FOLDERS["unified"]
-    return predictors.load(folder, model.loaded.config, model.sha256)
+    return predictors.load(predictor_folder(values), model.loaded.config, model.sha256)
+
+
+def predictor_folder(values: dict[str, Any]) -> Path:
+    """--predictor, or where training puts it in --workdir; InputError without either."""
+    if values["predictor"]:
+        return Path(values["predictor"])
+    if not values["workdir"]:
+        raise InputError(
+            "--predictor is missing: name its folder, or with --workdir the run that has one"
+        )
+    return Path(values["workdir"]) / FOLDERS["unified"]
 
 
 def describe(ready: sparse.Sparse, model: Model, values: dict[str, Any]) -> list[str]:

@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from launch import shadow_ranking
 from launch import shadow_tables as tables
 from launch.shadow_collect import POOLED
-from launch.shadow_evaluate import WINDOWS, read
+from launch.shadow_evaluate import WINDOWS, incomplete, read
+from launch.shadow_train import FOLDERS
 from moejax.core.errors import InputError
 from moejax.io import atomic
+from moejax.methods.shadow_predictor import hash_folder
 from moejax.methods.shadow_traces import Pooled
 from moejax.report import shadow_plots as plots
 from moejax.report.page import STYLE, _figure, _table
@@ -23,7 +26,7 @@ PREDICTORS = ("unified", "per_layer_normalised", "dejavu", "dejavu_equal")
 
 
 def main(values: dict[str, Any]) -> None:
-    """Writes the report; stages that have not run are left out and named."""
+    """Writes the report of the stages that have run; sets that are not judged whole are named."""
     if values["dry_run"]:
         print("dry run: nothing written")
         return
@@ -33,12 +36,14 @@ def main(values: dict[str, Any]) -> None:
     if not records and not heldout.exists():
         raise InputError(f"{workdir} has nothing to report: run --stage=train or evaluate first")
     report: dict[str, Any] = {"heldout": atomic.read_json(heldout) if heldout.exists() else {}}
+    report["incomplete"] = incomplete(workdir)
     report["arms"] = tables.arm_rows(records)
     report["paired"] = tables.paired_rows(records)
     report["causes"] = tables.cause_rows(records, report["heldout"])
+    report["ranking"] = list(shadow_ranking.rows(workdir))
     bench = workdir / "bench.json"
     speed = atomic.read_json(bench)["rows"] if bench.exists() else []
-    report["speed"] = tables.quality_and_speed(speed, records)
+    report["speed"] = tables.quality_and_speed(speed, records, _own_predictor(workdir))
     folder = workdir / "plots"
     folder.mkdir(exist_ok=True)
     figures = _figures(records, report, workdir)
@@ -48,6 +53,8 @@ def main(values: dict[str, Any]) -> None:
         figure.savefig(paths[title], dpi=DPI)
     atomic.write_json(workdir / "report.json", report)
     atomic.write_text(workdir / "report.html", _page(report, paths))
+    for line in report["incomplete"]:
+        print(line)
     for row in report["paired"]:
         if row["budget"] == "local" and row["minus"] in ("static", "dejavu", "random", "oracle"):
             what = next(n for n in ("nats_per_token", "gold_margin") if n in row)
@@ -56,6 +63,12 @@ def main(values: dict[str, Any]) -> None:
                 f"{row['minus']:7} {what} {tables.shown(row[what])} {row[what]['verdict']}"
             )
     print(f"written  {workdir}/report.html, report.json, plots/")
+
+
+def _own_predictor(workdir: Path) -> str:
+    """The hash of RUN/predictor; empty without one."""
+    folder = workdir / FOLDERS["unified"]
+    return hash_folder(folder) if folder.exists() else ""
 
 
 def _figures(records: tables.Records, report: dict[str, Any], workdir: Path) -> dict[str, Any]:
@@ -130,14 +143,20 @@ def _page(report: dict[str, Any], paths: dict[str, Path]) -> str:
     parts = [
         "<h1>Contextual sparsity (ShadowLLM)</h1>",
         "<p>Masks are decided from the prompt, "
-        "which is read densely; the tokens after it are computed under the mask and scored. "
+        "which is read densely; the tokens after it are computed under the mask and scored. The "
+        "first of them is predicted by the prompt's last, which no mask changes. Oracle "
+        "masks are this text's own scores, of a question those of its right answer; TEAL and CATS "
+        "look at every token, in every layer. Shares are of what can be kept whole: of nine heads, "
+        "30% pruned are two. "
         "Differences are paired by window or question, with 95% bootstrap intervals.</p>",
     ]
+    parts += [f"<p><strong>{html.escape(line)}</strong></p>" for line in report["incomplete"]]
     if report["heldout"]:
         parts += ["<h2>Predictors on held-out texts</h2>", _heldout_table(report["heldout"])]
     for title, rows in (
         ("Predicted minus the others", report["paired"]),
         ("What separates the causes (WikiText, nats per token)", report["causes"]),
+        ("How predictions rank a layer's units on what is judged", report["ranking"]),
     ):
         if rows:
             parts += [f"<h2>{title}</h2>", _rows_table(rows)]

@@ -194,10 +194,7 @@ def ours(
     held: dict[str, Any] = {}
     held["state"] = sparse.start(model, [prompt], NUM_TOKENS * (rounds + 3))
     held["plan"] = sparse.decide(model, held["state"].context_BE)
-    every = NUM_TOKENS
-    if sparsity is not None and setup.refresh_every:  # as often as asked, or a little oftener
-        often = range(1, min(NUM_TOKENS, setup.refresh_every) + 1)
-        every = max(n for n in often if NUM_TOKENS % n == 0)
+    every = NUM_TOKENS if sparsity is None else setup.refresh_every or NUM_TOKENS
     keys = jax.random.split(jax.random.key(0), (every, 1))
 
     def run() -> None:
@@ -216,10 +213,21 @@ def _model(setup: Setup, sparsity: float | None, params: tree.Tree) -> sparse.Sp
     return sparse.Sparse(setup.config, params, policy, setup.predictor)
 
 
-def check_peer() -> None:
-    """InputError unless torch and transformers are there."""
+def check_peer(config: ModelConfig) -> None:
+    """InputError unless torch and transformers are there, and the model's layers are alike."""
     if not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
         raise InputError("--peer needs torch and transformers: pip install -e .[parity]")
+    if len(config.runs) > 1:
+        raise InputError(
+            f"--peer times models whose layers are alike; this {config.family} has several kinds"
+        )
+
+
+def check_interval(refresh_every: int) -> None:
+    """InputError unless a round holds whole intervals: what is counted has to be what is timed."""
+    if refresh_every and NUM_TOKENS % refresh_every:
+        fits = ", ".join(str(n) for n in range(1, NUM_TOKENS + 1) if NUM_TOKENS % n == 0)
+        raise InputError(f"--refresh_every={refresh_every}: a bench times 0, {fits}")
 
 
 def num_threads() -> int:

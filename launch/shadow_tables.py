@@ -31,7 +31,7 @@ def arm_rows(records: Records) -> list[dict[str, Any]]:
     for (name, _), record in records.items():
         dense = records.get((name, "dense-both-0-local"))
         row = {"set": name} | {n: record[n] for n in ("method", "place", "sparsity", "budget")}
-        row |= {"kept_heads": record["kept_heads"], "kept_neurons": record["kept_neurons"]}
+        row |= {n: record[n] for n in ("kept_heads", "kept_neurons", "judged", "total")}
         row["value"] = value_of(record)
         row["unit"] = "accuracy" if "passed" in record else "perplexity"
         if "passed" in record:
@@ -113,16 +113,18 @@ def cause_rows(records: Records, heldout: dict[str, Any]) -> list[dict[str, Any]
     return rows
 
 
-def quality_and_speed(speed: list[dict[str, Any]], records: Records) -> list[dict[str, Any]]:
+def quality_and_speed(
+    speed: list[dict[str, Any]], records: Records, predictor: str
+) -> list[dict[str, Any]]:
     """Rows of RUN/bench.json with what predicted masks of the same sparsity cost in quality.
 
-    The figures of quality are of this run's model, block size and predictor; a row of another
-    model's speed (random weights, say) has none.
+    predictor: hash of the run's own. A row that was timed with another, or that decides anew on the
+    way, which no one judged, has no figures of quality.
     """
     found = []
     for row in speed:
         mine = {k: v for k, v in row.items() if not k.endswith("_rounds")}
-        if row.get("same_predictor", False):
+        if row.get("predictor") == predictor and not row["refresh_every"]:
             for name in dict.fromkeys(name for name, _ in records):
                 arm = records.get((name, f"predicted-both-{row['sparsity']:g}-local"))
                 dense = records.get((name, "dense-both-0-local"))

@@ -12,7 +12,7 @@ import numpy as np
 
 from launch.shadow_collect import SECTIONS as COLLECTED
 from launch.shadow_collect import pooled
-from launch.shadow_data import Model, Sample, identity, load_model, load_samples
+from launch.shadow_data import Model, Sample, claim, identity, load_model, load_samples
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.io import atomic
@@ -24,7 +24,6 @@ from moejax.methods.shadow_predictor import Predictor, PredictorInfo
 from moejax.methods.shadow_scores import FOR_HEADS, FOR_NEURONS
 from moejax.methods.shadow_training import FitConfig, fit
 from moejax.models.masked import one_neuron_shape
-from moejax.train.folder import claim_folder
 
 FOLDERS = {"unified": "predictor", "per_layer_normalised": "predictor_per_layer"}
 SECTIONS = (*COLLECTED, "mask", "train")
@@ -63,8 +62,8 @@ def main(values: dict[str, Any]) -> None:
         print("dry run: nothing trained, nothing written")
         return
     workdir = Path(values["workdir"])
-    claim_folder(workdir / "traces", identity(config, COLLECTED, model), "collect.json")
-    claim_folder(workdir, identity(config, SECTIONS, model), "train.json")
+    claim(workdir / "traces", "collect.json", identity(config, COLLECTED, model), samples)
+    claim(workdir, "train.json", identity(config, SECTIONS, model), samples)
     got = collected(workdir / "traces", samples, config, model)
     order = _order(workdir / "order.npy", got, model, config)
     targets = in_units(got, order, model)
@@ -242,9 +241,7 @@ def _fit_dejavu(path: Path, name: str, got: Collected, rest) -> None:
 
         made = shadow_dejavu.fit(inputs, wanted, part, how, progress)
         arrays |= {f"{part}/{n}": w for n, w in made.items()}
-    with open(path.with_suffix(".part"), "wb") as file:
-        np.savez(file, **arrays)
-    path.with_suffix(".part").replace(path)
+    atomic.write_npz(path, arrays)
 
 
 def load_dejavu(path: Path) -> dict[str, dict[str, np.ndarray]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -266,11 +265,7 @@ def save_tree(path: Path, params: tree.Tree) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with atomic.space_errors(path), part.open("wb") as file:
-        arrays: dict[str, Any] = {n: np.asarray(leaf) for n, leaf in tree.flatten(params).items()}
-        np.savez(file, **arrays)
-    os.replace(part, path)
+    atomic.write_npz(path, {n: np.asarray(leaf) for n, leaf in tree.flatten(params).items()})
 
 
 def load_tree(path: Path, like: tree.Tree) -> tree.Tree:

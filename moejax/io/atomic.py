@@ -8,10 +8,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from moejax.core.errors import InputError
 
@@ -23,12 +25,21 @@ _MODEL_MARKS = ("config.json", "moejax.json", "lineage.json")
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file through a temporary one beside it, renamed when it is on the disk."""
+    _write(path, lambda file: file.write(text.encode()))
+
+
+def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
+    """Writes arrays as one .npz file through a temporary file beside it."""
+    _write(path, lambda file: np.savez(file, **arrays))
+
+
+def _write(path: str | os.PathLike[str], fill: Callable[[Any], Any]) -> None:
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with space_errors(path), os.fdopen(handle, "w", encoding="utf-8") as file:
+        with space_errors(path), os.fdopen(handle, "wb") as file:
             os.fchmod(file.fileno(), 0o644)  # mkstemp makes files that only their owner reads
-            file.write(text)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

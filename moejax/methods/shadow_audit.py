@@ -19,7 +19,7 @@ class AuditConfig:
       share: of requests that are run densely as well, in [0, 1].
       drift_limit: mean nats per token, KL(dense || sparse), above which all later requests run
         dense. window: the last audited requests that the mean is over. least: so many before
-        anything is concluded.
+        anything is concluded, but for infinite drift.
       seed: which requests are audited.
     """
 
@@ -93,8 +93,9 @@ class Audit:
         """Takes in one audited request; past the limit it turns `dense` on, for good."""
         self.seen.append(found)
         recent = self.seen[-self.config.window :]
-        enough = not self.dense and len(recent) >= self.config.least
-        if enough and np.mean([c.drift for c in recent]) > self.config.drift_limit:
+        enough = len(recent) >= self.config.least or not np.isfinite(found.drift)
+        mean = np.mean([c.drift for c in recent])
+        if enough and not self.dense and mean > self.config.drift_limit:
             self.fell_back_at = self.num_requests
 
     def report(self) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 arXiv 2310.17157 and its code (github.com/FMInference/DejaVu): Linear(D, hidden) - Linear(hidden,
 out) without biases or anything between; labels per token, of neurons those that fire, of heads the
 0.3 with the largest norm; binary cross-entropy weighted w = y (1 - q) + q, q the share of positive
-labels (of neurons + 0.005); AdamW, weight decay 0.01, 20 epochs, learning rates 1e-4 (heads) and
-1e-3 (neurons). A gated neuron never is exactly 0: there the 0.3 with the largest activation count
-as firing. Published on 400,000 tokens, of which a study here has a few thousand; its batch of 1024
-is cut accordingly.
+labels of the layer (of neurons + 0.005); AdamW, weight decay 0.01, 20 epochs, learning rates 1e-4
+(heads) and 1e-3 (neurons). A gated neuron never is exactly 0: there the 0.3 with the largest
+activation count as firing. Published on 400,000 tokens, of which a study here has a few thousand;
+its batch of 1024 is cut accordingly. Published ones also decide anew for every token, here once, by
+the prompt, as all that they are compared with.
 
 At use every layer's input at the prompt's last token gives one probability per head and neuron; a
 block's score is the sum of its neurons'.
@@ -75,7 +76,8 @@ def fit(
         name: jax.random.uniform(key, shape, minval=-1.0) / shape[1] ** 0.5
         for name, key, shape in zip(("w_1", "w_2"), keys, shapes, strict=True)
     }
-    share = float(labels_LRU.mean()) + (0.005 if part == "neurons" else 0.0)
+    more = 0.005 if part == "neurons" else 0.0
+    share_L = labels_LRU.mean((1, 2)).astype(np.float32) + more
     optimizer = _optimizer(RATES[part] * config.lr_scale, config.weight_decay)
     state = optimizer.init(params)
     batch_size = min(config.batch_size, num_rows)
@@ -85,7 +87,7 @@ def fit(
         for start in range(0, num_rows // batch_size * batch_size, batch_size):
             at = np.sort(mixed[start : start + batch_size])
             piece = inputs_LRD[:, at].astype(np.float32), labels_LRU[:, at].astype(np.float32)
-            params, state, loss = _step(params, state, piece, share, optimizer)
+            params, state, loss = _step(params, state, piece, share_L, optimizer)
             losses.append(float(loss))
         progress(epoch, float(np.mean(losses)))
     return {name: np.asarray(w) for name, w in params.items()}
@@ -97,8 +99,9 @@ def _optimizer(lr: float, weight_decay: float):
 
 
 @functools.partial(jax.jit, static_argnames=("optimizer",), donate_argnums=(0, 1))
-def _step(params, state, batch, share, optimizer):
+def _step(params, state, batch, share_L, optimizer):
     inputs_LRD, y = batch
+    share = share_L[:, None, None]
 
     def loss(params):
         logits = jnp.einsum("lrd,ldk->lrk", inputs_LRD, params["w_1"])

@@ -51,8 +51,11 @@ def sizes_of(config: ModelConfig, block: int, unit: str = "query", first: int = 
     shape = one_neuron_shape(config)
     if block < 1 or shape[-1] % block:
         raise InputError(f"blocks of {block} neurons do not divide a layer's {shape[-1]}")
-    if not 0 <= first < config.num_layers:
-        raise InputError(f"{first} layers never pruned, of {config.num_layers}: leave at least one")
+    if not 1 <= first < config.num_layers:
+        raise InputError(
+            f"{first} layers never pruned, of {config.num_layers}: the first one tells the "
+            "predictor what is needed, so take 1 at least, and leave one to prune"
+        )
     check_alike(config, first)
     heads = config.num_heads if unit == "query" else config.num_kv_heads
     return Sizes(config.num_layers, heads, math.prod(shape) // block, block, unit, first)

@@ -188,6 +188,7 @@ class _OfText:
         num_rows = max(2, x_LTHC.shape[-1] // 2)
         first, end = self._predicting
         at_R = criteria_of.evenly(first, end, num_rows)
+        new_R = jnp.concatenate([jnp.ones(1, bool), at_R[1:] != at_R[:-1]])
         size = min(_LABELS, len(self.tokens_T) - 1)
         labelled_R = jnp.nonzero(self.scored_T[1:], size=size, fill_value=-1)[0]
         labels_R = jnp.where(labelled_R < 0, -1, self.tokens_T[labelled_R + 1])
@@ -199,7 +200,7 @@ class _OfText:
             "snip": lambda x, g, h: criteria_of.snip(x, g, parity),
             "grasp": lambda x, g, h: criteria_of.grasp(x, h),
             "nwot": lambda x, g, h: criteria_of.nwot(x, self.mask_T, parity),
-            "jacov": lambda x, g, h: criteria_of.jacov(g[at_R]),
+            "jacov": lambda x, g, h: criteria_of.jacov(g[at_R], new_R),
             "epenas": lambda x, g, h: criteria_of.epenas(g[labelled_R], labels_R, parity),
         }
         return self._each(table, x_LTHC, g_LTHC, hg_LTHC)

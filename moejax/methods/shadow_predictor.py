@@ -21,6 +21,7 @@ The folder:
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,12 @@ def _arrays(folder: Path, config: ModelConfig, info: PredictorInfo) -> dict[str,
         if not np.isfinite(arrays[name]).all():
             raise InputError(f"{folder}/{WEIGHTS}: {name} holds NaN or infinity")
     return {name: arrays[name] for name in shapes}
+
+
+def hash_folder(folder: str | os.PathLike[str]) -> str:
+    """sha256 of all in a predictor's folder that decides a mask."""
+    parts = [(Path(folder) / name).read_bytes() for name in (INFO, WEIGHTS)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def num_params(params: dict[str, Any]) -> int:

@@ -125,12 +125,13 @@ def nwot(x: jax.Array, mask_T: jax.Array, parity: bool = False) -> jax.Array:
     tokens K is singular as soon as two are alike or tokens outnumber channels, hence I. K = s s' +
     (1 - s)(1 - s)' with s = (x > 0). Computed of 2C x 2C matrices, whose determinant is the same.
     The reference drops s s' and flattens s, which leaves log(sum(1 - s)) of a head and the log of
-    the share of tokens with a <= 0 of a neuron: parity.
+    the share of tokens with a <= 0 of a neuron: parity (half a token where there is none, for which
+    the reference has no value).
     """
     on = (x > 0) & mask_T.reshape(-1, *(1,) * (x.ndim - 1))
     off = (x <= 0) & mask_T.reshape(-1, *(1,) * (x.ndim - 1))
     if parity:
-        count = jnp.sum(off, axis=_others(x))
+        count = jnp.maximum(jnp.sum(off, axis=_others(x)), 0.5)
         return jnp.log(count / jnp.sum(mask_T) if x.ndim == 2 else count)
     if x.ndim == 2:  # one channel: the determinant in closed form
         return jnp.log1p(jnp.sum(on, 0)) + jnp.log1p(jnp.sum(off, 0))
@@ -139,15 +140,19 @@ def nwot(x: jax.Array, mask_T: jax.Array, parity: bool = False) -> jax.Array:
     return jnp.linalg.slogdet(inner)[1]
 
 
-def jacov(g_RHC: jax.Array) -> jax.Array:
+def jacov(g_RHC: jax.Array, there_R: jax.Array) -> jax.Array:
     """-sum(log(v + k) + 1/(v + k)), v the eigenvalues of the correlations of g's rows, k = 1e-5.
 
     Mellor et al. 2020 (arXiv 2006.04647v1, eq. 2), a token's gradient as the row of the Jacobian.
     With more rows than channels most v are 0 and the sum counts them: give at most C / 2 rows,
     spread `evenly` over the tokens that predict scored ones (earlier ones have no gradient in the
-    last layer). The reference draws 200 of all rows ten times, and |v|.
+    last layer). there_R: false of rows that are another's copy, as a short answer's are: they count
+    as one that goes with no other, alike for every head, where a copy would make a v of 0. The
+    reference draws 200 of all rows ten times, and |v|.
     """
-    values = jnp.abs(jnp.linalg.eigvalsh(_correlations(g_RHC)))
+    alone_RR = jnp.diag(1.0 - there_R)
+    correlations_HRR = _correlations(g_RHC * there_R[:, None, None]) + alone_RR
+    values = jnp.abs(jnp.linalg.eigvalsh(correlations_HRR))
     return -jnp.sum(jnp.log(values + TINY) + 1 / (values + TINY), axis=-1)
 
 
@@ -172,7 +177,10 @@ def epenas(g_RHC: jax.Array, labels_R: jax.Array, parity: bool = False) -> jax.A
 
 
 def evenly(first: jax.Array, end: jax.Array, num_rows: int) -> jax.Array:
-    """int32 [num_rows]: places spread evenly over the tokens from `first` to `end` - 1."""
+    """int32 [num_rows]: places spread evenly over the tokens from `first` to `end` - 1, ascending.
+
+    Fewer tokens than rows: some come more than once, side by side.
+    """
     at = first + jnp.arange(num_rows) * (end - first) / num_rows
     return jnp.clip(at.astype(jnp.int32), 0)
 

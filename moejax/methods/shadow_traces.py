@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from moejax.core.errors import InputError
+from moejax.io import atomic
 
 _LEVELS, _PER_OCTAVE = 127, 8
 
@@ -80,12 +81,7 @@ def part_path(folder: str | os.PathLike[str], number: int) -> Path:
 def write_part(folder: str | os.PathLike[str], number: int, arrays: dict[str, np.ndarray]) -> int:
     """Writes a part, whole or not at all; returns its bytes."""
     path = part_path(folder, number)
-    temporary = path.with_suffix(".part")
-    with open(temporary, "wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    atomic.write_npz(path, arrays)
     return path.stat().st_size
 
 

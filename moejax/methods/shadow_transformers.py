@@ -31,13 +31,18 @@ class Shadow:
         self.weights = load_file(str(Path(folder) / "predictor.safetensors"))
         self.model, self.sparsity = model, sparsity
         self.context = self.mask = None  # set by `decide`
-        self.num_dense = 0
+        self.num_dense, self.num_rows = 0, 1
         base = getattr(model.model, "decoder", model.model)
         if len(base.layers) != self.info["sizes"]["num_layers"]:
             raise ValueError(
                 f"a predictor of {self.info['sizes']['num_layers']} layers for a model of "
                 f"{len(base.layers)}"
             )
+        fields = self.info["fields"]
+        for name, theirs in (("num_heads", "num_attention_heads"), ("d_model", "hidden_size")):
+            found = getattr(model.config, theirs)
+            if name in fields and found != fields[name]:
+                raise ValueError(f"a predictor for {name} {fields[name]}, the model has {found}")
         self.hooks = []
         for index, layer in enumerate(base.layers):
             attention = layer.self_attn
@@ -80,9 +85,11 @@ class Shadow:
     def _hook(self, index, place):
         def masked(module, args):
             x = args[0]
-            flat = x.ndim == 2  # OPT's fc2 once saw tokens of all rows together
+            flat = x.ndim == 2  # OPT's fc2 sees the tokens of all rows together
             if flat:
-                x = x[None]
+                x = x.reshape(self.num_rows, -1, x.shape[-1])
+            elif place == "heads":
+                self.num_rows = len(x)  # attention comes first in a layer
             if self.mask is None:
                 if index == 0 and place == "heads":
                     self.context = x[:, -1].float()
@@ -93,7 +100,7 @@ class Shadow:
             x = x.clone()
             first = 0 if x.shape[1] == 1 else self.num_dense
             x[:, first:] *= factor[:, None]
-            return (x[0] if flat else x, *args[1:])
+            return (x.flatten(0, 1) if flat else x, *args[1:])
 
         return masked
 

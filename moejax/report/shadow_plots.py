@@ -57,7 +57,7 @@ def quality_plot(
     if is_perplexity:
         axes.set_yscale("log")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlabel("share of units not computed after the prompt")
+    axes.set_xlabel("share of units pruned after the prompt, rounded down to whole ones")
     axes.set_ylabel(what)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3, which="both")
@@ -134,7 +134,8 @@ def maps_plot(maps: Mapping[str, Any], units: str, scaled: bool = True) -> Figur
 def speed_plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """How many times faster than dense decoding, and the byte bound, against sparsity.
 
-    rows: "model", "sparsity", "against_dense" (a ratio), "bound"; a line of each model.
+    rows: "model", "sparsity", "against_dense" (a ratio), "bound", "refresh_every"; a line of each
+    model.
     """
     figure, axes = _figure(6.8, 4.2)
     for at, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
@@ -148,8 +149,10 @@ def speed_plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.axhline(1, color="#777777", linewidth=1, label="dense")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("share of units not computed")
-    axes.set_ylabel("dense time / sparse time, predictor included")
-    axes.set_title("Speed of decoding against sparsity, batch 1", fontsize=10)
+    axes.set_ylabel("dense time / sparse time")
+    often = {row["refresh_every"] for row in rows}
+    said = "masks by the prompt" if often == {0} else "predictor included"
+    axes.set_title(f"Speed of decoding against sparsity, batch 1, {said}", fontsize=10)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure

@@ -37,7 +37,7 @@ from moejax.serve.engine_programs import seeing
 from moejax.serve.prepare import bucket, check_prompts, context_length
 from moejax.serve.sampling import SamplingConfig, sample
 
-CHUNK = 16  # tokens drawn between two looks at the stop ids, where no refresh asks for fewer
+CHUNK = 16  # most tokens drawn between two looks at the stop ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ def start(model: Sparse, prompts: Sequence[Sequence[int]], max_new_tokens: int) 
         tokens_BT[row, length - len(prompt) :] = prompt
     start_B = jnp.asarray([length - len(prompt) for prompt in prompts], jnp.int32)
     # Whole chunks are drawn; what is past the budget is thrown away.
-    num_slots = bucket(length + max_new_tokens + max(CHUNK, model.policy.refresh_every))
+    num_slots = bucket(length + max_new_tokens + CHUNK)
     return _prefill(model.config, model.options, num_slots, model.params, tokens_BT, start_B)
 
 
@@ -156,19 +156,23 @@ def generate(
 
     with_logits keeps the logits of every token, [T, V] per row.
 
-    InputError: an empty prompt, an unknown id, no room in the model's context.
+    InputError: an empty prompt, an unknown id, no room in the model's context, a prompt that the
+    model turns into NaN.
     """
     check_prompts(model.config, prompts)
     budget = min(max_new_tokens, context_length(model.config) - max(map(len, prompts)))
     state = start(model, prompts, budget)
+    if not np.isfinite(np.asarray(state.context_BE)).all():
+        raise InputError("NaN among what a mask is decided from: the model's weights are broken")
     plan = decide(model, state.context_BE)
     rows = [jax.random.fold_in(jax.random.key(seed), row) for row in range(len(prompts))]
     drawn_BT: list[list[int]] = [[] for _ in prompts]
     logits: list[np.ndarray] = []
-    chunk = model.policy.refresh_every or CHUNK
-    for first in range(0, budget, chunk):
-        if first and model.policy.refresh_every:
+    often, first, chunk = model.policy.refresh_every, 0, 0
+    while (first := first + chunk) < budget:
+        if first and often and first % often == 0:
             plan = decide(model, state.context_BE)
+        chunk = min(CHUNK, often - first % often) if often else CHUNK
         keys = _keys(jnp.stack(rows), first, chunk)
         state, ids_BT, logits_BTV = advance(model, state, plan, keys, sampling)
         if with_logits:

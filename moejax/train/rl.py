@@ -209,10 +209,7 @@ class OnPolicy:
                 said |= self._judged.describe(number, answer)
             lines.append(json.dumps(said) + "\n")
         atomic.write_text(self._folder / f"samples_{iteration:06d}.jsonl", "".join(lines))
-        part = self._folder / "drawn.npz.part"
-        with atomic.space_errors(part), part.open("wb") as file:
-            np.savez(file, iteration=iteration, **rows)
-        os.replace(part, self._folder / "drawn.npz")
+        atomic.write_npz(self._folder / "drawn.npz", rows | {"iteration": iteration})
 
     def _read(self, iteration: int) -> dict[str, np.ndarray]:
         path = self._folder / "drawn.npz"

@@ -86,12 +86,29 @@ def test_all_stages_and_going_on(tmp_path, capsys):
     last.unlink()
     shadow_evaluate.main(flags)
     assert json.loads(last.read_text()) == json.loads(before)
+    assert (record["judged"], record["total"]) == (3, 3) and not shadow_evaluate.incomplete(run)
+    assert records["piqa", "teal-both-0.5-local"]["kept_heads"] is None
+    last.rename(tmp_path / "aside")
+    (said,) = shadow_evaluate.incomplete(run)
+    assert said.startswith("wikitext: ") and "of 3 are judged" in said
+    (tmp_path / "aside").rename(last)
     names = {arm for name, arm in records if name == "piqa"}
     assert {"dense-both-0-local", "oracle-both-0.5-local", "teal-both-0.5-local"} <= names
     shadow_report.main(flags)
     report = json.loads((run / "report.json").read_text())
     assert {row["minus"] for row in report["paired"]} >= {"static", "dejavu", "random", "oracle"}
+    ranks = [row for row in report["ranking"] if row["predictor"] == "predicted"]
+    assert {(row["set"], row["rows"]) for row in ranks} == {("wikitext", 3), ("piqa", 4)}
+    assert all(-1 <= row["heads gain"] <= 1 for row in ranks)
     assert "data:image/png" in (run / "report.html").read_text()
+    questions = (tmp_path / "data/piqa.jsonl").read_text()
+    (tmp_path / "data/piqa.jsonl").write_text(questions.replace("count", "hello"))
+    with pytest.raises(InputError, match="piqa was judged on other texts"):
+        shadow_evaluate.main(flags)
+    texts = (tmp_path / "data/gsm8k_train.jsonl").read_text()
+    (tmp_path / "data/gsm8k_train.jsonl").write_text(texts.replace("What", "hello"))
+    with pytest.raises(InputError, match="texts_sha256"):
+        shadow_train.main(flags)
     other = values(tmp_path)
     other["config"].mask.block = 16
     with pytest.raises(InputError, match=r"another config: mask\.block"):
@@ -110,5 +127,7 @@ def test_bad_input_is_one_line(tmp_path):
     assert "needs --config" in said("--stage=train")
     config = "--config=configs/shadow/smollm2.py:tiny"
     assert "needs --workdir" in said("--stage=collect", config)
+    none = f"{config}", "--config.evaluate.questions=0", "--workdir=nowhere"
+    assert "evaluate.questions 0: give at least 1" in said("--stage=evaluate", *none)
     with pytest.raises(InputError, match="nothing to report"):
         shadow_report.main({"workdir": str(tmp_path), "dry_run": False})

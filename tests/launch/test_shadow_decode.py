@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import shadow_bench, shadow_generate, shadow_speed
+from launch import shadow_bench, shadow_generate, shadow_speed, shadow_tables
 from launch.shadow_data import load_model
 from moejax.core.errors import InputError
 from moejax.methods import shadow_decode as decode
 from moejax.methods import shadow_predictor as predictors
 from moejax.methods.shadow_mask import Mask
 from moejax.models.config import ModelConfig
+from moejax.moe.config import MoEConfig
+from moejax.report import shadow_plots
 from moejax.serve import sparse
 from tests.launch.test_shadow import settings, write
 
@@ -121,9 +123,43 @@ def test_bench_writes_rows_that_the_report_joins(asked, monkeypatch):
     shadow_bench.main(asked | {"refresh_every": 4})
     with open(f"{asked['workdir']}/bench.json") as file:
         (row,) = json.load(file)["rows"]
-    assert row["sparsity"] == 0.5 and row["block"] == 8 and row["same_predictor"]
+    assert row["sparsity"] == 0.5 and row["block"] == 8
+    assert row["predictor"] == predictors.hash_folder(f"{asked['workdir']}/predictor")
     assert row["against_dense"] > 0 and row["tokens_per_s"] > 0
     assert row["share_of_bound"] == pytest.approx(row["against_dense"] / row["bound"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "joined"),
+    [({}, True), ({"predictor": "another"}, False), ({"refresh_every": 4}, False)],
+)
+def test_speed_stands_beside_quality_of_the_same_mask_alone(changes, joined):
+    record = {"nats": [1.0, 2.0], "counts": [2, 2]}
+    dense = {"nats": [0.5, 0.5], "counts": [2, 2]}
+    records = {
+        ("wikitext", "predicted-both-0.5-local"): record,
+        ("wikitext", "dense-both-0-local"): dense,
+    }
+    row = {"model": "llama", "sparsity": 0.5, "refresh_every": 0, "predictor": "mine"}
+    row |= {"against_dense": 1.5, "bound": 1.6, "against_dense_rounds": [1.5]}
+    (found,) = shadow_tables.quality_and_speed([row | changes], records, "mine")
+    assert "against_dense_rounds" not in found
+    if joined:
+        assert found["wikitext perplexity"] == pytest.approx(np.exp(0.75))
+        assert found["wikitext perplexity, dense"] == pytest.approx(np.exp(0.25))
+    else:
+        assert not any("wikitext" in name for name in found)
+    axes = shadow_plots.speed_plot([row | changes]).axes[0]
+    assert axes.get_title().endswith("masks by the prompt" if joined or "predictor" in changes
+                                     else "predictor included")  # fmt: skip
+
+
+def test_a_bench_that_could_not_be_right_is_one_line(asked):
+    with pytest.raises(InputError, match="refresh_every=3: a bench times 0, 1, 2, 4, 8"):
+        shadow_bench.main(asked | {"refresh_every": 3})
+    mixed = ModelConfig("llama", 50, 4, 32, 64, 4, 4, 8, moe=MoEConfig(3, 2), num_dense_layers=1)
+    with pytest.raises(InputError, match="pip install|layers are alike"):
+        shadow_speed.check_peer(mixed)
 
 
 def test_bytes_of_a_token_are_those_of_what_is_kept(monkeypatch):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moejax.core.errors import InputError
+from moejax.methods import shadow_scores
 from moejax.methods.shadow_measure import Asked, measure
 from moejax.models import transformer
 from moejax.moe.config import MoEConfig
@@ -42,6 +43,24 @@ def test_gates_derivative_is_snip(num_dense):
     same(found["heads"]["snip"], np.abs(heads[:, 0]))
     same(found["neurons"]["snip"], np.abs(neurons[:, 0]).reshape(L, -1))
     assert not found["neurons"]["snip"][:num_dense].any()
+
+
+def test_jacov_of_a_short_answer_counts_each_token_once():
+    """Three tokens for eight rows: their own figure, and a constant for each row too many."""
+    g = np.random.default_rng(0).standard_normal((3, 2, 16)).astype(np.float32)
+    at = np.asarray(shadow_scores.evenly(0, 3, 8))
+    assert sorted(set(at.tolist())) == [0, 1, 2] and (np.diff(at) >= 0).all()
+    found = shadow_scores.jacov(g[at], np.diff(at, prepend=-1) > 0)
+    for head in range(2):
+        v = np.linalg.eigvalsh(np.corrcoef(g[:, head].astype(np.float64)))
+        v = np.concatenate([v, np.ones(5)])
+        np.testing.assert_allclose(found[head], -np.sum(np.log(v + 1e-5) + 1 / (v + 1e-5)), 1e-4)
+
+
+def test_a_neuron_that_always_fires_has_a_finite_score_as_the_reference_counts():
+    x = np.array([[1.0, -1.0], [2.0, 3.0]], np.float32)
+    found = shadow_scores.nwot(x, np.ones(2, bool), parity=True)
+    np.testing.assert_allclose(found, np.log([0.25, 0.5]), rtol=1e-6)
 
 
 def test_bad_input():

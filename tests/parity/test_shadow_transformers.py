@@ -1,5 +1,6 @@
 """The predictor's folder in transformers gives the same masked logits."""
 
+import dataclasses
 import importlib.util
 import sys
 
@@ -13,27 +14,35 @@ from moejax.methods import shadow_mask, shadow_predictor
 from moejax.methods.shadow_order import reordered
 from moejax.models import transformer
 from moejax.models.config import ModelConfig
+from moejax.models.families import by_name
 
-CONFIG = ModelConfig("llama", 61, 3, 32, 48, 4, 2, 8, initializer_range=0.2)
-SIZES = shadow_mask.sizes_of(CONFIG, 8)
+LLAMA = ModelConfig("llama", 61, 3, 32, 48, 4, 2, 8, initializer_range=0.2)
+OPT = dataclasses.replace(
+    by_name("opt").presets["opt-125m"],
+    **{n: getattr(LLAMA, n) for n in ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads")},
+    num_kv_heads=4, head_size=8, initializer_range=0.2,
+)  # fmt: skip
+CONFIGS = {"llama": LLAMA, "opt": OPT}  # OPT's fc2 sees the tokens of both rows in one dim
 
 
-@pytest.mark.parametrize("sparsity", [0.5])
-def test_masked_logits(tmp_path, sparsity):
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_masked_logits(tmp_path, family):
     import torch
     import transformers
 
+    config, sparsity = CONFIGS[family], 0.5
+    sizes = shadow_mask.sizes_of(config, 8)
     draw = np.random.default_rng(0)
-    params = transformer.init_params(CONFIG, jax.random.key(0))
-    save_any(Loaded(jax.device_get(params), CONFIG), tmp_path / "model")
+    params = transformer.init_params(config, jax.random.key(0))
+    save_any(Loaded(jax.device_get(params), config), tmp_path / "model")
     order = np.stack([draw.permutation(48) for _ in range(3)])
-    static = shadow_mask.Mask(draw.random((3, SIZES.heads)), draw.random((3, SIZES.blocks)))
+    static = shadow_mask.Mask(draw.random((3, sizes.heads)), draw.random((3, sizes.blocks)))
     weights = {
         name: draw.standard_normal(w.shape).astype(np.float32)
         for name, w in shadow_predictor.init(jax.random.key(0), 32, 16, static).items()
     }
     info = shadow_predictor.PredictorInfo(
-        "ab" * 32, shadow_predictor.fields_of(CONFIG), SIZES, "plainact", "unified", 16
+        "ab" * 32, shadow_predictor.fields_of(config), sizes, "plainact", "unified", 16
     )
     made = shadow_predictor.Predictor(info, weights, order, static)
     shadow_predictor.save(tmp_path / "predictor", made)
@@ -50,16 +59,16 @@ def test_masked_logits(tmp_path, sparsity):
     shadow.decide(torch.tensor(ids[:, :7]))
     with torch.no_grad():
         theirs = model(torch.tensor(ids)).logits.numpy()
-    moved = reordered(params, CONFIG, order)
+    moved = reordered(params, config, order)
     prompts = np.array([7, 7], np.int32)
     pairs = [(row[:7].tolist(), row[7:].tolist()) for row in ids]
-    read = masked.read_prompts(moved, CONFIG, masked.batches(pairs, 200)[0])
-    scores = shadow_predictor.predict(weights, read.signals["context"], SIZES)
-    mask = shadow_mask.select(scores, SIZES, sparsity)
-    inserted = shadow_mask.inserted_of(mask, CONFIG, SIZES, prompts)
-    ours = transformer.logits(moved, CONFIG, ids, inserted=inserted)
+    read = masked.read_prompts(moved, config, masked.batches(pairs, 200)[0])
+    scores = shadow_predictor.predict(weights, read.signals["context"], sizes)
+    mask = shadow_mask.select(scores, sizes, sparsity)
+    inserted = shadow_mask.inserted_of(mask, config, sizes, prompts)
+    ours = transformer.logits(moved, config, ids, inserted=inserted)
     np.testing.assert_allclose(theirs, ours, rtol=1e-3, atol=1e-3)
-    dense = transformer.logits(params, CONFIG, ids)
+    dense = transformer.logits(params, config, ids)
     assert np.abs(dense - ours)[:, 7:].max() > 0.1
     with torch.no_grad():
         shadow.detach()

@@ -134,6 +134,22 @@ def test_the_fast_path_is_the_masked_model(case, refresh):
     assert np.abs(whole.logits_TV[1:] - answer.logits_TV[1:]).max() > 0.1
 
 
+def test_a_refresh_after_more_tokens_than_are_drawn_at_a_time(monkeypatch):
+    _, model = model_of("gqa_groups", 3)
+    (wanted,) = sparse.generate(model, PROMPTS[:1], 8, with_logits=True)
+    monkeypatch.setattr(sparse, "CHUNK", 2)
+    drawn, advance = [], sparse.advance
+
+    def watched(model, state, plan, keys, sampling):
+        drawn.append(len(keys))
+        return advance(model, state, plan, keys, sampling)
+
+    monkeypatch.setattr(sparse, "advance", watched)
+    (found,) = sparse.generate(model, PROMPTS[:1], 8, with_logits=True)
+    assert drawn == [2, 1, 2, 1, 2] and found.ids == wanted.ids
+    close(found.logits_TV, wanted.logits_TV)
+
+
 def test_a_refresh_changes_the_mask():
     _, model = model_of("gqa_groups", 3)
     state = sparse.start(model, PROMPTS[:1], 8)
