@@ -49,7 +49,7 @@ def get_config(size: str = "full") -> ConfigDict:
                 "parity": False,  # criteria as the reference computes them
             },
             "train": {
-                "heads": "plainact",  # criterion that is predicted
+                "heads": "l2_norm",  # criterion that is predicted; the paper has plainact for both
                 "neurons": "plainact",
                 "share": 0.01,  # of the model's parameters, that a predictor may add
                 "epochs": 60,
