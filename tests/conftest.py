@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -19,14 +20,22 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "cuda" in os.environ["JAX_PLATFORMS"]:
     os.environ.setdefault("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share the memory
-# The suite spends its time in compiling programs that run once: half of it with LLVM's optimiser
-# off. `.ci/run` leaves it on, so that what users run is tested too.
+# The suite spends its time in compiling programs that run once: twice that with LLVM's optimiser.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Workers and later runs share what is compiled, by its text, flags and versions: a file of tests
+# takes a third of the time again. Not where libtpu is: what it writes beside a program is measured.
+COMPILED = Path(__file__).parents[1] / ".jax_cache"
+MOST_COMPILED = 2_000_000_000  # bytes, of programs and their earlier versions: then it starts anew
+LACKS_LIBTPU = importlib.util.find_spec("libtpu") is None
+if LACKS_LIBTPU and os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test may reach the network; a hub look-up then fails at once and by name.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest
+import pytest  # noqa: E402
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what it puts in the background so, and children inherit it: tests of ctrl-C
@@ -37,7 +46,6 @@ PARITY_DIR = Path(__file__).parent / "parity"
 MISSING = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
 PARITY_REASON = f"parity: {' and '.join(MISSING)} not installed (BUILD.md, 'Live parity', says how)"
 ON_GPU = "cuda" in os.environ["JAX_PLATFORMS"]
-LACKS_LIBTPU = importlib.util.find_spec("libtpu") is None
 AOT_REASON = "aot: libtpu not installed (tests/run --aot makes an environment that has it)"
 GPU_REASON = "gpu: no NVIDIA GPU (tests/run --gpu, on a machine that has one)"
 SLOW_REASON = "slow: run with --slow"
@@ -59,10 +67,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        _forget_many_programs()
     if config.getoption("--require_parity") and MISSING:
         raise pytest.UsageError(f"--require_parity: {' and '.join(MISSING)} not installed")
     if config.getoption("--require_aot") and LACKS_LIBTPU:
         raise pytest.UsageError("--require_aot: libtpu not installed")
+
+
+def _forget_many_programs() -> None:
+    files = COMPILED.iterdir() if COMPILED.is_dir() else ()
+    if sum(path.stat().st_size for path in files) > MOST_COMPILED:
+        shutil.rmtree(COMPILED)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
