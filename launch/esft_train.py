@@ -22,6 +22,7 @@ from launch.settings import (
     checked,
     describe,
     describe_memory,
+    heldout_nll,
     load_rows,
     train_config,
 )
@@ -30,7 +31,6 @@ from moejax.core.errors import InputError
 from moejax.data.loader import batches, fixed_batches
 from moejax.data.packing import Packed
 from moejax.data.shared import SharedData
-from moejax.evals import nll
 from moejax.io import atomic, lineage, processes
 from moejax.io.hf import has_class
 from moejax.io.load import Loaded, load_any, save_any
@@ -200,14 +200,8 @@ def make_eval(
         return None
 
     def evaluate(trainable, frozen):
-        found = nll.evaluate(
-            assemble(trainable, frozen),
-            model,
-            heldout,
-            batch_size=config.train.batch_size // config.train.accumulation,
-            options=options,
-        )
-        return {"nll": float(found.sums.sum() / found.counts.sum())}
+        params = assemble(trainable, frozen)
+        return {"nll": heldout_nll(config, params, model, heldout, options)}
 
     return evaluate
 

@@ -34,6 +34,7 @@ from launch.settings import (
     describe,
     describe_memory,
     forward_options,
+    heldout_nll,
     load_rows,
     train_config,
 )
@@ -42,7 +43,6 @@ from moejax.core.errors import InputError
 from moejax.data.loader import batches
 from moejax.data.packing import Packed
 from moejax.data.shared import SharedData
-from moejax.evals import nll
 from moejax.io import atomic, lineage
 from moejax.io.load import FORMATS, Loaded, load_any, save_any
 from moejax.methods import merge as merging
@@ -124,9 +124,9 @@ def search(config: ConfigDict, loaded: Loaded, merge: MergeConfig) -> Merged | N
     if cli.DRY_RUN.value:
         return None
     params = jax.device_put(loaded.params)
-    found = {}
+    found, dense = {}, merging.dense_config(loaded.config)
     for lam, merged in merging.lambda_grid(params, loaded.config, lams):
-        found[lam] = _nll(config, merged, merging.dense_config(loaded.config), heldout)
+        found[lam] = heldout_nll(config, merged, dense, heldout, forward_options(config))
         print(f"lambda   {lam:<5g} held-out {found[lam]:.4f} nats a token", flush=True)
     best = min(found, key=lambda lam: found[lam])
     print(f"best     {best:g}, chosen on the held-out data that it is measured on")
@@ -180,7 +180,7 @@ def run(config: ConfigDict, job: tuple, settings: TrainConfig, trees: tuple) -> 
 
     def evaluate(coefficients, frozen):
         merged, dense = merging.merge_experts(frozen, model, coefficients, merge)
-        return {"nll": _nll(config, merged, dense, rows.heldout)}
+        return {"nll": heldout_nll(config, merged, dense, rows.heldout, forward_options(config))}
 
     if settings.best_metric:
         _heldout(rows)
@@ -234,15 +234,6 @@ def save(loaded: Loaded, merged: Merged, merge: MergeConfig) -> None:
 def _step_flops(config: ConfigDict, model: ModelConfig) -> float:
     tokens = config.train.batch_size * config.data.seq_len
     return flops.merge_flops(model, tokens, config.data.seq_len, 1)
-
-
-def _nll(config: ConfigDict, params: tree.Tree, dense: ModelConfig, heldout: Packed) -> float:
-    """Nats per held-out answer token."""
-    options = forward_options(config)
-    found = nll.evaluate(
-        params, dense, heldout, batch_size=config.train.batch_size, options=options
-    )
-    return float(found.sums.sum() / found.counts.sum())
 
 
 def _heldout(rows: SharedData) -> Packed:

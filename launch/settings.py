@@ -18,7 +18,9 @@ from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.core.memory import GIB, available_bytes
 from moejax.data.load import DataConfig
+from moejax.data.packing import Packed
 from moejax.data.shared import RowsConfig, SharedData, load_shared
+from moejax.evals import nll
 from moejax.io.load import Loaded
 from moejax.models import flops, transformer
 from moejax.models.config import ModelConfig
@@ -203,6 +205,19 @@ def plan_memory(config: ConfigDict, model: ModelConfig, settings: TrainConfig, l
     params = transformer.abstract_params(model, config.model.dtype)
     trained, frozen = split_frozen(config, params)
     return step_memory(loss, optimizer, trained, frozen, batch, settings.accumulation)
+
+
+def heldout_nll(
+    config: ConfigDict, params: tree.Tree, model: ModelConfig, heldout: Packed, how: ForwardOptions
+) -> float:
+    """Held-out nats per answer token. A forward pass on a microbatch's rows, with logits of at most
+    compute.max_logit_mib: where a training step fits, so does this."""
+    rows = config.train.batch_size // config.train.accumulation
+    memory = config.compute.max_logit_mib * 2**20
+    found = nll.evaluate(
+        params, model, heldout, batch_size=rows, options=how, max_logit_bytes=memory
+    )
+    return float(found.sums.sum() / found.counts.sum())
 
 
 def describe_memory(memory: StepMemory) -> str:

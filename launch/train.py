@@ -31,6 +31,7 @@ from launch.settings import (
     checked,
     describe,
     describe_memory,
+    heldout_nll,
     load_rows,
     plan_memory,
     preset,
@@ -42,7 +43,6 @@ from moejax.core.errors import InputError
 from moejax.data.loader import batches
 from moejax.data.packing import Packed
 from moejax.data.shared import SharedData
-from moejax.evals import nll
 from moejax.io import lineage, processes
 from moejax.io.hf import has_class
 from moejax.io.load import Loaded, load_any, save_any
@@ -175,12 +175,11 @@ def make_eval(config: ConfigDict, model: ModelConfig, heldout: Packed | None, me
     """Held-out nats per answer token, or nothing where nothing is held out."""
     if heldout is None:
         return None
-    options, batch_size = parallel_options(config, mesh), config.train.batch_size
+    options = parallel_options(config, mesh)
 
     def evaluate(params, frozen):
         params = tree.join(params, frozen)
-        found = nll.evaluate(params, model, heldout, batch_size=batch_size, options=options)
-        return {"nll": float(found.sums.sum() / found.counts.sum())}
+        return {"nll": heldout_nll(config, params, model, heldout, options)}
 
     return evaluate
 

@@ -233,6 +233,52 @@ def test_the_best_evaluation_is_kept_across_a_kill(tmp_path):
     assert evals == list(values.values())
 
 
+def weight(trainable, frozen):
+    return {"nll": float(jnp.abs(trainable["w"]).sum())}
+
+
+@pytest.mark.parametrize("fails_at", [3, 6])
+def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(tmp_path, fails_at):
+    config = dataclasses.replace(CONFIG, save_every=3, eval_every=3, best_metric="nll")
+    whole = run(tmp_path / "whole", config, eval_fn=weight)
+    asked, evaluated = [], []
+
+    def failing(trainable, frozen):
+        evaluated.append(None)
+        if len(evaluated) == fails_at // 3:
+            raise MemoryError
+        return weight(trainable, frozen)
+
+    def counted(step):
+        asked.append(step)
+        return batches(step)
+
+    with pytest.raises(MemoryError):
+        run(tmp_path / "run", config, eval_fn=failing)
+    again = run(tmp_path / "run", config, batches=counted, eval_fn=weight)
+    assert sorted(set(asked)) == list(range(fails_at, 6))
+    assert without_clock(again.records) == without_clock(whole.records)
+    assert (again.best_step, again.best_value) == (whole.best_step, whole.best_value)
+    best = [load_best(tmp_path / name, again.params) for name in ("run", "whole")]
+    assert tree.diff(*best) == []
+
+
+def test_a_run_that_is_told_to_stop_saves_and_leaves_the_evaluation_to_the_next_start(tmp_path):
+    config = dataclasses.replace(CONFIG, save_every=0, eval_every=3)
+
+    def stopped(step):
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return batches(step)
+
+    with pytest.raises(KeyboardInterrupt, match="step 3 of 6 is saved"):
+        run(tmp_path / "run", config, batches=stopped, eval_fn=weight)
+    assert not any("eval/nll" in record for record in read_metrics(tmp_path / "run"))
+    again = run(tmp_path / "run", config, eval_fn=weight)
+    whole = run(tmp_path / "whole", config, eval_fn=weight)
+    assert without_clock(again.records) == without_clock(whole.records)
+
+
 def test_an_unknown_best_metric_is_named(tmp_path):
     config = dataclasses.replace(CONFIG, best_metric="accuracy")
     with pytest.raises(InputError, match="'accuracy' .* use nll"):
