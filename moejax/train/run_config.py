@@ -29,7 +29,8 @@ class TrainConfig:
       accumulation_dtype: of the sum of their gradients.
       grad_dtype, overlap: as `moejax.train.step.StepOptions` has them.
       max_skipped: steps in a row whose loss or gradient may be not finite: they change nothing
-        and are counted. One more ends the run. 0 ends it at the first.
+        and are counted. One more ends the run. 0 ends it at the first. Each has its step of the
+        schedule, which ends at the last step whatever was skipped.
       log_every: steps between console lines (every step is in metrics.jsonl); losses are fetched,
         and checked to be finite, as often.
       save_every: steps between checkpoints; 0 saves at the end and when interrupted only.

@@ -79,6 +79,9 @@ def make_train_step(
     gives for a mean over tokens. (A loss that is no such mean, as the balance loss over a batch,
     is averaged with the same weights.)  Microbatch i of step s draws fold_in(fold_in(key, s), i).
     `adjust` has the last word on the parameters, for what is not learned by gradients.
+
+    A learning-rate schedule is asked for `state.step`: steps that are skipped pass for it too, so
+    it ends with the run. Moments and their corrections count the updates that were made.
     """
 
     def step(state, frozen, batch, key):
@@ -90,7 +93,8 @@ def make_train_step(
         grads = _placed(grads, options)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        opt_state = _at_step(state.opt_state, state.step)
+        updates, opt_state = optimizer.update(grads, opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if adjust is not None:
             params = adjust(state.params, params, metrics)
@@ -113,6 +117,19 @@ def make_train_step(
         donate_argnums=0,
         out_shardings=(options.shardings, everywhere),
         compiler_options=overlap_options(options.mesh) if options.overlap else None,
+    )
+
+
+def _at_step(opt_state: optax.OptState, step: jax.Array) -> optax.OptState:
+    """The optimizer's state with its schedules, which count updates, at the run's step."""
+
+    def is_schedule(part):
+        return isinstance(part, optax.ScaleByScheduleState)
+
+    return jax.tree.map(
+        lambda part: part._replace(count=step) if is_schedule(part) else part,
+        opt_state,
+        is_leaf=is_schedule,
     )
 
 

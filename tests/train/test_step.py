@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from moejax.core.errors import InputError
+from moejax.train.optim import OptimConfig, make_optimizer, make_schedule
 from moejax.train.state import init_state
 from moejax.train.step import StepOptions, make_train_step
 
@@ -115,6 +116,26 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     assert all(jax.tree.leaves(same))
     state, third = step(state, frozen, batch, jax.random.key(0))
     assert float(third["skipped_count"]) == 0.0 and np.isfinite(state.params["w"]).all()
+
+
+def test_skipped_steps_have_their_step_of_the_schedule_and_no_other_count():
+    """The learning rate that is applied is schedule(step), with which the loop logs it."""
+    trainable, frozen, batch = problem()
+    optimizer = make_optimizer(OptimConfig("adamw", lr=1.0), 6)
+    step = make_train_step(masked_mean, optimizer, StepOptions(skip_nonfinite=True))
+    plain = init_state(jax.tree.map(jnp.copy, trainable), optimizer)
+    state = init_state(trainable, optimizer)
+    plain, _ = step(plain, frozen, batch, jax.random.key(0))
+    one_later = jax.tree.map(jnp.copy, plain)
+    plain, _ = step(plain, frozen, batch, jax.random.key(0))
+    state, _ = step(state, frozen, batch, jax.random.key(0))
+    before = np.asarray(state.params["w"])
+    state, _ = step(state, frozen, batch | {"y": batch["y"] * np.nan}, jax.random.key(0))
+    state, _ = step(state, frozen, batch, jax.random.key(0))
+    moved = np.asarray(state.params["w"]) - before
+    unskipped = np.asarray(plain.params["w"]) - np.asarray(one_later.params["w"])
+    schedule = make_schedule(OptimConfig(lr=1.0), 6)
+    np.testing.assert_allclose(moved / unskipped, schedule(2) / schedule(1), rtol=1e-5)
 
 
 def before_parts(state):
