@@ -159,7 +159,7 @@ def learn(config: ConfigDict, loaded: Loaded, merge: MergeConfig) -> Merged | No
             f"learned  run {name}: coefficients within {values['max_relative_departure']:.2%} "
             "of equal; compare with --mode=uniform"
         )
-    record = {"step": result.step, "last_loss": result.records[-1].get("loss")}
+    record = {"step": result.step, "last_loss": result.last_loss}
     record |= {"train_tokens": result.train_tokens, "wall_s": round(result.wall_s, 1)}
     merged, _ = merging.merge_experts(frozen, model, coefficients, merge)
     return merged, record | {"coefficients": departures}

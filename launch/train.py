@@ -197,7 +197,7 @@ def save(config: ConfigDict, loaded: Loaded, result: FitResult, data: dict, targ
 
 def write(config: ConfigDict, loaded: Loaded, result: FitResult, data: dict, target: Path) -> None:
     """`save` of parameters on the host, by one process."""
-    results = {"step": result.step, "last_loss": result.records[-1].get("loss")}
+    results = {"step": result.step, "last_loss": result.last_loss}
     results |= {"train_tokens": result.train_tokens, "wall_s": round(result.wall_s, 1)}
     results["data"] = data
     if result.best_step is not None:

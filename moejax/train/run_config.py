@@ -111,6 +111,11 @@ class FitResult:
         return sum(r.get("step_s", 0.0) for r in self.records)
 
     @property
+    def last_loss(self) -> float | None:
+        """Of the last step; the records behind it may be of an evaluation."""
+        return next((r["loss"] for r in reversed(self.records) if "loss" in r), None)
+
+    @property
     def train_tokens(self) -> int:
         """Tokens trained on, padding excluded."""
         return round(sum(r.get("token_count", 0.0) for r in self.records))

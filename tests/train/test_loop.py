@@ -259,6 +259,7 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(tmp_path, fai
     assert sorted(set(asked)) == list(range(fails_at, 6))
     assert without_clock(again.records) == without_clock(whole.records)
     assert (again.best_step, again.best_value) == (whole.best_step, whole.best_value)
+    assert "eval/nll" in whole.records[-1] and whole.last_loss == whole.records[-2]["loss"]
     best = [load_best(tmp_path / name, again.params) for name in ("run", "whole")]
     assert tree.diff(*best) == []
 
