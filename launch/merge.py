@@ -30,6 +30,7 @@ from ml_collections import ConfigDict, config_flags
 from launch import cli
 from launch.settings import (
     BEFORE,
+    check_heldout,
     checked,
     describe,
     describe_memory,
@@ -138,9 +139,14 @@ def learn(config: ConfigDict, loaded: Loaded, merge: MergeConfig) -> Merged | No
     """Trains the coefficients alone, in --workdir, and merges with them."""
     model, rows = loaded.config, load_rows(config, loaded)
     settings = train_config(config, len(rows.train))
-    loss = merging.merge_loss(
-        model, merge, functools.partial(lm_loss, options=forward_options(config))
+    check_heldout(settings, rows)
+    dense_loss = functools.partial(
+        lm_loss,
+        options=forward_options(config),
+        max_logit_bytes=config.compute.max_logit_mib * 2**20,
+        z_weight=config.train.z_loss,
     )
+    loss = merging.merge_loss(model, merge, dense_loss)
     start = merging.init_coefficients(model, merge)
     for line in describe(config, model, settings, rows)[:2]:
         print(line)
@@ -182,8 +188,6 @@ def run(config: ConfigDict, job: tuple, settings: TrainConfig, trees: tuple) -> 
         merged, dense = merging.merge_experts(frozen, model, coefficients, merge)
         return {"nll": heldout_nll(config, merged, dense, rows.heldout, forward_options(config))}
 
-    if settings.best_metric:
-        _heldout(rows)
     return fit(
         settings,
         loss,

@@ -126,12 +126,24 @@ def split_frozen(config: ConfigDict, params: tree.Tree) -> tuple[tree.Tree, tree
     """(trained, frozen) parameters, by train.freeze; every pattern has to fit something."""
     settings = config.train
     check_patterns(patterns(settings.freeze), params, "train.freeze")
-    check_patterns(patterns(settings.no_decay), params, "train.no_decay")
-    check_patterns([pattern for pattern, _ in _factors(settings.lr_scale)], params, "lr_scale")
+    check_update_patterns(config, params)
     frozen, trained = tree.split(params, patterns(settings.freeze))
     if not trained:
         raise InputError(f"train.freeze {settings.freeze!r} leaves nothing to train")
     return trained, frozen
+
+
+def check_update_patterns(config: ConfigDict, params: tree.Tree) -> None:
+    """InputError for a pattern of train.no_decay or train.lr_scale that fits no parameter."""
+    check_patterns(patterns(config.train.no_decay), params, "train.no_decay")
+    scaled = [pattern for pattern, _ in _factors(config.train.lr_scale)]
+    check_patterns(scaled, params, "train.lr_scale")
+
+
+def check_heldout(settings: TrainConfig, rows: SharedData) -> None:
+    """InputError for a run that is to keep its best and has nothing to judge it by."""
+    if settings.best_metric and rows.heldout is None:
+        raise InputError("train.keep_best needs held-out data: raise data.heldout_share above 0")
 
 
 def forward_options(config: ConfigDict) -> ForwardOptions:

@@ -28,6 +28,7 @@ from launch.program import grad_dtype, make_loss, make_mesh_of, parallel_options
 from launch.settings import (
     BEFORE,
     PRESET,
+    check_heldout,
     checked,
     describe,
     describe_memory,
@@ -79,6 +80,7 @@ def main(argv) -> None:
     out_of_memory.explain_with(explainer(config, plan.config))
     rows = load_rows(config, plan)
     settings = train_config(config, len(rows.train))
+    check_heldout(settings, rows)
     mesh = make_mesh_of(config, plan.config)
     loss = make_loss(plan.config, config)
     for line in [*multihost.device_table(), *describe(config, plan.config, settings, rows)]:
@@ -133,8 +135,6 @@ def train(
     model, data = loaded.config, config.data
     trained, frozen = split_frozen(config, loaded.params)
     loaded = dataclasses.replace(loaded, params=None)
-    if settings.best_metric and rows.heldout is None:
-        raise InputError("train.keep_best needs held-out data: raise data.heldout_share above 0")
     step_flops = flops.train_flops(model, config.train.batch_size * data.seq_len, data.seq_len)
     sections = ("model", "data", "compute")
     identity = {
