@@ -199,13 +199,17 @@ class _Run:
                 self._evaluate(state, frozen, log)
                 watchdog.beat(self.step)
             self._since = time.perf_counter()
-            stopping = False
+            stopping, running = False, None
             while self.step < config.steps and not stopping:
                 seen = (state.params,) if self._info.on_policy else ()
                 batch = feed.get(self.step, *seen)
                 state, metrics = self._update(state, frozen, batch, key)
                 self.step += 1
                 self._pending.append((self.step, metrics))
+                # The step before has to end: with one in flight no device waits, and a signal or
+                # the watchdog sees no more than that one, however seldom losses are fetched.
+                jax.block_until_ready(running)
+                running = metrics["loss"]
                 stopping = agreement.reached(stop.is_set())
                 last = self.step == config.steps
                 evaluate = self._evaluates() and (last or not stopping)

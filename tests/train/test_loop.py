@@ -19,6 +19,7 @@ import pytest
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.core.mesh import make_mesh
+from moejax.train import loop
 from moejax.train.log import read_metrics
 from moejax.train.loop import RunInfo, TrainConfig, fit, load_best, load_params
 from moejax.train.optim import OptimConfig
@@ -191,6 +192,26 @@ def test_on_policy_batches_on_a_mesh_are_refused_before_anything_is_written(tmp_
     with pytest.raises(InputError, match="made on one device, and this run has a mesh of 1"):
         run(tmp_path / "run", info=info)
     assert not (tmp_path / "run").exists()
+
+
+def test_one_step_at_most_is_in_flight_however_seldom_losses_are_fetched(tmp_path, monkeypatch):
+    ended: list[None] = []
+    begun: list[int] = []
+
+    class Loss:
+        def block_until_ready(self):
+            ended.append(None)
+
+        def __array__(self, *_, **__):
+            return np.float32(1)
+
+    def update(state, frozen, batch, key):
+        begun.append(len(ended))
+        return state, {"loss": Loss(), "grad_norm": np.float32(1)}
+
+    monkeypatch.setattr(loop, "make_train_step", lambda *_: update)
+    run(tmp_path, dataclasses.replace(CONFIG, log_every=100, save_every=0))
+    assert begun == [0, 0, 1, 2, 3, 4]  # how many have ended when each begins
 
 
 def test_rows_that_accumulation_does_not_divide(tmp_path):
