@@ -59,6 +59,38 @@ def test_accumulation_weighs_by_tokens_and_not_by_microbatch():
     np.testing.assert_allclose(parts.params["w"], whole.params["w"], rtol=1e-6)
 
 
+def with_auxiliary(trainable, frozen, batch, rng):
+    """As a mixture's balance loss: of all rows, whether they count or not."""
+    loss, metrics = masked_mean(trainable, frozen, batch, rng)
+    balance = 0.1 * jnp.mean(jnp.square(batch["x"] @ trainable["w"]))
+    return loss + balance, metrics | {"balance_loss": balance}
+
+
+@pytest.mark.parametrize("accumulation", [2, 3])
+def test_a_batch_without_any_counted_token_still_has_its_auxiliary_loss(accumulation):
+    mask = np.zeros(12, np.float32)
+    whole, whole_metrics = one_step(1, loss_fn=with_auxiliary, mask=mask)
+    parts, metrics = one_step(accumulation, loss_fn=with_auxiliary, mask=mask)
+    assert float(whole_metrics["loss"]) > 0 == float(metrics["target_count"])
+    for name in ("loss", "balance_loss", "grad_norm"):
+        assert float(metrics[name]) == pytest.approx(float(whole_metrics[name]), rel=1e-5)
+    np.testing.assert_allclose(parts.params["w"], whole.params["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("counted", [0, 1, 2])
+def test_a_microbatch_without_a_counted_token_weighs_nothing_beside_one_with(counted):
+    mask = np.zeros(12, np.float32)
+    mask[4 * counted : 4 * counted + 3] = 1
+    parts, metrics = one_step(3, loss_fn=with_auxiliary, mask=mask)
+    trainable, frozen, batch = problem()
+    alone = {k: v[4 * counted : 4 * counted + 4] for k, v in (batch | {"mask": mask}).items()}
+    loss, wanted = with_auxiliary(trainable, frozen, alone, None)
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
+    assert float(metrics["target_count"]) == 3
+    grads = jax.grad(lambda t: with_auxiliary(t, frozen, alone, None)[0])(trainable)
+    np.testing.assert_allclose(parts.params["w"], trainable["w"] - 0.1 * grads["w"], rtol=1e-5)
+
+
 def test_gradient_norm_is_reported_before_clipping():
     _, free = one_step(1)
     _, clipped = one_step(1, optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(0.1)))
