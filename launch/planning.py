@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from launch.esft_plan import esft_program
 from launch.program import make_mesh_of, make_program
-from launch.settings import PRESET, preset, train_config
+from launch.settings import PRESET, patterns, preset, train_config
 from moejax.aot.estimate import Setup, estimate, estimate_time
 from moejax.aot.plan import Plan, describe_hbm, failed_plan, read_plan
 from moejax.aot.remedies import describe, remedies
@@ -70,6 +70,7 @@ def setup_of(config: ConfigDict, model: ModelConfig, sizes: Mapping[str, int], c
         compute_dtype=config.compute.dtype,
         remat=config.compute.remat,
         strategy=config.compute.moe_strategy,
+        freeze=patterns(config.train.freeze),
     )
 
 

@@ -171,6 +171,12 @@ def preset(config: ConfigDict) -> ModelConfig:
     return model
 
 
+def step_flops_of(config: ConfigDict, model: ModelConfig) -> float:
+    """FLOPs of one update, without the weights' gradients of what train.freeze names."""
+    num_tokens = config.train.batch_size * config.data.seq_len
+    return flops.train_flops(model, num_tokens, config.data.seq_len, patterns(config.train.freeze))
+
+
 def describe(
     config: ConfigDict, model: ModelConfig, settings: TrainConfig, rows: SharedData | None
 ) -> list[str]:
@@ -191,7 +197,7 @@ def describe(
             f"{rows.heldout.stats.num_examples if rows.heldout else 0} held out; "
             f"{rows.examples.num_read} of {len(rows.examples.entries)} read by this process"
         )
-    step_flops = flops.train_flops(model, batch_size * seq_len, seq_len)
+    step_flops = step_flops_of(config, model)
     steps = settings.steps if rows is not None or config.train.steps else None
     total = f"{steps} steps, {steps * step_flops:.3g} FLOPs in all; " if steps else ""
     optim = settings.optim

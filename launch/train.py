@@ -37,6 +37,7 @@ from launch.settings import (
     plan_memory,
     preset,
     split_frozen,
+    step_flops_of,
     train_config,
 )
 from moejax.core import tree
@@ -48,7 +49,6 @@ from moejax.io import lineage, processes
 from moejax.io.hf import has_class
 from moejax.io.load import Loaded, load_any, save_any
 from moejax.io.sharded import on_mesh
-from moejax.models import flops
 from moejax.models.config import ModelConfig
 from moejax.train.layout import describe_mesh
 from moejax.train.loop import FitResult, RunInfo, TrainConfig, fit, load_best, load_params
@@ -135,7 +135,6 @@ def train(
     model, data = loaded.config, config.data
     trained, frozen = split_frozen(config, loaded.params)
     loaded = dataclasses.replace(loaded, params=None)
-    step_flops = flops.train_flops(model, config.train.batch_size * data.seq_len, data.seq_len)
     sections = ("model", "data", "compute")
     identity = {
         "config": {name: config[name].to_dict() for name in sections},
@@ -157,7 +156,7 @@ def train(
         RunInfo(
             "train",
             identity,
-            step_flops,
+            step_flops_of(config, model),
             peak,
             donate=True,
             mesh=mesh if mesh.size > 1 else None,

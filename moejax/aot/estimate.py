@@ -40,7 +40,8 @@ class Setup:
 
     mesh: devices of each axis. batch_size: rows of the whole update, cut into `accumulation` parts.
     strategy: how tokens travel to experts. factor: buffer rows of the exchange over the balanced
-    load.
+    load. freeze: patterns of what is not trained, of which FLOPs alone take notice: the estimates
+    of memory have state of all parameters.
     """
 
     model: ModelConfig
@@ -55,6 +56,7 @@ class Setup:
     remat: str = "full"
     strategy: str = "auto"
     factor: float = 1.25
+    freeze: tuple[str, ...] = ()
 
     @property
     def num_devices(self) -> int:
@@ -168,8 +170,9 @@ def _gradient_bytes(setup: Setup, state: TrainState) -> int:
 def estimate_time(setup: Setup) -> Roofline:
     """Compute, weights and exchanges at peak rates; the HBM traffic of weights and state only."""
     num_tokens = setup.batch_size * setup.seq_len
-    total = flops.train_flops(setup.model, num_tokens, setup.seq_len)
-    compute = total * (1 + RECOMPUTED[setup.remat]) / setup.num_devices
+    sizes = (setup.model, num_tokens, setup.seq_len)
+    again = RECOMPUTED[setup.remat] * flops.train_flops(*sizes)
+    compute = (flops.train_flops(*sizes, setup.freeze) + again) / setup.num_devices
     state = at_rest(setup)
     traffic = 2 * (shard_bytes(state.params) + shard_bytes(state.opt_state))
     traffic += 3 * setup.accumulation * _gathered_bytes(setup)

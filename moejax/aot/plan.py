@@ -206,4 +206,5 @@ def _describe_work(plan: Plan) -> list[str]:
 
 def _model_flops(setup: Setup) -> float:
     num_tokens = setup.batch_size * setup.seq_len
-    return flops.train_flops(setup.model, num_tokens, setup.seq_len) / setup.num_devices
+    whole = flops.train_flops(setup.model, num_tokens, setup.seq_len, setup.freeze)
+    return whole / setup.num_devices

@@ -76,7 +76,8 @@ class RunInfo:
     Attributes:
       title: shown before console lines. quiet: no console.
       identity: what else makes this run this run (model, data), JSON; kept in config.json.
-      flops_per_step: of one update, for GFLOP/s; peak: what they are held against, for MFU.
+      flops_per_step: of one update, for GFLOP/s (`moejax.models.flops.train_flops` says what
+        counts); peak: what they are held against, for MFU.
       donate: the caller hands `trainable` over (its arrays are gone afterwards) and saves a copy.
       on_policy: `batches` is also given the parameters as they are before the step.
       mesh: the devices that share the work; None is one device. A run may go on on another mesh.

@@ -17,13 +17,16 @@ from launch.planning import (
     reckoner,
     setup_of,
 )
+from launch.settings import step_flops_of
 from launch.sweep_table import row_of, table
-from moejax.aot.estimate import estimate
+from moejax.aot.estimate import estimate, estimate_time
+from moejax.aot.plan import failed_plan
 from moejax.core import tree
 from moejax.core.chips import CHIPS
 from moejax.core.errors import InputError
 from moejax.core.mesh import make_mesh
 from moejax.models.config import ModelConfig
+from moejax.models.flops import train_flops
 from moejax.moe.config import CONVENTIONS, MoEConfig
 
 DENSE = ModelConfig("llama", 512, 2, 64, 128, 4, 2, 16)
@@ -123,6 +126,19 @@ def test_how_tokens_travel_is_said_and_why_if_auto_chose():
     assert said().startswith("exchange by chunked: 4096 tokens x top-2 over 8 expert shards on v6e")
     assert said(moe_strategy="ragged") == "exchange by ragged"
     assert said(DENSE) == said(sizes=sizes | {"expert": 1, "fsdp": 8}) == ""
+
+
+def test_frozen_weights_count_less():
+    alone = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+    plain, some = (
+        setup_of(settings(freeze=freeze), DENSE, alone, CHIPS["v5p"])
+        for freeze in ("", "layers/**, embed/**")
+    )
+    assert estimate_time(some).compute_s < 0.85 * estimate_time(plain).compute_s
+    tokens = plain.batch_size * plain.seq_len
+    failed = failed_plan(some, RuntimeError("RESOURCE_EXHAUSTED"), 1.0)
+    assert failed.model_flops == train_flops(DENSE, tokens, plain.seq_len, some.freeze)
+    assert failed.model_flops == step_flops_of(settings(freeze="layers/**,embed/**"), DENSE)
 
 
 def test_a_dense_model_has_no_expert_axis():
