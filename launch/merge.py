@@ -207,7 +207,8 @@ def describe_stage(config: ConfigDict, loaded: Loaded, settings: TrainConfig, jo
     names = ("tokens", "segment_ids", "positions", "loss_mask")
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
     optimizer = make_optimizer(settings.optim, settings.steps)
-    memory = step_memory(loss, optimizer, start, loaded.params, batch, settings.accumulation)
+    parts = settings.accumulation, settings.accumulation_dtype
+    memory = step_memory(loss, optimizer, start, loaded.params, batch, *parts)
     step_flops = _step_flops(config, loaded.config)
     return (
         f"steps    {settings.steps} of {shape[0]} x {shape[1]} tokens, {step_flops:.3g} FLOPs "

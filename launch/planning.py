@@ -71,6 +71,8 @@ def setup_of(config: ConfigDict, model: ModelConfig, sizes: Mapping[str, int], c
         remat=config.compute.remat,
         strategy=config.compute.moe_strategy,
         freeze=patterns(config.train.freeze),
+        accumulation_dtype=settings.accumulation_dtype,
+        max_logit_mib=config.compute.max_logit_mib,
     )
 
 

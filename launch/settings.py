@@ -222,7 +222,8 @@ def plan_memory(config: ConfigDict, model: ModelConfig, settings: TrainConfig, l
     optimizer = make_optimizer(settings.optim, settings.steps)
     params = transformer.abstract_params(model, config.model.dtype)
     trained, frozen = split_frozen(config, params)
-    return step_memory(loss, optimizer, trained, frozen, batch, settings.accumulation)
+    parts = settings.accumulation, settings.accumulation_dtype
+    return step_memory(loss, optimizer, trained, frozen, batch, *parts)
 
 
 def heldout_nll(
