@@ -278,8 +278,8 @@ def plan_memory(config: ConfigDict, plan: Loaded, settings: TrainConfig, chosen)
     made = Adaptation({}, {}, *_faces(config, plan, model, chosen))
     loss = make_loss(config, model, made, parallel_options(config, None))
     optimizer = make_optimizer(settings.optim, settings.steps)
-    parts = settings.accumulation, settings.accumulation_dtype
-    return step_memory(loss, optimizer, trainable, frozen, batch, *parts)
+    cut = settings.accumulation, settings.accumulation_dtype
+    return step_memory(loss, optimizer, trainable, frozen, batch, *cut)
 
 
 def describe_arm(config: ConfigDict, adaptation: Adaptation, loaded: Loaded, chosen) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -196,7 +197,7 @@ def save(config: ConfigDict, loaded: Loaded, result: FitResult, data: dict, targ
 
 def write(config: ConfigDict, loaded: Loaded, result: FitResult, data: dict, target: Path) -> None:
     """`save` of parameters on the host, by one process."""
-    results = {"step": result.step, "last_loss": result.last_loss}
+    results: dict[str, Any] = {"step": result.step, "last_loss": result.last_loss}
     results |= {"train_tokens": result.train_tokens, "wall_s": round(result.wall_s, 1)}
     results["data"] = data
     if result.best_step is not None:

@@ -176,7 +176,8 @@ def _accumulate(loss_fn, params, frozen, batch, key, options) -> tuple[tree.Tree
 
     def body(total, xs):
         (grads, sums), counted = total, total[1][WEIGHT]
-        more_grads, more = one(*xs, counted)
+        part, index = xs
+        more_grads, more = one(part, index, counted)
         anew = (counted == 0) & (more[WEIGHT] > 0)
 
         def add(sum_, new):
