@@ -9,8 +9,8 @@
 
 Prints the memory of one device and what holds it, FLOPs, collectives, and the least time a step can
 take; where the step does not fit, what to change, in order. With --sweep it tries meshes, batch
-sizes, remat and expert strategies: all by estimate, the best --compiles of them compiled. Nothing
-runs. Needs the extra [aot], which .venv-aot has.
+sizes, remat and expert strategies, the config's own among them: all by estimate, the best
+--compiles of them compiled. Nothing runs. Needs the extra [aot], which .venv-aot has.
 """
 
 from __future__ import annotations
@@ -166,9 +166,15 @@ def _print_remedies(lines: list[str], setup) -> None:
 
 
 def _sweep(config, model, devices) -> dict:
-    from launch.planning import candidates, changed, chosen_candidates, free_memory, plan
+    from launch.planning import (
+        candidates,
+        changed,
+        chosen_candidates,
+        free_memory,
+        plan,
+        reckoner,
+    )
     from launch.sweep_table import row_of, table
-    from moejax.aot.estimate import estimate
     from moejax.core.chips import chip_of
 
     chip = chip_of(TOPOLOGY.value or "")
@@ -177,7 +183,10 @@ def _sweep(config, model, devices) -> dict:
     if not found:
         raise InputError(f"no mesh of {len(devices)} devices divides this model and batch")
     print(f"{len(found)} candidates reckoned in {time.perf_counter() - start:.0f} s", flush=True)
+    if "method" in config:
+        print("reckoned without gradients and moments, which ESFT has of its experts alone")
     rows, start, most = [], time.perf_counter(), 0 if cli.DRY_RUN.value else COMPILES.value
+    takes = reckoner(config)
 
     def compiled(keys, setup) -> float:
         result, setup, _ = plan(changed(config, keys), model, devices, chip, EFFORT.value)
@@ -185,12 +194,12 @@ def _sweep(config, model, devices) -> dict:
         eta = (time.perf_counter() - start) / len(rows) * (most - len(rows))
         print(f"compiled {len(rows)} of {most}, {eta:.0f} s left", flush=True)
         free_memory()
-        return rows[-1]["used"] / estimate(setup).used
+        return rows[-1]["used"] / takes(setup)
 
-    chosen = chosen_candidates(found, compiled, most)
+    chosen = chosen_candidates(found, compiled, most, takes)
     rows.sort(key=lambda row: row["order"])
     rest = [each for number, each in enumerate(found) if number not in chosen][:15]
-    rows += [row_of(keys, setup, None) for keys, setup in rest]
+    rows += [row_of(keys, setup, takes(setup)) for keys, setup in rest]
     print(table(rows))
     return {"topology": TOPOLOGY.value, "config": config.to_dict(), "rows": rows}
 

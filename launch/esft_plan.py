@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from launch.esft_train import make_adaptation, make_loss, training_model
+from launch.esft_train import check_method, make_adaptation, make_loss, training_model
 from launch.program import BATCH_DTYPES, grad_dtype, parallel_options
 from launch.settings import train_config
 from moejax.core.errors import InputError
@@ -29,6 +29,7 @@ def esft_program(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> StepProg
 
     method.experts is a file of --stage=select, or spread:N, N experts of each layer evenly spread.
     """
+    check_method(config)
     model, settings = training_model(config, model), train_config(config, None)
     chosen = chosen_experts(config.method.experts, model)
     faces: list[Any] = []

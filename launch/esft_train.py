@@ -19,9 +19,12 @@ from launch.multihost import say
 from launch.program import make_mesh_of, parallel_options
 from launch.settings import (
     BEFORE,
+    check_heldout,
+    check_update_patterns,
     checked,
     describe,
     describe_memory,
+    heldout_nll,
     load_rows,
     train_config,
 )
@@ -30,7 +33,6 @@ from moejax.core.errors import InputError
 from moejax.data.loader import batches, fixed_batches
 from moejax.data.packing import Packed
 from moejax.data.shared import SharedData
-from moejax.evals import nll
 from moejax.io import atomic, lineage, processes
 from moejax.io.hf import has_class
 from moejax.io.load import Loaded, load_any, save_any
@@ -55,9 +57,8 @@ def main(flags: dict[str, Any]) -> None:
     config = checked(flags["config"], esft_base.get_config())
     multihost.start()
     workdir = Path(flags["workdir"])
+    check_method(config)
     method = config.method.name
-    if method not in METHODS:
-        raise InputError(f"method.name {method!r} is unknown: use one of {', '.join(METHODS)}")
     if not config.model.source:
         raise InputError("--config.model.source is missing: a model folder, .gguf file or hub id")
     plan = load_any(config.model.source, config.model.dtype, abstract=True)
@@ -70,6 +71,7 @@ def main(flags: dict[str, Any]) -> None:
     selection.check_threshold(config.method.threshold)
     rows = load_rows(config, plan)
     settings = train_config(config, len(rows.train))
+    check_heldout(settings, rows)
     mesh = make_mesh_of(config, plan.config)
     for line in [*multihost.device_table(), *describe(config, plan.config, settings, rows)]:
         say(line)
@@ -84,6 +86,19 @@ def main(flags: dict[str, Any]) -> None:
     if method == "esft" and chosen is None:
         chosen = warm_up(config, loaded, rows, (mesh, workdir))
     run(config, loaded, rows, settings, (chosen, mesh, workdir))
+
+
+def check_method(config: ConfigDict) -> None:
+    """InputError for a method that there is not, and for train.freeze beside one."""
+    if config.method.name not in METHODS:
+        raise InputError(
+            f"method.name {config.method.name!r} is unknown: use one of {', '.join(METHODS)}"
+        )
+    if config.train.freeze:
+        raise InputError(
+            f"train.freeze {config.train.freeze!r} is not read here: method.name and "
+            "method.experts say what is trained, leave it empty"
+        )
 
 
 def run(
@@ -173,20 +188,26 @@ def training_model(config: ConfigDict, model: ModelConfig) -> ModelConfig:
 
 
 def make_adaptation(config: ConfigDict, params, model, chosen) -> Adaptation:
+    """The config's method; patterns of parameters have to fit what it trains."""
     settings = config.method
     low_rank = LoraConfig(
         settings.lora_rank, settings.lora_alpha, tuple(settings.lora_targets), config.train.seed
     )
-    return adapt(settings.name, params, model, chosen=chosen, low_rank=low_rank)
+    made = adapt(settings.name, params, model, chosen=chosen, low_rank=low_rank)
+    if made.trainable:
+        check_update_patterns(config, made.trainable)
+    return made
 
 
 def make_loss(config: ConfigDict, model: ModelConfig, adaptation: Adaptation, options):
     """The loss of the trained part; routers are perturbed only if method.router_noise says so."""
-    noisy = config.method.router_noise
+    noisy, z_weight = config.method.router_noise, config.train.z_loss
+    memory = config.compute.max_logit_mib * 2**20
 
     def loss(trainable, frozen, batch, rng):
         params = adaptation.assemble(trainable, frozen)
-        return lm_loss(params, model, batch, rng if noisy else None, options)
+        rng = rng if noisy else None
+        return lm_loss(params, model, batch, rng, options, memory, z_weight)
 
     return loss
 
@@ -200,14 +221,8 @@ def make_eval(
         return None
 
     def evaluate(trainable, frozen):
-        found = nll.evaluate(
-            assemble(trainable, frozen),
-            model,
-            heldout,
-            batch_size=config.train.batch_size // config.train.accumulation,
-            options=options,
-        )
-        return {"nll": float(found.sums.sum() / found.counts.sum())}
+        params = assemble(trainable, frozen)
+        return {"nll": heldout_nll(config, params, model, heldout, options)}
 
     return evaluate
 
@@ -263,7 +278,8 @@ def plan_memory(config: ConfigDict, plan: Loaded, settings: TrainConfig, chosen)
     made = Adaptation({}, {}, *_faces(config, plan, model, chosen))
     loss = make_loss(config, model, made, parallel_options(config, None))
     optimizer = make_optimizer(settings.optim, settings.steps)
-    return step_memory(loss, optimizer, trainable, frozen, batch, settings.accumulation)
+    cut = settings.accumulation, settings.accumulation_dtype
+    return step_memory(loss, optimizer, trainable, frozen, batch, *cut)
 
 
 def describe_arm(config: ConfigDict, adaptation: Adaptation, loaded: Loaded, chosen) -> str:

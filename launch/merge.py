@@ -30,10 +30,12 @@ from ml_collections import ConfigDict, config_flags
 from launch import cli
 from launch.settings import (
     BEFORE,
+    check_heldout,
     checked,
     describe,
     describe_memory,
     forward_options,
+    heldout_nll,
     load_rows,
     train_config,
 )
@@ -42,7 +44,6 @@ from moejax.core.errors import InputError
 from moejax.data.loader import batches
 from moejax.data.packing import Packed
 from moejax.data.shared import SharedData
-from moejax.evals import nll
 from moejax.io import atomic, lineage
 from moejax.io.load import FORMATS, Loaded, load_any, save_any
 from moejax.methods import merge as merging
@@ -124,9 +125,9 @@ def search(config: ConfigDict, loaded: Loaded, merge: MergeConfig) -> Merged | N
     if cli.DRY_RUN.value:
         return None
     params = jax.device_put(loaded.params)
-    found = {}
+    found, dense = {}, merging.dense_config(loaded.config)
     for lam, merged in merging.lambda_grid(params, loaded.config, lams):
-        found[lam] = _nll(config, merged, merging.dense_config(loaded.config), heldout)
+        found[lam] = heldout_nll(config, merged, dense, heldout, forward_options(config))
         print(f"lambda   {lam:<5g} held-out {found[lam]:.4f} nats a token", flush=True)
     best = min(found, key=lambda lam: found[lam])
     print(f"best     {best:g}, chosen on the held-out data that it is measured on")
@@ -138,9 +139,14 @@ def learn(config: ConfigDict, loaded: Loaded, merge: MergeConfig) -> Merged | No
     """Trains the coefficients alone, in --workdir, and merges with them."""
     model, rows = loaded.config, load_rows(config, loaded)
     settings = train_config(config, len(rows.train))
-    loss = merging.merge_loss(
-        model, merge, functools.partial(lm_loss, options=forward_options(config))
+    check_heldout(settings, rows)
+    dense_loss = functools.partial(
+        lm_loss,
+        options=forward_options(config),
+        max_logit_bytes=config.compute.max_logit_mib * 2**20,
+        z_weight=config.train.z_loss,
     )
+    loss = merging.merge_loss(model, merge, dense_loss)
     start = merging.init_coefficients(model, merge)
     for line in describe(config, model, settings, rows)[:2]:
         print(line)
@@ -159,7 +165,7 @@ def learn(config: ConfigDict, loaded: Loaded, merge: MergeConfig) -> Merged | No
             f"learned  run {name}: coefficients within {values['max_relative_departure']:.2%} "
             "of equal; compare with --mode=uniform"
         )
-    record = {"step": result.step, "last_loss": result.records[-1].get("loss")}
+    record = {"step": result.step, "last_loss": result.last_loss}
     record |= {"train_tokens": result.train_tokens, "wall_s": round(result.wall_s, 1)}
     merged, _ = merging.merge_experts(frozen, model, coefficients, merge)
     return merged, record | {"coefficients": departures}
@@ -180,10 +186,8 @@ def run(config: ConfigDict, job: tuple, settings: TrainConfig, trees: tuple) -> 
 
     def evaluate(coefficients, frozen):
         merged, dense = merging.merge_experts(frozen, model, coefficients, merge)
-        return {"nll": _nll(config, merged, dense, rows.heldout)}
+        return {"nll": heldout_nll(config, merged, dense, rows.heldout, forward_options(config))}
 
-    if settings.best_metric:
-        _heldout(rows)
     return fit(
         settings,
         loss,
@@ -203,7 +207,8 @@ def describe_stage(config: ConfigDict, loaded: Loaded, settings: TrainConfig, jo
     names = ("tokens", "segment_ids", "positions", "loss_mask")
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
     optimizer = make_optimizer(settings.optim, settings.steps)
-    memory = step_memory(loss, optimizer, start, loaded.params, batch, settings.accumulation)
+    parts = settings.accumulation, settings.accumulation_dtype
+    memory = step_memory(loss, optimizer, start, loaded.params, batch, *parts)
     step_flops = _step_flops(config, loaded.config)
     return (
         f"steps    {settings.steps} of {shape[0]} x {shape[1]} tokens, {step_flops:.3g} FLOPs "
@@ -234,15 +239,6 @@ def save(loaded: Loaded, merged: Merged, merge: MergeConfig) -> None:
 def _step_flops(config: ConfigDict, model: ModelConfig) -> float:
     tokens = config.train.batch_size * config.data.seq_len
     return flops.merge_flops(model, tokens, config.data.seq_len, 1)
-
-
-def _nll(config: ConfigDict, params: tree.Tree, dense: ModelConfig, heldout: Packed) -> float:
-    """Nats per held-out answer token."""
-    options = forward_options(config)
-    found = nll.evaluate(
-        params, dense, heldout, batch_size=config.train.batch_size, options=options
-    )
-    return float(found.sums.sum() / found.counts.sum())
 
 
 def _heldout(rows: SharedData) -> Packed:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from launch.esft_plan import esft_program
 from launch.program import make_mesh_of, make_program
-from launch.settings import PRESET, preset, train_config
+from launch.settings import PRESET, patterns, preset, train_config
 from moejax.aot.estimate import Setup, estimate, estimate_time
 from moejax.aot.plan import Plan, describe_hbm, failed_plan, read_plan
 from moejax.aot.remedies import describe, remedies
@@ -27,12 +27,13 @@ from moejax.core.errors import InputError
 from moejax.core.memory import available_bytes
 from moejax.core.mesh import AXES
 from moejax.io.load import load_any
+from moejax.models import options
 from moejax.models.config import ModelConfig
 from moejax.moe.choose import choose, load_of
 
 Keys = dict[str, Any]
 REMAT = ("nothing", "dots", "full")
-# Of the strategies those that lose nothing; "capacity" drops, and is tried if it is asked for.
+# Beside these the one asked for: "capacity" drops, "ragged" takes memory for the worst case.
 STRATEGIES = ("chunked", "all_gather")
 MAX_BATCH_FACTOR = 4
 
@@ -69,6 +70,9 @@ def setup_of(config: ConfigDict, model: ModelConfig, sizes: Mapping[str, int], c
         compute_dtype=config.compute.dtype,
         remat=config.compute.remat,
         strategy=config.compute.moe_strategy,
+        freeze=patterns(config.train.freeze),
+        accumulation_dtype=settings.accumulation_dtype,
+        max_logit_mib=config.compute.max_logit_mib,
     )
 
 
@@ -134,45 +138,63 @@ def candidates(
     By estimated tokens per second; within 2 % of each other by what the network and HBM carry,
     which no run hides for nothing. Those that do not fit come last.
     """
-    chip = chip_of(topology)
+    chip, takes = chip_of(topology), reckoner(config)
     found: list[tuple[bool, int, float, int, Keys, Setup]] = []
     for keys in _variants(config, model, num_devices):
         setup = setup_of(
             changed(config, keys), model, {axis: keys[f"mesh.{axis}"] for axis in AXES}, chip
         )
         try:
-            hbm, line = estimate(setup), estimate_time(setup)
+            fits, line = takes(setup) <= chip.hbm_bytes, estimate_time(setup)
         except InputError:  # a width does not divide by that mesh
             continue
         tokens = setup.batch_size * setup.seq_len
         pace = round(50 * math.log(line.step_s / tokens))
         carried_s = (line.memory_s + line.network_s) / tokens
-        found.append((hbm.left < 0, pace, carried_s, len(found), keys, setup))
+        found.append((not fits, pace, carried_s, len(found), keys, setup))
     return [(keys, setup) for *_, keys, setup in sorted(found, key=lambda row: row[:4])]
 
 
+def reckoner(config: ConfigDict) -> Callable[[Setup], int]:
+    """What a candidate takes of a device, in bytes; of ESFT what it surely takes.
+
+    The estimate has gradients and moments of all parameters, ESFT of its experts alone, so they
+    are left out there.
+    """
+
+    def takes(setup: Setup) -> int:
+        found = estimate(setup)
+        return found.used - ("method" in config) * (found.optimizer + found.gradients)
+
+    return takes
+
+
 def chosen_candidates(
-    found: Sequence[tuple[Keys, Setup]], fit: Callable[[Keys, Setup], float], most: int
+    found: Sequence[tuple[Keys, Setup]],
+    fit: Callable[[Keys, Setup], float],
+    most: int,
+    takes: Callable[[Setup], int],
 ) -> list[int]:
     """Which candidates to compile: the best that fit, up to `most`, learning from what was.
 
-    fit(keys, setup) compiles one and gives the bytes it takes over those estimated; of the rest,
-    those are passed over that the largest such factor does not let fit.
+    fit(keys, setup) compiles one and gives the bytes it takes over those that `takes` reckons; of
+    the rest, those are passed over that the largest such factor does not let fit.
     """
     chosen: list[int] = []
     factor = 1.0
     for number, (keys, setup) in enumerate(found):
         if len(chosen) == most:
             break
-        if not chosen or factor * estimate(setup).used <= setup.chip.hbm_bytes:
+        if not chosen or factor * takes(setup) <= setup.chip.hbm_bytes:
             chosen.append(number)
             factor = max(factor, fit(keys, setup))
     return chosen
 
 
 def _variants(config: ConfigDict, model: ModelConfig, num_devices: int) -> Iterator[Keys]:
-    remats = sorted({*REMAT, config.compute.remat} - {"none"}, key=REMAT.index)
-    strategies = ("auto",) if model.moe is None else STRATEGIES
+    remats = sorted({*REMAT, config.compute.remat} - {"none"}, key=options.REMAT.index)
+    asked = {config.compute.moe_strategy} - {*STRATEGIES, "auto", "local"}
+    strategies = ("auto",) if model.moe is None else (*STRATEGIES, *asked)
     batch = config.train.batch_size
     batches = [batch * 2**n for n in range(MAX_BATCH_FACTOR.bit_length())]
     for sizes in _meshes(model, num_devices):

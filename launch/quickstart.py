@@ -299,7 +299,7 @@ class Lineage:
         path = self._out / "stats" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, cost | {"records": result.records})
-        return cost | {"last_loss": result.records[-1]["loss"], "data": self._rows.summary}
+        return cost | {"last_loss": result.last_loss, "data": self._rows.summary}
 
     def _export(
         self, moe: Callable[[], Model], coefficients: tree.Tree, form: str | None

@@ -18,7 +18,9 @@ from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.core.memory import GIB, available_bytes
 from moejax.data.load import DataConfig
+from moejax.data.packing import Packed
 from moejax.data.shared import RowsConfig, SharedData, load_shared
+from moejax.evals import nll
 from moejax.io.load import Loaded
 from moejax.models import flops, transformer
 from moejax.models.config import ModelConfig
@@ -124,12 +126,24 @@ def split_frozen(config: ConfigDict, params: tree.Tree) -> tuple[tree.Tree, tree
     """(trained, frozen) parameters, by train.freeze; every pattern has to fit something."""
     settings = config.train
     check_patterns(patterns(settings.freeze), params, "train.freeze")
-    check_patterns(patterns(settings.no_decay), params, "train.no_decay")
-    check_patterns([pattern for pattern, _ in _factors(settings.lr_scale)], params, "lr_scale")
+    check_update_patterns(config, params)
     frozen, trained = tree.split(params, patterns(settings.freeze))
     if not trained:
         raise InputError(f"train.freeze {settings.freeze!r} leaves nothing to train")
     return trained, frozen
+
+
+def check_update_patterns(config: ConfigDict, params: tree.Tree) -> None:
+    """InputError for a pattern of train.no_decay or train.lr_scale that fits no parameter."""
+    check_patterns(patterns(config.train.no_decay), params, "train.no_decay")
+    scaled = [pattern for pattern, _ in _factors(config.train.lr_scale)]
+    check_patterns(scaled, params, "train.lr_scale")
+
+
+def check_heldout(settings: TrainConfig, rows: SharedData) -> None:
+    """InputError for a run that is to keep its best and has nothing to judge it by."""
+    if settings.best_metric and rows.heldout is None:
+        raise InputError("train.keep_best needs held-out data: raise data.heldout_share above 0")
 
 
 def forward_options(config: ConfigDict) -> ForwardOptions:
@@ -157,6 +171,12 @@ def preset(config: ConfigDict) -> ModelConfig:
     return model
 
 
+def step_flops_of(config: ConfigDict, model: ModelConfig) -> float:
+    """FLOPs of one update, without the weights' gradients of what train.freeze names."""
+    num_tokens = config.train.batch_size * config.data.seq_len
+    return flops.train_flops(model, num_tokens, config.data.seq_len, patterns(config.train.freeze))
+
+
 def describe(
     config: ConfigDict, model: ModelConfig, settings: TrainConfig, rows: SharedData | None
 ) -> list[str]:
@@ -177,7 +197,7 @@ def describe(
             f"{rows.heldout.stats.num_examples if rows.heldout else 0} held out; "
             f"{rows.examples.num_read} of {len(rows.examples.entries)} read by this process"
         )
-    step_flops = flops.train_flops(model, batch_size * seq_len, seq_len)
+    step_flops = step_flops_of(config, model)
     steps = settings.steps if rows is not None or config.train.steps else None
     total = f"{steps} steps, {steps * step_flops:.3g} FLOPs in all; " if steps else ""
     optim = settings.optim
@@ -202,7 +222,21 @@ def plan_memory(config: ConfigDict, model: ModelConfig, settings: TrainConfig, l
     optimizer = make_optimizer(settings.optim, settings.steps)
     params = transformer.abstract_params(model, config.model.dtype)
     trained, frozen = split_frozen(config, params)
-    return step_memory(loss, optimizer, trained, frozen, batch, settings.accumulation)
+    parts = settings.accumulation, settings.accumulation_dtype
+    return step_memory(loss, optimizer, trained, frozen, batch, *parts)
+
+
+def heldout_nll(
+    config: ConfigDict, params: tree.Tree, model: ModelConfig, heldout: Packed, how: ForwardOptions
+) -> float:
+    """Held-out nats per answer token. A forward pass on a microbatch's rows, with logits of at most
+    compute.max_logit_mib: where a training step fits, so does this."""
+    rows = config.train.batch_size // config.train.accumulation
+    memory = config.compute.max_logit_mib * 2**20
+    found = nll.evaluate(
+        params, model, heldout, batch_size=rows, options=how, max_logit_bytes=memory
+    )
+    return float(found.sums.sum() / found.counts.sum())
 
 
 def describe_memory(memory: StepMemory) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moejax.aot.estimate import Setup, estimate, estimate_time
+from moejax.aot.estimate import Setup, estimate_time
 from moejax.aot.plan import Plan
 from moejax.core.memory import GIB
 from moejax.core.mesh import AXES
@@ -14,21 +14,23 @@ _HEAD += ["GiB", "bound", "tokens/s", "MFU"]
 _FORM = "{:>3} {:<14}{:>6}{:>6}  {:<9}{:<11}{:>7}  {:<8}{:>12}{:>7}"
 
 
-def row_of(keys: dict[str, Any], setup: Setup, plan: Plan | None) -> dict[str, Any]:
-    """One candidate; `plan` is None where it was reckoned only. order: sorts the best first.
+def row_of(keys: dict[str, Any], setup: Setup, plan: Plan | int) -> dict[str, Any]:
+    """One candidate; `plan` is the bytes it takes where it was reckoned only. order: sorts the best
+    first.
 
     Time is that in which what no product overlaps waits its turn.
     """
-    compiled = plan is not None
-    hbm = plan.hbm if plan is not None else estimate(setup)
-    line = plan.roofline if plan is not None else estimate_time(setup)
-    used = hbm.used if plan is None or plan.required_bytes is None else plan.required_bytes
-    fits = hbm.left >= 0 if plan is None else plan.fits
+    compiled = isinstance(plan, Plan)
+    if isinstance(plan, Plan):
+        line, model_flops, fits = plan.roofline, plan.model_flops, plan.fits
+        used = plan.hbm.used if plan.required_bytes is None else plan.required_bytes
+    else:
+        line, model_flops, fits = estimate_time(setup), 0.0, plan <= setup.chip.hbm_bytes
+        used = plan
     rate = mfu = 0.0
     if line is not None:
         rate = setup.batch_size * setup.seq_len / line.in_turn_s
-        model_flops = None if plan is None else plan.model_flops
-        mfu = 0.0 if model_flops is None else model_flops / line.in_turn_s / setup.chip.flops_per_s
+        mfu = model_flops / line.in_turn_s / setup.chip.flops_per_s
     row = {"keys": keys, "compiled": compiled, "used": used, "fits": fits, "tokens_per_s": rate}
     row |= {"mfu": mfu, "bound": line.bound if line is not None else "-"}
     return row | {"order": [not fits, -rate]}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -28,13 +29,16 @@ from launch.program import grad_dtype, make_loss, make_mesh_of, parallel_options
 from launch.settings import (
     BEFORE,
     PRESET,
+    check_heldout,
     checked,
     describe,
     describe_memory,
+    heldout_nll,
     load_rows,
     plan_memory,
     preset,
     split_frozen,
+    step_flops_of,
     train_config,
 )
 from moejax.core import tree
@@ -42,12 +46,10 @@ from moejax.core.errors import InputError
 from moejax.data.loader import batches
 from moejax.data.packing import Packed
 from moejax.data.shared import SharedData
-from moejax.evals import nll
 from moejax.io import lineage, processes
 from moejax.io.hf import has_class
 from moejax.io.load import Loaded, load_any, save_any
 from moejax.io.sharded import on_mesh
-from moejax.models import flops
 from moejax.models.config import ModelConfig
 from moejax.train.layout import describe_mesh
 from moejax.train.loop import FitResult, RunInfo, TrainConfig, fit, load_best, load_params
@@ -79,6 +81,7 @@ def main(argv) -> None:
     out_of_memory.explain_with(explainer(config, plan.config))
     rows = load_rows(config, plan)
     settings = train_config(config, len(rows.train))
+    check_heldout(settings, rows)
     mesh = make_mesh_of(config, plan.config)
     loss = make_loss(plan.config, config)
     for line in [*multihost.device_table(), *describe(config, plan.config, settings, rows)]:
@@ -133,9 +136,6 @@ def train(
     model, data = loaded.config, config.data
     trained, frozen = split_frozen(config, loaded.params)
     loaded = dataclasses.replace(loaded, params=None)
-    if settings.best_metric and rows.heldout is None:
-        raise InputError("train.keep_best needs held-out data: raise data.heldout_share above 0")
-    step_flops = flops.train_flops(model, config.train.batch_size * data.seq_len, data.seq_len)
     sections = ("model", "data", "compute")
     identity = {
         "config": {name: config[name].to_dict() for name in sections},
@@ -157,7 +157,7 @@ def train(
         RunInfo(
             "train",
             identity,
-            step_flops,
+            step_flops_of(config, model),
             peak,
             donate=True,
             mesh=mesh if mesh.size > 1 else None,
@@ -175,12 +175,11 @@ def make_eval(config: ConfigDict, model: ModelConfig, heldout: Packed | None, me
     """Held-out nats per answer token, or nothing where nothing is held out."""
     if heldout is None:
         return None
-    options, batch_size = parallel_options(config, mesh), config.train.batch_size
+    options = parallel_options(config, mesh)
 
     def evaluate(params, frozen):
         params = tree.join(params, frozen)
-        found = nll.evaluate(params, model, heldout, batch_size=batch_size, options=options)
-        return {"nll": float(found.sums.sum() / found.counts.sum())}
+        return {"nll": heldout_nll(config, params, model, heldout, options)}
 
     return evaluate
 
@@ -198,7 +197,7 @@ def save(config: ConfigDict, loaded: Loaded, result: FitResult, data: dict, targ
 
 def write(config: ConfigDict, loaded: Loaded, result: FitResult, data: dict, target: Path) -> None:
     """`save` of parameters on the host, by one process."""
-    results = {"step": result.step, "last_loss": result.records[-1].get("loss")}
+    results: dict[str, Any] = {"step": result.step, "last_loss": result.last_loss}
     results |= {"train_tokens": result.train_tokens, "wall_s": round(result.wall_s, 1)}
     results["data"] = data
     if result.best_step is not None:

@@ -1,4 +1,8 @@
-"""Every key of `python -m launch.esft --stage=train`: those of launch.train, and `method`."""
+"""Every key of `python -m launch.esft --stage=train`: those of launch.train, and `method`.
+
+train.freeze has to stay empty: `method` says what is trained. Patterns of train.no_decay and
+train.lr_scale have to fit what that is.
+"""
 
 from ml_collections import ConfigDict
 

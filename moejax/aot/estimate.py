@@ -31,16 +31,17 @@ from moejax.train.state import TrainState, init_state
 
 # Products computed twice, over those of a step that keeps everything: a forward pass of three.
 RECOMPUTED = {"nothing": 0.0, "none": 0.0, "dots": 0.02, "full": 1 / 3, "offload": 1 / 3}
-_SUM_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """A training step by its sizes; every field is also a key of a config.
 
-    mesh: devices of each axis. batch_size: rows of the whole update, cut into `accumulation` parts.
+    mesh: devices of each axis. batch_size: rows of the whole update, cut into `accumulation` parts,
+    whose gradients are summed in accumulation_dtype. max_logit_mib: of float32 logits at once.
     strategy: how tokens travel to experts. factor: buffer rows of the exchange over the balanced
-    load.
+    load. freeze: patterns of what is not trained, of which FLOPs alone take notice: the estimates
+    of memory have state of all parameters.
     """
 
     model: ModelConfig
@@ -55,6 +56,9 @@ class Setup:
     remat: str = "full"
     strategy: str = "auto"
     factor: float = 1.25
+    freeze: tuple[str, ...] = ()
+    accumulation_dtype: str = "float32"
+    max_logit_mib: int = MAX_LOGIT_BYTES // 2**20
 
     @property
     def num_devices(self) -> int:
@@ -69,16 +73,26 @@ class Setup:
         """Of one microbatch."""
         return max(1, self.batch_size // self.accumulation // self.token_parts)
 
+    @property
+    def logit_bytes(self) -> int:
+        """Float32 logits of a microbatch on one device, were they computed at once."""
+        number = self.rows_per_device * self.seq_len * self.model.vocab_size
+        return 4 * number // self.mesh["tensor"]
+
+    @property
+    def max_logit_bytes(self) -> int:
+        return self.max_logit_mib * 2**20
+
 
 @dataclasses.dataclass(frozen=True)
 class Hbm:
     """Bytes on one device while it trains, of `capacity`.
 
     params, optimizer: at rest, as they are split. batch: the step's input. gradients: one for
-    every trained parameter, and with accumulation their float32 sum. activations: what the forward
-    pass keeps for the backward pass. buffers: everything else at the peak (gathered weights, what
-    is exchanged and recomputed, logits). estimated: whether activations and buffers were reckoned,
-    not compiled.
+    every trained parameter, and with accumulation their sum. activations: what the forward pass
+    keeps for the backward pass. buffers: everything else at the peak (gathered weights, what is
+    exchanged and recomputed, logits). estimated: whether all was reckoned; of a compiled step that
+    are gradients and activations, and buffers are the rest of what the compiler says.
     """
 
     params: int
@@ -135,12 +149,13 @@ def estimate(setup: Setup) -> Hbm:
     numbers = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params)
     )
-    sums = _SUM_BYTES * numbers if setup.accumulation > 1 else 0
+    width = jnp.dtype(setup.accumulation_dtype).itemsize
+    sums = width * numbers if setup.accumulation > 1 else 0
     tensor = setup.mesh["tensor"]
     block = _kept(setup, "nothing") // (setup.model.num_layers * tensor)
     kept = _kept(setup, setup.remat) // tensor
     gathered = 2 * _gathered_bytes(setup) // setup.model.num_layers
-    logits = 4 * setup.rows_per_device * setup.seq_len * setup.model.vocab_size // tensor
+    logits = min(setup.logit_bytes, setup.max_logit_bytes)
     tokens = setup.batch_size // setup.token_parts * setup.seq_len
     return Hbm(
         params=shard_bytes(state.params),
@@ -148,7 +163,7 @@ def estimate(setup: Setup) -> Hbm:
         batch=4 * 4 * tokens,
         gradients=_gradient_bytes(setup, state) + sums,
         activations=kept,
-        buffers=block + gathered + 3 * min(logits, MAX_LOGIT_BYTES),
+        buffers=block + gathered + 3 * logits,
         capacity=setup.chip.hbm_bytes,
         estimated=True,
     )
@@ -168,8 +183,11 @@ def _gradient_bytes(setup: Setup, state: TrainState) -> int:
 def estimate_time(setup: Setup) -> Roofline:
     """Compute, weights and exchanges at peak rates; the HBM traffic of weights and state only."""
     num_tokens = setup.batch_size * setup.seq_len
-    total = flops.train_flops(setup.model, num_tokens, setup.seq_len)
-    compute = total * (1 + RECOMPUTED[setup.remat]) / setup.num_devices
+    sizes = (setup.model, num_tokens, setup.seq_len)
+    again = RECOMPUTED[setup.remat] * flops.train_flops(*sizes)
+    if setup.logit_bytes > setup.max_logit_bytes:  # chunks are computed again
+        again += 2 * num_tokens * setup.model.embed_size * setup.model.vocab_size
+    compute = (flops.train_flops(*sizes, setup.freeze) + again) / setup.num_devices
     state = at_rest(setup)
     traffic = 2 * (shard_bytes(state.params) + shard_bytes(state.opt_state))
     traffic += 3 * setup.accumulation * _gathered_bytes(setup)
@@ -178,13 +196,15 @@ def estimate_time(setup: Setup) -> Roofline:
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_bytes(model: ModelConfig, shape: tuple[int, int], options: ForwardOptions) -> int:
+def _kept_bytes(
+    model: ModelConfig, shape: tuple[int, int], options: ForwardOptions, max_logit_bytes: int
+) -> int:
     names = ("tokens", "segment_ids", "positions", "loss_mask")
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
     optimizer = make_optimizer(OptimConfig("adafactor"), 1)
 
     def loss(params, frozen, batch, rng):
-        return lm_loss(params, model, batch, rng, options)
+        return lm_loss(params, model, batch, rng, options, max_logit_bytes)
 
     return step_memory(loss, optimizer, abstract_params(model), {}, batch).activations
 
@@ -199,7 +219,7 @@ def _kept(setup: Setup, remat: str) -> int:
     options = ForwardOptions(setup.compute_dtype, remat, implementation, "blockwise")
     shape = (setup.rows_per_device, setup.seq_len)
     with compiling_for("gpu" if setup.chip.name == "h100" else "tpu"):
-        return _kept_bytes(setup.model, shape, options)
+        return _kept_bytes(setup.model, shape, options, setup.max_logit_bytes)
 
 
 def _gathered_bytes(setup: Setup) -> int:

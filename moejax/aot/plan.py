@@ -146,6 +146,9 @@ def describe(plan: Plan) -> list[str]:
 def describe_hbm(hbm: Hbm) -> list[str]:
     """The memory table, GiB per device."""
     how = "reckoned from shapes" if hbm.estimated else "as compiled"
+    # The compiler gives one number for all that is temporary (`split_memory`).
+    marks = {"gradients": "  reckoned", "activations": "  reckoned", "buffers": "  the rest"}
+    marks = {} if hbm.estimated else marks
     lines = [f"HBM per device, GiB ({how})"]
     words = {
         "params": "parameters",
@@ -158,7 +161,7 @@ def describe_hbm(hbm: Hbm) -> list[str]:
     rows = [(word, getattr(hbm, name)) for name, word in words.items()]
     rows += [("used", hbm.used), ("there is", hbm.capacity)]
     rows += [("left", hbm.left)] if hbm.left >= 0 else [("too much", -hbm.left)]
-    return lines + [f"  {word:<12}{value / GIB:10.2f}" for word, value in rows]
+    return lines + [f"  {word:<12}{value / GIB:10.2f}{marks.get(word, '')}" for word, value in rows]
 
 
 def _describe_work(plan: Plan) -> list[str]:
@@ -206,4 +209,5 @@ def _describe_work(plan: Plan) -> list[str]:
 
 def _model_flops(setup: Setup) -> float:
     num_tokens = setup.batch_size * setup.seq_len
-    return flops.train_flops(setup.model, num_tokens, setup.seq_len) / setup.num_devices
+    whole = flops.train_flops(setup.model, num_tokens, setup.seq_len, setup.freeze)
+    return whole / setup.num_devices

@@ -107,7 +107,7 @@ def _changes(setup: Setup) -> Iterator[_Change]:
         if rows % factor or (rows // factor) % setup.token_parts:
             break
         parts = factor * setup.accumulation
-        cost = f"{parts} passes over the weights, and a float32 sum of gradients"
+        cost = f"{parts} passes over the weights, and a {setup.accumulation_dtype} sum of gradients"
         changed = dataclasses.replace(setup, accumulation=parts)
         yield _Change(changed, {"train.accumulation": parts}, cost, True)
     remat = "nothing" if setup.remat == "none" else setup.remat
@@ -121,6 +121,11 @@ def _changes(setup: Setup) -> Iterator[_Change]:
         }[stronger]
         changed = dataclasses.replace(setup, remat=stronger)
         yield _Change(changed, {"compute.remat": stronger}, what, True)
+    for size in (setup.max_logit_mib // 4, setup.max_logit_mib // 16):
+        if size >= 1 and setup.logit_bytes > size * 2**20:
+            cost = "the head's product is computed twice, in smaller chunks"
+            changed = dataclasses.replace(setup, max_logit_mib=size)
+            yield _Change(changed, {"compute.max_logit_mib": size}, cost, True)
     tensor = 2 * mesh["tensor"]
     giver = next((axis for axis in ("data", "fsdp") if mesh[axis] % 2 == 0), None)
     if giver and tensor <= MAX_TENSOR and rows % (setup.token_parts // 2) == 0:
@@ -141,6 +146,10 @@ def _other_runs(setup: Setup, rows: int) -> Iterator[_Change]:
         cost = "no momentum, and factored second moments: tune the learning rate again"
         changed = dataclasses.replace(setup, optim=optim)
         yield _Change(changed, {"train.optimizer": "adafactor"}, cost, False)
+    if setup.accumulation > 1 and setup.accumulation_dtype == "float32":
+        changed = dataclasses.replace(setup, accumulation_dtype="bfloat16")
+        cost = "the sum of gradients is rounded to 8 bits with every part"
+        yield _Change(changed, {"train.accumulation_dtype": "bfloat16"}, cost, False)
     if setup.param_dtype == "float32":
         changed = dataclasses.replace(setup, param_dtype="bfloat16")
         cost = "small updates are lost to rounding"

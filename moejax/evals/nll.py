@@ -18,7 +18,7 @@ from moejax.data.packing import Packed
 from moejax.evals.bootstrap import Interval, paired_ratio, ratio
 from moejax.models.config import ModelConfig
 from moejax.models.transformer import ForwardOptions
-from moejax.train.loss import example_nll
+from moejax.train.loss import MAX_LOGIT_BYTES, example_nll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,7 @@ def evaluate(
     *,
     batch_size: int = 4,
     options: ForwardOptions = ForwardOptions(),
+    max_logit_bytes: int = MAX_LOGIT_BYTES,
     progress: Callable[[int, int], None] | None = None,
     done: Iterable[dict[str, Any]] = (),
     on_records: Callable[[list[dict[str, Any]]], None] | None = None,
@@ -68,6 +69,7 @@ def evaluate(
 
     Args:
       packed: held-out rows; the loss mask says which tokens count.
+      batch_size: rows at a time. max_logit_bytes: of the logits that exist at once, per device.
       progress: called with (batches done, batches in all).
       done: records of an earlier run over the same rows, as `on_records` got them: batches of which
         all are there are not computed again.
@@ -85,7 +87,8 @@ def evaluate(
         if all(name in known for *_, name in places):
             new = [known[name] for *_, name in places]
         else:
-            found = jax.device_get(_example_nll(params, batch, config, num_segments, options))
+            found = _example_nll(params, batch, config, num_segments, options, max_logit_bytes)
+            found = jax.device_get(found)
             new = [_record(name, *(array[row, s] for array in found)) for row, s, name in places]
         records += new
         if on_records is not None:
@@ -112,7 +115,11 @@ def tokens_hash(packed: Packed) -> str:
     return digest.hexdigest()
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_segments", "options"))
-def _example_nll(params, batch, config: ModelConfig, num_segments: int, options: ForwardOptions):
-    found = example_nll(params, config, batch, num_segments=num_segments, options=options)
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _example_nll(
+    params, batch, config: ModelConfig, num_segments: int, options: ForwardOptions, memory: int
+):
+    found = example_nll(
+        params, config, batch, num_segments=num_segments, options=options, max_logit_bytes=memory
+    )
     return everywhere(found, options.mesh)

@@ -14,7 +14,7 @@ FLOPs says how fast useful work is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from moejax.core import tree
 from moejax.models.config import ModelConfig
@@ -42,13 +42,33 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     return _matrix_flops(config) + scores + head
 
 
-def train_flops(config: ModelConfig, num_tokens: int, seq_len: int) -> float:
-    """Training every parameter on `num_tokens` tokens: 3 forward passes, and the router's noise.
+def train_flops(
+    config: ModelConfig, num_tokens: int, seq_len: int, freeze: Sequence[str] = ()
+) -> float:
+    """Training on `num_tokens` tokens: 3 forward passes, and the router's noise.
 
-    The backward pass has two products (for inputs, for weights) where the forward one has one.
+    The backward pass has two products (for inputs, for weights) where the forward one has one; the
+    second is left out for weights whose path fits a pattern of `freeze`. Gradients of inputs are
+    counted in every layer, also below the lowest one that is trained. Tokens are all of a batch's:
+    padding counts, and scores as if a packed row were one text.
     """
-    noise = _flops_of(config, lambda path: path.endswith("/w_noise"))
-    return 3.0 * num_tokens * (forward_flops_per_token(config, seq_len) + noise)
+    noise = _flops_of(config, _is_noise)
+    whole = 3.0 * num_tokens * (forward_flops_per_token(config, seq_len) + noise)
+    return whole - num_tokens * _frozen_flops(config, freeze)
+
+
+def _frozen_flops(config: ModelConfig, freeze: Sequence[str]) -> float:
+    """All products with frozen matrices, the head among them, per token."""
+
+    def frozen(path: str) -> bool:
+        return any(tree.matches(path, pattern) for pattern in freeze)
+
+    experts = _flops_of(config, lambda path: frozen(path) and _is_expert(path))
+    matrices = _flops_of(config, lambda path: frozen(path) and _is_matrix(path))
+    noise = _flops_of(config, lambda path: frozen(path) and _is_noise(path))
+    head = frozen("embed/tokens" if config.tie_embeddings else "lm_head/w")
+    others = matrices - experts + noise + head * 2 * config.embed_size * config.vocab_size
+    return others + experts * _active_share(config)
 
 
 def merge_flops(config: ModelConfig, num_tokens: int, seq_len: int, num_steps: int) -> float:
@@ -83,6 +103,10 @@ def _flops_of(config: ModelConfig, wanted: Callable[[str], bool]) -> float:
 
 def _is_matrix(path: str) -> bool:
     return path.rsplit("/", 1)[1].startswith("w_") and not path.endswith("/w_noise")
+
+
+def _is_noise(path: str) -> bool:
+    return path.endswith("/w_noise")
 
 
 def _is_expert(path: str) -> bool:

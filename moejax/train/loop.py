@@ -70,7 +70,7 @@ def fit(
       batches: step (0-based) -> batch of arrays with equal leading dims; of (step, parameters)
         where `info.on_policy` says so. See `moejax.train.feed.Batches`.
       workdir: made if missing.
-      eval_fn: (trainable, frozen) -> {name: float}.
+      eval_fn: (trainable, frozen) -> {name: float}; of a step that is saved, after it was.
       info: what to say of the run, and the mesh it has.
       adjust: see `moejax.train.step.make_train_step`.
 
@@ -94,7 +94,7 @@ def fit(
         run.prepare(loss_fn, (trainable, frozen), feed, adjust)
         state = run.start(trainable)
         del trainable
-        if run.step < config.steps:
+        if run.step < config.steps or run.owes_evaluation():
             with RunLog(workdir, info.title, config.steps, run.step, info.quiet) as log:
                 if run.step:
                     log.say(f"resuming at step {run.step} of {config.steps} from {workdir}")
@@ -186,37 +186,45 @@ class _Run:
         return fresh(trainable)
 
     def train(self, state, frozen, feed: Feed, log: RunLog) -> TrainState:
-        """Steps to the end; saves there, every save_every steps, and before an interrupt."""
+        """Steps to the end; saves there, every save_every steps, and before an interrupt.
+
+        A step is saved before it is evaluated: whatever an evaluation ends in, the steps stay. One
+        that a start did not come to is made up for by the next.
+        """
         config, key = self._config, jax.random.key(self._config.seed)
         agreement = Agreement(self._info.mesh)
-        saved = self.step
-        self._since = time.perf_counter()
         stacks = self._workdir / "stacks" / f"process_{jax.process_index()}.txt"
         with stop_on_signal(log.say) as stop, Watchdog(config.hang_s, stacks) as watchdog:
-            stopping = False
+            if self.owes_evaluation():
+                self._evaluate(state, frozen, log)
+                watchdog.beat(self.step)
+            self._since = time.perf_counter()
+            stopping, running = False, None
             while self.step < config.steps and not stopping:
                 seen = (state.params,) if self._info.on_policy else ()
                 batch = feed.get(self.step, *seen)
                 state, metrics = self._update(state, frozen, batch, key)
                 self.step += 1
                 self._pending.append((self.step, metrics))
+                # The step before has to end: with one in flight no device waits, and a signal or
+                # the watchdog sees no more than that one, however seldom losses are fetched.
+                jax.block_until_ready(running)
+                running = metrics["loss"]
                 stopping = agreement.reached(stop.is_set())
                 last = self.step == config.steps
-                evaluate = self._eval_fn and (last or _due(self.step, config.eval_every))
-                save = last or _due(self.step, config.save_every)
-                if evaluate or save or stopping or _due(self.step, config.log_every):
+                evaluate = self._evaluates() and (last or not stopping)
+                save = last or stopping or _due(self.step, config.save_every)
+                if evaluate or save or _due(self.step, config.log_every):
                     self._flush(log)
+                if save:
+                    self._save(state)
                 if evaluate:
                     watchdog.beat(self.step)
                     self._evaluate(state, frozen, log)
-                if save:
-                    saved = self._save(state)
                 if evaluate or save:
                     self._since = time.perf_counter()
                 watchdog.beat(self.step)
             if stopping and self.step < config.steps:
-                if saved != self.step:
-                    self._save(state)
                 self._interrupted(stop)
             self._checkpoints.wait()
         return state
@@ -228,6 +236,18 @@ class _Run:
             f"interrupted: step {self.step} of {self._config.steps} is saved in "
             f"{self._workdir}; the same command goes on from there"
         )
+
+    def _evaluates(self) -> bool:
+        """Whether the step just done is one to evaluate."""
+        last = self.step == self._config.steps
+        return self._eval_fn is not None and (last or _due(self.step, self._config.eval_every))
+
+    def owes_evaluation(self) -> bool:
+        """Whether the step that this start goes on from was to be evaluated and has no record."""
+        if not self.step or not self._evaluates():
+            return False
+        names = [name for r in read_metrics(self._workdir) if r["step"] == self.step for name in r]
+        return not processes.from_first(any(name.startswith("eval/") for name in names))
 
     def settle(self) -> None:
         """Lets a checkpoint that is being written be finished, whatever ended the steps."""
@@ -285,25 +305,26 @@ class _Run:
     def _evaluate(self, state: TrainState, frozen, log: RunLog) -> None:
         assert self._eval_fn is not None
         results = {k: float(v) for k, v in self._eval_fn(state.params, frozen).items()}
-        log.evaluation({"step": self.step} | {f"eval/{k}": v for k, v in results.items()})
         name = self._config.best_metric
-        if not name:
-            return
-        if name not in results:
+        if name and name not in results:
             raise InputError(f"best_metric {name!r} is not evaluated: use {', '.join(results)}")
-        if results[name] < self.best().get("value", math.inf):
-            # best.json follows the weights: killed in between, the weights are written again.
-            best = Checkpoints(self._workdir / "best", keep_last=1)
-            best.save(self.step, named(state.params), {name: results[name]})
-            if processes.is_first():
-                found = {"step": self.step, "value": results[name]}
-                write_json(self._workdir / "best.json", found)
-            processes.agree()  # nobody reads it before it is there
+        if name and results[name] < self.best().get("value", math.inf):
+            self._keep_best(state, {name: results[name]})
+        # The record comes last: killed before it, the next start evaluates again.
+        log.evaluation({"step": self.step} | {f"eval/{k}": v for k, v in results.items()})
 
-    def _save(self, state: TrainState) -> int:
+    def _keep_best(self, state: TrainState, found: dict[str, float]) -> None:
+        # best.json follows the weights: killed in between, the weights are written again.
+        best = Checkpoints(self._workdir / "best", keep_last=1)
+        best.save(self.step, named(state.params), found)
+        if processes.is_first():
+            (value,) = found.values()
+            write_json(self._workdir / "best.json", {"step": self.step, "value": value})
+        processes.agree()  # nobody reads it before it is there
+
+    def _save(self, state: TrainState) -> None:
         data = self._state_of_data(self.step)
         self._checkpoints.start(self.step, named(state), data=data)
-        return self.step
 
 
 def _due(step: int, every: int) -> bool:

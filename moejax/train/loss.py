@@ -106,10 +106,9 @@ def lm_loss(
     output = _forward(params, config, batch, rng, options)
     # Gathered here, once, and not in every chunk.
     head = transformer.outer_at_use(params, options)
-    if options.parallel is not None:
-        max_logit_bytes *= options.parallel.mesh.size  # each device holds its part
+    memory = _on_all_devices(max_logit_bytes, options)
     target_BT, weight_BT = targets(batch)
-    nll_BT, log_z_BT = token_losses(head, config, output.hidden_BTD, target_BT, max_logit_bytes)
+    nll_BT, log_z_BT = token_losses(head, config, output.hidden_BTD, target_BT, memory)
     count = jnp.sum(weight_BT)
     nll = jnp.sum(nll_BT * weight_BT) / jnp.maximum(count, 1.0)
     loss, metrics = nll, {"nll": nll, "target_count": count}
@@ -138,21 +137,28 @@ def example_nll(
     *,
     num_segments: int | None = None,
     options: ForwardOptions = DEFAULT_OPTIONS,
+    max_logit_bytes: int = MAX_LOGIT_BYTES,
 ) -> tuple[jax.Array, jax.Array]:
     """Per example: sums of nll and counts of the counted tokens, each float32 [B, num_segments].
 
     Column s is segment id s + 1 of the row; absent segments are zeros. Under jit give
-    `num_segments`; outside, the batch's own largest id is taken.
+    `num_segments`; outside, the batch's own largest id is taken. max_logit_bytes: per device.
     """
     if num_segments is None:
         num_segments = max(1, int(np.max(batch["segment_ids"])))
     output = _forward(params, config, batch, None, options)
     target_BT, weight_BT = targets(batch)
-    nll_BT = token_nll(params, config, output.hidden_BTD, target_BT)
+    memory = _on_all_devices(max_logit_bytes, options)
+    nll_BT = token_nll(params, config, output.hidden_BTD, target_BT, memory)
     ids_S = jnp.arange(1, num_segments + 1)
     member_BTS = (jnp.asarray(batch["segment_ids"])[..., None] == ids_S).astype(jnp.float32)
     sums = jnp.einsum("bt,bts->bs", nll_BT * weight_BT, member_BTS)
     return sums, jnp.einsum("bt,bts->bs", weight_BT, member_BTS)
+
+
+def _on_all_devices(num_bytes: int, options: ForwardOptions) -> int:
+    """Of logits that are split: each device holds its part."""
+    return num_bytes * (1 if options.mesh is None else options.mesh.size)
 
 
 def _forward(params, config, batch, rng, options) -> transformer.Output:

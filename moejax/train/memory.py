@@ -19,8 +19,8 @@ class StepMemory:
     """Bytes, by what holds them; `total` estimates the peak.
 
     params, frozen: at rest. opt_state: the optimizer's. grads: one gradient, and with accumulation
-    the float32 sum beside it. activations: what the forward pass of one microbatch keeps for the
-    backward pass, as traced. updates: float32, one per trained parameter.
+    the sum beside it, in its dtype. activations: what the forward pass of one microbatch keeps for
+    the backward pass, as traced. updates: float32, one per trained parameter.
     """
 
     params: int
@@ -44,6 +44,7 @@ def step_memory(
     frozen: tree.Tree,
     batch: Any,
     accumulation: int = 1,
+    accumulation_dtype: str = "float32",
 ) -> StepMemory:
     """Traces one microbatch's loss on shapes alone; arguments may be arrays or abstract."""
     trainable, frozen = tree.abstract(trainable), tree.abstract(frozen)
@@ -67,10 +68,11 @@ def step_memory(
         if held[leaf.shape, leaf.dtype] < 0:
             activations += tree.num_bytes(leaf)
     updates = 4 * tree.num_params(trainable)
+    sums = jnp.dtype(accumulation_dtype).itemsize * tree.num_params(trainable)
     return StepMemory(
         params=tree.num_bytes(trainable),
         frozen=tree.num_bytes(frozen),
-        grads=tree.num_bytes(trainable) + (updates if accumulation > 1 else 0),
+        grads=tree.num_bytes(trainable) + (sums if accumulation > 1 else 0),
         opt_state=tree.num_bytes(jax.eval_shape(optimizer.init, trainable)),
         activations=activations,
         updates=updates,

@@ -29,7 +29,8 @@ class TrainConfig:
       accumulation_dtype: of the sum of their gradients.
       grad_dtype, overlap: as `moejax.train.step.StepOptions` has them.
       max_skipped: steps in a row whose loss or gradient may be not finite: they change nothing
-        and are counted. One more ends the run. 0 ends it at the first.
+        and are counted. One more ends the run. 0 ends it at the first. Each has its step of the
+        schedule, which ends at the last step whatever was skipped.
       log_every: steps between console lines (every step is in metrics.jsonl); losses are fetched,
         and checked to be finite, as often.
       save_every: steps between checkpoints; 0 saves at the end and when interrupted only.
@@ -75,7 +76,8 @@ class RunInfo:
     Attributes:
       title: shown before console lines. quiet: no console.
       identity: what else makes this run this run (model, data), JSON; kept in config.json.
-      flops_per_step: of one update, for GFLOP/s; peak: what they are held against, for MFU.
+      flops_per_step: of one update, for GFLOP/s (`moejax.models.flops.train_flops` says what
+        counts); peak: what they are held against, for MFU.
       donate: the caller hands `trainable` over (its arrays are gone afterwards) and saves a copy.
       on_policy: `batches` is also given the parameters as they are before the step.
       mesh: the devices that share the work; None is one device. A run may go on on another mesh.
@@ -108,6 +110,11 @@ class FitResult:
     def wall_s(self) -> float:
         """Seconds of training steps, over all starts of the run, without evaluation and saving."""
         return sum(r.get("step_s", 0.0) for r in self.records)
+
+    @property
+    def last_loss(self) -> float | None:
+        """Of the last step; the records behind it may be of an evaluation."""
+        return next((r["loss"] for r in reversed(self.records) if "loss" in r), None)
 
     @property
     def train_tokens(self) -> int:

@@ -77,8 +77,12 @@ def make_train_step(
     With A microbatches the batch's rows are cut into A parts, and the gradient is
     sum_i n_i grad_i / sum_i n_i with n_i the target tokens of microbatch i: what one big batch
     gives for a mean over tokens. (A loss that is no such mean, as the balance loss over a batch,
-    is averaged with the same weights.)  Microbatch i of step s draws fold_in(fold_in(key, s), i).
-    `adjust` has the last word on the parameters, for what is not learned by gradients.
+    is averaged with the same weights, and with equal ones if no token counts.)  Microbatch i of
+    step s draws fold_in(fold_in(key, s), i). `adjust` has the last word on the parameters, for what
+    is not learned by gradients.
+
+    A learning-rate schedule is asked for `state.step`: steps that are skipped pass for it too, so
+    it ends with the run. Moments and their corrections count the updates that were made.
     """
 
     def step(state, frozen, batch, key):
@@ -90,7 +94,8 @@ def make_train_step(
         grads = _placed(grads, options)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        opt_state = _at_step(state.opt_state, state.step)
+        updates, opt_state = optimizer.update(grads, opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if adjust is not None:
             params = adjust(state.params, params, metrics)
@@ -116,6 +121,19 @@ def make_train_step(
     )
 
 
+def _at_step(opt_state: optax.OptState, step: jax.Array) -> optax.OptState:
+    """The optimizer's state with its schedules, which count updates, at the run's step."""
+
+    def is_schedule(part):
+        return isinstance(part, optax.ScaleByScheduleState)
+
+    return jax.tree.map(
+        lambda part: part._replace(count=step) if is_schedule(part) else part,
+        opt_state,
+        is_leaf=is_schedule,
+    )
+
+
 def _placed(grads: tree.Tree, options: StepOptions) -> tree.Tree:
     """Gradients where their parameters are: each device keeps the part that it will update."""
     if options.shardings is None:
@@ -137,30 +155,42 @@ def _grads(loss_fn, params, frozen, batch, key, options) -> tuple[tree.Tree, Met
 
 
 def _accumulate(loss_fn, params, frozen, batch, key, options) -> tuple[tree.Tree, Metrics]:
-    """Scans microbatches; sums of weighted gradients, divided at the end; metrics in float32."""
+    """Scans microbatches; sums of weighted gradients, divided at the end; metrics in float32.
+
+    Until a token counts, microbatches weigh the same; the first that has one takes their place.
+    """
     num, dtype = options.accumulation, options.accumulation_dtype
     micro = jax.tree.map(lambda x: x.reshape(num, -1, *x.shape[1:]), batch)
     if options.mesh is not None:
         rows = NamedSharding(options.mesh, PartitionSpec(None, TOKEN_AXES))
         micro = jax.lax.with_sharding_constraint(micro, rows)
 
-    def one(batch, index):
+    def one(batch, index, counted):
         key_of = jax.random.fold_in(key, index)
         grads, metrics = _grads(loss_fn, params, frozen, batch, key_of, options)
-        weight = metrics[WEIGHT]
+        weight = jnp.where((counted == 0) & (metrics[WEIGHT] == 0), 1.0, metrics[WEIGHT])
         grads = jax.tree.map(lambda g: (weight * g.astype(jnp.float32)).astype(dtype), grads)
         return _placed(grads, options), {
             k: m if is_sum(k) else weight * m for k, m in metrics.items()
         }
 
     def body(total, xs):
-        return jax.tree.map(jnp.add, total, one(*xs)), None
+        (grads, sums), counted = total, total[1][WEIGHT]
+        part, index = xs
+        more_grads, more = one(part, index, counted)
+        anew = (counted == 0) & (more[WEIGHT] > 0)
+
+        def add(sum_, new):
+            return jnp.where(anew, jnp.zeros_like(sum_), sum_) + new
+
+        sums = {k: (jnp.add if is_sum(k) else add)(m, more[k]) for k, m in sums.items()}
+        return (jax.tree.map(add, grads, more_grads), sums), None
 
     first = jax.tree.map(lambda x: x[0], micro)
-    shapes = jax.eval_shape(one, first, jnp.zeros((), jnp.int32))
+    shapes = jax.eval_shape(one, first, jnp.zeros((), jnp.int32), jnp.zeros(()))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     (grads, sums), _ = jax.lax.scan(body, zeros, (micro, jnp.arange(num)))
-    weight = jnp.maximum(sums[WEIGHT], 1e-9)
+    weight = jnp.where(sums[WEIGHT] > 0, sums[WEIGHT], num)
     grads = jax.tree.map(
         lambda g, p: (g.astype(jnp.float32) / weight).astype(p.dtype), grads, params
     )

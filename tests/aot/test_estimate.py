@@ -6,7 +6,7 @@ import pytest
 
 from moejax.aot.estimate import Setup, estimate, estimate_time
 from moejax.aot.plan import describe as describe_plan
-from moejax.aot.plan import failed_plan, required_bytes
+from moejax.aot.plan import describe_hbm, failed_plan, required_bytes
 from moejax.aot.remedies import describe, least_devices, remedies
 from moejax.core.chips import CHIPS
 from moejax.core.errors import InputError
@@ -51,6 +51,38 @@ def test_activations_follow_rows_and_remat():
     parts = estimate(setup(remat="full", accumulation=2))
     assert parts.activations == pytest.approx(kept["full"] / 2, rel=0.2)
     assert parts.gradients > estimate(setup()).gradients  # the float32 sum
+
+
+def test_the_sum_s_dtype_and_the_logits_chunk_are_known_and_named():
+    parts = setup(accumulation=2, remat="full")
+    halved = dataclasses.replace(parts, accumulation_dtype="bfloat16")
+    sums = 2 * (estimate(parts).gradients - estimate(halved).gradients)
+    plain = dataclasses.replace(parts, accumulation=1, batch_size=8)
+    assert estimate(parts).gradients == estimate(plain).gradients + sums
+    # A row of 2,048 tokens and 65,536 ids: 512 MiB of logits, in chunks of at most 256.
+    wide = dataclasses.replace(MOE, vocab_size=2**16)
+    alone = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+    large = setup(wide, alone, batch_size=1, seq_len=2048, remat="full")
+    small = dataclasses.replace(large, max_logit_mib=64)
+    assert estimate(large).buffers - estimate(small).buffers == 3 * 192 * 2**20
+    whole = dataclasses.replace(large, max_logit_mib=512)
+    assert estimate(whole).activations >= estimate(large).activations + 512 * 2**20
+    again = estimate_time(large).compute_s / estimate_time(whole).compute_s
+    assert 1 < again < 1.3
+    tight = dataclasses.replace(large.chip, hbm_bytes=estimate(large).used - 2**20)
+    named = remedies(dataclasses.replace(large, chip=tight))
+    assert named[0].keys == {"compute.max_logit_mib": 64} and named[0].same_run
+    tight = dataclasses.replace(parts.chip, hbm_bytes=estimate(parts).used // 20)
+    named = remedies(dataclasses.replace(parts, chip=tight), limit=20)
+    assert {"train.accumulation_dtype": "bfloat16"} in [one.keys for one in named]
+
+
+def test_a_compiled_table_marks_what_is_reckoned():
+    hbm = estimate(setup())
+    compiled = describe_hbm(dataclasses.replace(hbm, estimated=False))
+    marked = [line.split()[0] for line in compiled if line.endswith("reckoned")]
+    assert "(as compiled)" in compiled[0] and marked == ["gradients", "activations"]
+    assert not any(line.endswith(("reckoned", "rest")) for line in describe_hbm(hbm))
 
 
 def test_time_is_that_of_the_slowest_resource_and_grows_with_what_costs():

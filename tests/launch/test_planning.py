@@ -14,15 +14,19 @@ from launch.planning import (
     chosen_candidates,
     describe_exchange,
     model_of,
+    reckoner,
     setup_of,
 )
+from launch.settings import step_flops_of
 from launch.sweep_table import row_of, table
-from moejax.aot.estimate import estimate
+from moejax.aot.estimate import estimate, estimate_time
+from moejax.aot.plan import failed_plan
 from moejax.core import tree
 from moejax.core.chips import CHIPS
 from moejax.core.errors import InputError
 from moejax.core.mesh import make_mesh
 from moejax.models.config import ModelConfig
+from moejax.models.flops import train_flops
 from moejax.moe.config import CONVENTIONS, MoEConfig
 
 DENSE = ModelConfig("llama", 512, 2, 64, 128, 4, 2, 16)
@@ -47,23 +51,48 @@ def test_candidates_of_a_mixture():
     assert {keys["compute.moe_strategy"] for keys, _ in found} == {"auto", "chunked", "all_gather"}
     fits = [estimate(setup).left >= 0 for _, setup in found]
     assert fits == sorted(fits, reverse=True)
-    rows = [row_of(keys, setup, None) for keys, setup in found[:3]]
+    rows = [row_of(keys, setup, estimate(setup).used) for keys, setup in found[:3]]
     text = table(rows)
     assert text.count("~") > 3 and "best: --config.mesh.data=" in text
 
 
+def test_a_sweep_tries_what_the_config_asks_for_too():
+    config = settings()
+    config.compute.update(remat="offload", moe_strategy="ragged")
+    found = [keys for keys, _ in candidates(config, MOE, "v5p:2x2x1", 2)]
+    assert {keys["compute.remat"] for keys in found} == {"nothing", "dots", "full", "offload"}
+    wanted = {"auto", "chunked", "all_gather", "ragged"}
+    assert {keys["compute.moe_strategy"] for keys in found} == wanted
+    assert {k["compute.moe_strategy"] for k in found if k["mesh.expert"] == 1} == {"auto"}
+
+
 def test_a_sweep_learns_from_what_did_not_fit():
-    found = candidates(settings(), MOE, "v5p:2x2x1", 4)
+    config = settings()
+    found = candidates(config, MOE, "v5p:2x2x1", 4)
     compiled = []
 
     def fit(keys, setup):
         compiled.append(estimate(setup).used / setup.chip.hbm_bytes)
         return 1.4  # what is compiled takes more than was reckoned
 
-    chosen = chosen_candidates(found, fit, 4)
+    takes = reckoner(config)
+    chosen = chosen_candidates(found, fit, 4, takes)
     assert len(chosen) == len(compiled) and chosen[0] == 0 and chosen == sorted(chosen)
     assert all(1.4 * used <= 1 for used in compiled[1:])
-    assert chosen_candidates(found, fit, 0) == []
+    assert chosen_candidates(found, fit, 0, takes) == []
+
+
+def test_a_sweep_of_esft_passes_over_nothing_that_may_fit():
+    """Full training's state would not fit here; that of a few experts does."""
+    alone = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+    setup = setup_of(settings(optimizer="adamw"), MOE, alone, CHIPS["v5p"])
+    found = estimate(setup)
+    chip = dataclasses.replace(setup.chip, hbm_bytes=found.used - found.optimizer)
+    many = [({}, dataclasses.replace(setup, chip=chip))] * 3
+    full, some = reckoner(settings()), reckoner(esft_deepseek_v2_lite.get_config())
+    assert chosen_candidates(many, lambda *_: 1.0, 3, full) == [0]
+    assert chosen_candidates(many, lambda *_: 1.0, 3, some) == [0, 1, 2]
+    assert some(setup) == found.used - found.optimizer - found.gradients
 
 
 def test_a_plan_of_esft_has_state_of_the_chosen_experts_alone():
@@ -97,6 +126,19 @@ def test_how_tokens_travel_is_said_and_why_if_auto_chose():
     assert said().startswith("exchange by chunked: 4096 tokens x top-2 over 8 expert shards on v6e")
     assert said(moe_strategy="ragged") == "exchange by ragged"
     assert said(DENSE) == said(sizes=sizes | {"expert": 1, "fsdp": 8}) == ""
+
+
+def test_frozen_weights_count_less():
+    alone = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+    plain, some = (
+        setup_of(settings(freeze=freeze), DENSE, alone, CHIPS["v5p"])
+        for freeze in ("", "layers/**, embed/**")
+    )
+    assert estimate_time(some).compute_s < 0.85 * estimate_time(plain).compute_s
+    tokens = plain.batch_size * plain.seq_len
+    failed = failed_plan(some, RuntimeError("RESOURCE_EXHAUSTED"), 1.0)
+    assert failed.model_flops == train_flops(DENSE, tokens, plain.seq_len, some.freeze)
+    assert failed.model_flops == step_flops_of(settings(freeze="layers/**,embed/**"), DENSE)
 
 
 def test_a_dense_model_has_no_expert_axis():

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from configs import base, quickstart_moe, quickstart_sft, xft_deepseek_1b
-from launch.settings import checked, forward_options, preset, train_config
+from launch.settings import checked, forward_options, heldout_nll, preset, train_config
 from moejax.core import tree
 from moejax.core.errors import InputError
+from moejax.evals import nll
 from moejax.io.load import load_any, save_any
 from moejax.io.loaded import Loaded
 from moejax.io.tokenizer import Tokenizer
@@ -121,6 +124,21 @@ def test_epochs_become_steps_and_shares_become_warmup():
 )
 def test_every_config_has_the_known_keys(config):
     assert checked(config) is config
+
+
+def test_evaluation_takes_a_microbatch_s_rows_and_logits(monkeypatch):
+    config, seen = base.get_config(), {}
+    config.train.update(batch_size=8, accumulation=4)
+    config.compute.max_logit_mib = 3
+
+    def evaluate(params, model, heldout, **given):
+        seen.update(given)
+        return nll.NllResult(("a",), np.array([6.0]), np.array([4]), "")
+
+    monkeypatch.setattr(nll, "evaluate", evaluate)
+    model: Any = None
+    assert heldout_nll(config, {}, model, model, forward_options(config)) == 1.5
+    assert (seen["batch_size"], seen["max_logit_bytes"]) == (2, 3 * 2**20)
 
 
 def test_a_preset_gives_sizes():

@@ -93,6 +93,26 @@ def test_training_is_three_forward_passes():
     assert train_flops(XFT_1B, 10, 128) == 30 * (forward_flops_per_token(XFT_1B, 128) + noise)
 
 
+def test_frozen_weights_have_no_gradient_and_inputs_do():
+    forward = forward_flops_per_token(DEEPSEEK_CODER_1B, 128)
+    matrices = 2 * (num_params(DEEPSEEK_CODER_1B) - 2 * 32256 * 2048 - 49 * 2048)
+    head = 2 * 32256 * 2048
+
+    def saved(*freeze, config=DEEPSEEK_CODER_1B):
+        return train_flops(config, 1, 128) - train_flops(config, 1, 128, freeze)
+
+    assert saved("embed/**", "**/scale") == 0  # a look-up and norms
+    assert saved("layers/**") == matrices
+    assert saved("lm_head/*") == head
+    everything = train_flops(DEEPSEEK_CODER_1B, 1, 128, ("**",))
+    scores = forward - matrices - head
+    assert everything == pytest.approx(2 * forward + scores)  # dx alone; scores have two inputs
+    assert saved("embed/tokens", config=SMOLLM2_135M) == 2 * 49152 * 576  # its tied head
+    experts = 24 * 3 * 2048 * 5504 * 6
+    assert saved("**/experts/**", config=XFT_1B) == pytest.approx(2 * experts)
+    assert saved("**/router/**", config=XFT_1B) == pytest.approx(24 * 2 * (2 * 2048 * 7 + 49))
+
+
 def test_merging_costs_less_than_training_dense_and_grows_with_steps():
     dense = train_flops(DEEPSEEK_CODER_1B, 65536, 1024)
     one, two = merge_flops(XFT_1B, 65536, 1024, 1), merge_flops(XFT_1B, 65536, 1024, 2)

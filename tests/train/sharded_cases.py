@@ -38,6 +38,7 @@ CASES = (
     ("moe all_gather", MOE, (1, 1, 8, 1), "all_gather", "adafactor", 1, "dots"),
     ("moe local", MOE, (2, 2, 1, 2), "local", "adamw", 1, "none"),
     ("moe capacity", MOE, (1, 2, 4, 1), "capacity", "adamw", 1, "none"),
+    ("moe ragged", MOE, (1, 2, 4, 1), "ragged", "muon", 2, "full"),
 )
 QUICK = TWO = (CASES[1], CASES[2])
 

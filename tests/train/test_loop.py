@@ -19,6 +19,7 @@ import pytest
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.core.mesh import make_mesh
+from moejax.train import loop
 from moejax.train.log import read_metrics
 from moejax.train.loop import RunInfo, TrainConfig, fit, load_best, load_params
 from moejax.train.optim import OptimConfig
@@ -193,6 +194,26 @@ def test_on_policy_batches_on_a_mesh_are_refused_before_anything_is_written(tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_one_step_at_most_is_in_flight_however_seldom_losses_are_fetched(tmp_path, monkeypatch):
+    ended: list[None] = []
+    begun: list[int] = []
+
+    class Loss:
+        def block_until_ready(self):
+            ended.append(None)
+
+        def __array__(self, *_, **__):
+            return np.float32(1)
+
+    def update(state, frozen, batch, key):
+        begun.append(len(ended))
+        return state, {"loss": Loss(), "grad_norm": np.float32(1)}
+
+    monkeypatch.setattr(loop, "make_train_step", lambda *_: update)
+    run(tmp_path, dataclasses.replace(CONFIG, log_every=100, save_every=0))
+    assert begun == [0, 0, 1, 2, 3, 4]  # how many have ended when each begins
+
+
 def test_rows_that_accumulation_does_not_divide(tmp_path):
     with pytest.raises(InputError, match="8 rows .* accumulation=3"):
         run(tmp_path, dataclasses.replace(CONFIG, accumulation=3))
@@ -231,6 +252,53 @@ def test_the_best_evaluation_is_kept_across_a_kill(tmp_path):
     assert tree.diff(load_best(tmp_path, result.params), seen[2]) == []
     evals = [r["eval/nll"] for r in result.records if "eval/nll" in r]
     assert evals == list(values.values())
+
+
+def weight(trainable, frozen):
+    return {"nll": float(jnp.abs(trainable["w"]).sum())}
+
+
+@pytest.mark.parametrize("fails_at", [3, 6])
+def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(tmp_path, fails_at):
+    config = dataclasses.replace(CONFIG, save_every=3, eval_every=3, best_metric="nll")
+    whole = run(tmp_path / "whole", config, eval_fn=weight)
+    asked, evaluated = [], []
+
+    def failing(trainable, frozen):
+        evaluated.append(None)
+        if len(evaluated) == fails_at // 3:
+            raise MemoryError
+        return weight(trainable, frozen)
+
+    def counted(step):
+        asked.append(step)
+        return batches(step)
+
+    with pytest.raises(MemoryError):
+        run(tmp_path / "run", config, eval_fn=failing)
+    again = run(tmp_path / "run", config, batches=counted, eval_fn=weight)
+    assert sorted(set(asked)) == list(range(fails_at, 6))
+    assert without_clock(again.records) == without_clock(whole.records)
+    assert (again.best_step, again.best_value) == (whole.best_step, whole.best_value)
+    assert "eval/nll" in whole.records[-1] and whole.last_loss == whole.records[-2]["loss"]
+    best = [load_best(tmp_path / name, again.params) for name in ("run", "whole")]
+    assert tree.diff(*best) == []
+
+
+def test_a_run_that_is_told_to_stop_saves_and_leaves_the_evaluation_to_the_next_start(tmp_path):
+    config = dataclasses.replace(CONFIG, save_every=0, eval_every=3)
+
+    def stopped(step):
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return batches(step)
+
+    with pytest.raises(KeyboardInterrupt, match="step 3 of 6 is saved"):
+        run(tmp_path / "run", config, batches=stopped, eval_fn=weight)
+    assert not any("eval/nll" in record for record in read_metrics(tmp_path / "run"))
+    again = run(tmp_path / "run", config, eval_fn=weight)
+    whole = run(tmp_path / "whole", config, eval_fn=weight)
+    assert without_clock(again.records) == without_clock(whole.records)
 
 
 def test_an_unknown_best_metric_is_named(tmp_path):

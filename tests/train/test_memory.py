@@ -29,10 +29,10 @@ def loss_with(remat: str):
     return lambda p, frozen, batch, rng: lm_loss(p, CONFIG, batch, rng, options)
 
 
-def estimate(remat="none", accumulation=1, name="adafactor"):
+def estimate(remat="none", accumulation=1, name="adafactor", dtype="float32"):
     optimizer = make_optimizer(OptimConfig(name=name), 8)
     params = transformer.abstract_params(CONFIG)
-    return step_memory(loss_with(remat), optimizer, params, {}, BATCH, accumulation)
+    return step_memory(loss_with(remat), optimizer, params, {}, BATCH, accumulation, dtype)
 
 
 def test_estimate_is_near_what_xla_plans():
@@ -54,5 +54,5 @@ def test_each_part():
     assert estimate(name="adamw").opt_state > 2 * params > 20 * plain.opt_state
     assert estimate("full").activations < estimate("dots").activations < plain.activations
     parts = estimate(accumulation=4)
-    assert parts.grads == 2 * params
+    assert parts.grads == 2 * params == 2 / 1.5 * estimate(accumulation=4, dtype="bfloat16").grads
     assert parts.activations < 0.5 * plain.activations

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from moejax.core.errors import InputError
+from moejax.train.optim import OptimConfig, make_optimizer, make_schedule
 from moejax.train.state import init_state
 from moejax.train.step import StepOptions, make_train_step
 
@@ -56,6 +57,38 @@ def test_accumulation_weighs_by_tokens_and_not_by_microbatch():
     whole, _ = one_step(1, mask=mask)
     parts, _ = one_step(2, mask=mask)
     np.testing.assert_allclose(parts.params["w"], whole.params["w"], rtol=1e-6)
+
+
+def with_auxiliary(trainable, frozen, batch, rng):
+    """As a mixture's balance loss: of all rows, whether they count or not."""
+    loss, metrics = masked_mean(trainable, frozen, batch, rng)
+    balance = 0.1 * jnp.mean(jnp.square(batch["x"] @ trainable["w"]))
+    return loss + balance, metrics | {"balance_loss": balance}
+
+
+@pytest.mark.parametrize("accumulation", [2, 3])
+def test_a_batch_without_any_counted_token_still_has_its_auxiliary_loss(accumulation):
+    mask = np.zeros(12, np.float32)
+    whole, whole_metrics = one_step(1, loss_fn=with_auxiliary, mask=mask)
+    parts, metrics = one_step(accumulation, loss_fn=with_auxiliary, mask=mask)
+    assert float(whole_metrics["loss"]) > 0 == float(metrics["target_count"])
+    for name in ("loss", "balance_loss", "grad_norm"):
+        assert float(metrics[name]) == pytest.approx(float(whole_metrics[name]), rel=1e-5)
+    np.testing.assert_allclose(parts.params["w"], whole.params["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("counted", [0, 1, 2])
+def test_a_microbatch_without_a_counted_token_weighs_nothing_beside_one_with(counted):
+    mask = np.zeros(12, np.float32)
+    mask[4 * counted : 4 * counted + 3] = 1
+    parts, metrics = one_step(3, loss_fn=with_auxiliary, mask=mask)
+    trainable, frozen, batch = problem()
+    alone = {k: v[4 * counted : 4 * counted + 4] for k, v in (batch | {"mask": mask}).items()}
+    loss, wanted = with_auxiliary(trainable, frozen, alone, None)
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
+    assert float(metrics["target_count"]) == 3
+    grads = jax.grad(lambda t: with_auxiliary(t, frozen, alone, None)[0])(trainable)
+    np.testing.assert_allclose(parts.params["w"], trainable["w"] - 0.1 * grads["w"], rtol=1e-5)
 
 
 def test_gradient_norm_is_reported_before_clipping():
@@ -115,6 +148,26 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     assert all(jax.tree.leaves(same))
     state, third = step(state, frozen, batch, jax.random.key(0))
     assert float(third["skipped_count"]) == 0.0 and np.isfinite(state.params["w"]).all()
+
+
+def test_skipped_steps_have_their_step_of_the_schedule_and_no_other_count():
+    """The learning rate that is applied is schedule(step), with which the loop logs it."""
+    trainable, frozen, batch = problem()
+    optimizer = make_optimizer(OptimConfig("adamw", lr=1.0), 6)
+    step = make_train_step(masked_mean, optimizer, StepOptions(skip_nonfinite=True))
+    plain = init_state(jax.tree.map(jnp.copy, trainable), optimizer)
+    state = init_state(trainable, optimizer)
+    plain, _ = step(plain, frozen, batch, jax.random.key(0))
+    one_later = jax.tree.map(jnp.copy, plain)
+    plain, _ = step(plain, frozen, batch, jax.random.key(0))
+    state, _ = step(state, frozen, batch, jax.random.key(0))
+    before = np.asarray(state.params["w"])
+    state, _ = step(state, frozen, batch | {"y": batch["y"] * np.nan}, jax.random.key(0))
+    state, _ = step(state, frozen, batch, jax.random.key(0))
+    moved = np.asarray(state.params["w"]) - before
+    unskipped = np.asarray(plain.params["w"]) - np.asarray(one_later.params["w"])
+    schedule = make_schedule(OptimConfig(lr=1.0), 6)
+    np.testing.assert_allclose(moved / unskipped, schedule(2) / schedule(1), rtol=1e-5)
 
 
 def before_parts(state):
