@@ -1,6 +1,7 @@
 """What starts moejax on machines that are not here: linted, parsed and run dry."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def test_hadolint_finds_nothing_and_what_is_copied_exists(name):
 # The fields of JobSet v1alpha2 and of the Kubernetes kinds inside it that a manifest here may use,
 # and which of them must be there.
 POD = {"restartPolicy", "hostNetwork", "dnsPolicy", "terminationGracePeriodSeconds"}
-POD |= {"nodeSelector", "containers!", "volumes"}
+POD |= {"nodeSelector", "containers!", "volumes", "securityContext"}
 SCHEMA = {
     "": {"apiVersion!", "kind!", "metadata!", "spec!"},
     "metadata": {"name!", "annotations", "labels"},
@@ -63,6 +64,10 @@ SCHEMA = {
     },
     "spec.replicatedJobs.template.spec.template": {"metadata", "spec!"},
     "spec.replicatedJobs.template.spec.template.spec": POD,
+    "spec.replicatedJobs.template.spec.template.spec.securityContext": {
+        "fsGroup",
+        "fsGroupChangePolicy",
+    },
     "spec.replicatedJobs.template.spec.template.spec.containers": {
         "name!",
         "image!",
@@ -106,6 +111,8 @@ def test_the_jobset_manifest_has_the_fields_of_its_apis_and_its_numbers_agree():
     assert job["completionMode"] == "Indexed" and pod["restartPolicy"] == "Never"
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
+    user = re.search(r"^USER (\d+)$", (ROOT / "launch/Dockerfile.tpu").read_text(), re.MULTILINE)
+    assert user and pod["securityContext"]["fsGroup"] == int(user[1])
     config = next(arg for arg in container["args"] if arg.startswith("--config="))
     assert (ROOT / config.removeprefix("--config=")).is_file()
 
