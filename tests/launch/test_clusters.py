@@ -175,3 +175,26 @@ def test_slurm_prints_what_it_would_run_and_refuses_other_folders(tmp_path):
     assert done.returncode == 2 and "root of the moejax checkout" in done.stderr
     done = run("bash", script, **settings)
     assert done.returncode == 2 and "usage" in done.stderr
+
+
+@pytest.mark.parametrize("code, queued", [(75, "requeue 17\n"), (0, ""), (1, "")])
+def test_slurm_queues_again_what_has_saved_also_when_the_signal_reaches_the_script(
+    tmp_path, code, queued
+):
+    """Stand-ins for Slurm: the run's end takes a while, and the script gets the signal meanwhile."""
+    srun, scontrol, asked = tmp_path / "srun", tmp_path / "scontrol", tmp_path / "asked"
+    script = 'case $(cat /proc/$PPID/comm) in bash) kill -TERM $PPID ;; esac'
+    srun.write_text(f"#!/bin/sh\n{script}\nsleep 0.2\nexit {code}\n")
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    for file in (srun, scontrol):
+        file.chmod(0o755)
+    asked.touch()
+    settings = {"MOEJAX_PYTHON": "python3", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "17"}
+    settings["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    done = run("bash", str(ROOT / "launch/slurm.sbatch"), "--config=a.py", **settings)
+    assert done.returncode == code, done.stderr
+    assert asked.read_text() == queued
+    lines = (ROOT / "launch/slurm.sbatch").read_text().splitlines()
+    # To the steps, not the shell alone (that would be B:TERM); Slurm may be a minute off.
+    (signal,) = [line for line in lines if line.startswith("#SBATCH --signal=")]
+    assert signal == "#SBATCH --signal=TERM@300" and "#SBATCH --requeue" in lines
