@@ -41,6 +41,8 @@ def start() -> None:
     import jax
 
     arguments: dict[str, Any] = {} if value == "auto" else _parse(value)
+    if sees_its_own_devices():
+        arguments["local_device_ids"] = []  # all that are visible
     arguments["initialization_timeout"] = MULTIHOST_TIMEOUT.value
     arguments["heartbeat_timeout_seconds"] = MULTIHOST_HEARTBEAT.value
     # What CPU devices of several processes talk by; other platforms do not ask.
@@ -56,6 +58,25 @@ def start() -> None:
             "every process was started and reaches process 0"
         ) from error
     _check_alike()
+
+
+def sees_its_own_devices() -> bool:
+    """Whether all GPUs that this process sees are its own, as Slurm's or MPI's variables say.
+
+    Under these, and without JAX_LOCAL_DEVICE_IDS, JAX takes each process to be one of as many on its host as there are GPUs, and gives
+    it one. That is wrong for the only process of a host, and for one that Slurm has bound to some.
+    """
+    found = os.environ
+    if "JAX_LOCAL_DEVICE_IDS" in found:
+        return False
+    if found.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1":
+        return True
+    if "SLURM_STEP_NUM_NODES" not in found:
+        return False
+    if found.get("SLURM_NTASKS") == found["SLURM_STEP_NUM_NODES"]:
+        return True
+    visible, of_host = found.get("CUDA_VISIBLE_DEVICES"), found.get("SLURM_GPUS_ON_NODE", "")
+    return visible is not None and of_host.isdigit() and len(visible.split(",")) < int(of_host)
 
 
 def device_table() -> list[str]:

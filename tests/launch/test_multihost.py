@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,62 @@ def test_a_place():
     wanted = {"coordinator_address": "10.0.0.2:9876", "num_processes": 4, "process_id": 3}
     assert found == wanted
     assert "multihost_timeout" in flags.FLAGS and multihost.device_table() == []
+
+
+ALONE = {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_NODES": "4", "SLURM_GPUS_ON_NODE": "8"}
+EIGHT = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "8"}
+
+
+@pytest.mark.parametrize(
+    "variables, own",
+    [
+        ({}, False),
+        (ALONE, True),
+        (ALONE | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, False),
+        (EIGHT, False),
+        (EIGHT | {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, False),
+        (EIGHT | {"CUDA_VISIBLE_DEVICES": "3"}, True),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, False),
+    ],
+)
+def test_the_only_process_of_a_host_has_all_of_its_gpus(monkeypatch, variables, own):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "CUDA_", "JAX_LOCAL")):
+            monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert multihost.sees_its_own_devices() is own
+
+
+STARTED = """
+import os
+from jax._src import xla_bridge
+from launch import cli, multihost
+def main(argv):
+    multihost.start()
+    print("GPUs", xla_bridge.CUDA_VISIBLE_DEVICES.value, flush=True)
+cli.run(main)
+"""
+
+
+def test_a_task_of_slurm_is_started_with_all_gpus():
+    """What jax itself makes of Slurm's variables: by its default one GPU, that of SLURM_LOCALID."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    task = {"SLURM_JOB_ID": "17", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_PROCID": "0"}
+    task |= {"SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
+    task |= {"JAX_COORDINATOR_PORT": str(port), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED, "--multihost=auto", "--compile_cache="],
+        cwd=ROOT,
+        env=os.environ | task,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "GPUs all" in done.stdout, done.stdout + done.stderr
 
 
 def start(devices: int, command: list[str]) -> subprocess.Popen[str]:
