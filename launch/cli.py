@@ -20,7 +20,7 @@ from moejax.core.memory import keep_freed, keep_parts, return_freed
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-EXIT_PREEMPTED = 75  # SIGTERM, and all is saved: start the same command again
+EXIT_PREEMPTED = 75  # SIGTERM: start the same command again
 
 COMPILE_CACHE = flags.DEFINE_string(
     "compile_cache",
@@ -39,8 +39,9 @@ def run(main: Callable[[Sequence[str]], int | None], freed: str = "kept") -> Non
     for those that compile.
 
     0 done; 2 bad input, bad flags or no space left; 3 out of memory (`launch.out_of_memory`); 130
-    interrupted; 75 a training run that saved its state at SIGTERM. Anything else is a bug of ours
-    and keeps its traceback.
+    interrupted; 75 stopped by SIGTERM, wherever the command was: a training run has saved its state
+    (`moejax.train.stopping`), others leave nothing half-written. Anything else is a bug of ours and
+    keeps its traceback.
     """
     _show_help_of(main)
     argv = list(sys.argv)
@@ -139,8 +140,14 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, where nobody waits for it to save something first."""
+
+    exit_code = EXIT_PREEMPTED
+
+
 def _terminate(signum, frame):
-    raise KeyboardInterrupt
+    raise _Terminated("stopped; nothing half-written was left behind: start the same command again")
 
 
 def _show_help_of(main) -> None:
