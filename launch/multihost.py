@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import sys
 from typing import Any
@@ -57,6 +58,8 @@ def start() -> None:
             f"{MULTIHOST_TIMEOUT.value} s (--multihost_timeout): {reason}; {remedy}, and see that "
             "every process was started and reaches process 0"
         ) from error
+    # jax listens for SIGTERM too, and what handled it before would never hear of it.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     _check_alike()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from launch import multihost
+from launch import cli, multihost
 from moejax.core.errors import InputError
 from moejax.train.log import read_metrics
 from tests import tiny_run
@@ -67,18 +67,21 @@ def test_the_only_process_of_a_host_has_all_of_its_gpus(monkeypatch, variables, 
 
 
 STARTED = """
-import os
+import os, signal, time
 from jax._src import xla_bridge
 from launch import cli, multihost
 def main(argv):
     multihost.start()
     print("GPUs", xla_bridge.CUDA_VISIBLE_DEVICES.value, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)
+    print("nobody heard the signal", flush=True)
 cli.run(main)
 """
 
 
-def test_a_task_of_slurm_is_started_with_all_gpus():
-    """What jax itself makes of Slurm's variables: by its default one GPU, that of SLURM_LOCALID."""
+def test_a_task_of_slurm_has_all_gpus_and_hears_sigterm():
+    """By its default jax takes one GPU, that of SLURM_LOCALID, and the signal for itself."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -94,6 +97,8 @@ def test_a_task_of_slurm_is_started_with_all_gpus():
         timeout=120,
     )
     assert "GPUs all" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == cli.EXIT_PREEMPTED and "nobody" not in done.stdout, done.stderr
+    assert "start the same command again" in done.stderr and done.stderr.count("\n") == 1
 
 
 def start(devices: int, command: list[str]) -> subprocess.Popen[str]:
