@@ -66,8 +66,9 @@ def start() -> None:
 def sees_its_own_devices() -> bool:
     """Whether all GPUs that this process sees are its own, as Slurm's or MPI's variables say.
 
-    Under these, and without JAX_LOCAL_DEVICE_IDS, JAX takes each process to be one of as many on its host as there are GPUs, and gives
-    it one. That is wrong for the only process of a host, and for one that Slurm has bound to some.
+    Under these, and without JAX_LOCAL_DEVICE_IDS, JAX takes each process to be one of as many on
+    its host as there are GPUs, and gives it one. That is wrong for the only process of a host, and
+    for one that Slurm has bound to some.
     """
     found = os.environ
     if "JAX_LOCAL_DEVICE_IDS" in found:

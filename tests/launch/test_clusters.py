@@ -181,7 +181,7 @@ def test_slurm_prints_what_it_would_run_and_refuses_other_folders(tmp_path):
 def test_slurm_queues_again_what_has_saved_also_when_the_signal_reaches_the_script(
     tmp_path, code, queued
 ):
-    """Stand-ins for Slurm: the run's end takes a while, and the script gets the signal meanwhile."""
+    """Stand-ins for Slurm: the script gets the signal while the run is ending."""
     srun, scontrol, asked = tmp_path / "srun", tmp_path / "scontrol", tmp_path / "asked"
     script = 'case $(cat /proc/$PPID/comm) in bash) kill -TERM $PPID ;; esac'
     srun.write_text(f"#!/bin/sh\n{script}\nsleep 0.2\nexit {code}\n")
