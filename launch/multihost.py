@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import operator
 import os
 import re
 import signal
 import socket
-import sys
 from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
+from launch import cli
 from moejax.core.errors import InputError
 
 # jax is imported by what uses it: --help should not wait for it.
@@ -124,16 +128,35 @@ def _parse(value: str) -> dict[str, Any]:
 
 def _check_alike() -> None:
     """Processes of different flags or versions would hang in the first step that differs."""
-    import jax
-
     from moejax.io import processes
 
-    own = [arg for arg in sys.argv[1:] if not arg.lstrip("-").startswith("multihost")]
-    words = f"jax {jax.__version__}, flags {' '.join(own)}"
-    for index, other in enumerate(processes.texts(words)):
-        if other != words:
+    own = _settings(flags.FLAGS)
+    for index, text in enumerate(processes.all_bytes(json.dumps(own).encode())):
+        other = json.loads(text)
+        differing = [
+            f"{name} ({own.get(name, 'unset')} here, {other.get(name, 'unset')} there)"
+            for name in sorted(own | other)
+            if own.get(name) != other.get(name)
+        ]
+        if differing:
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise InputError(
-                f"process {jax.process_index()} has {words}, process {index} {other}: start all "
-                "with the same versions and flags"
+                f"process {index} has another {', '.join(differing[:3])}{more}: start all with the "
+                "same versions and flags"
             )
 
+
+def _settings(given: flags.FlagValues) -> dict[str, str]:
+    """What has to be the same in all processes: flags that were given, every key of a config."""
+    import jax
+
+    found = {"jax": jax.__version__}
+    for name in given:
+        value = given[name].value
+        if isinstance(value, ConfigDict):
+            for key in cli.leaf_keys(value):
+                leaf = functools.reduce(operator.getitem, key.split("."), value)
+                found[f"--{name}.{key}"] = str(leaf)
+        elif given[name].present and not name.startswith("multihost"):
+            found[f"--{name}"] = str(value)
+    return found

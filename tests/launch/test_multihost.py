@@ -8,12 +8,16 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from absl import flags
+from ml_collections import config_flags
 
+from configs import base
 from launch import cli, multihost
 from moejax.core.errors import InputError
+from moejax.io import processes
 from moejax.train.log import read_metrics
 from tests import tiny_run
 
@@ -38,6 +42,45 @@ def test_a_place():
     wanted = {"coordinator_address": "10.0.0.2:9876", "num_processes": 4, "process_id": 3}
     assert found == wanted
     assert "multihost_timeout" in flags.FLAGS and multihost.device_table() == []
+
+
+def parsed(*words: str) -> flags.FlagValues:
+    found = flags.FlagValues()
+    flags.DEFINE_string("multihost", "", "", flag_values=found)
+    flags.DEFINE_string("workdir", None, "", flag_values=found)
+    flags.DEFINE_multi_string("prompt", [], "", flag_values=found)
+    flags.DEFINE_bool("dry_run", False, "", flag_values=found)
+    with mock.patch.object(sys, "argv", ["train", *words]):  # where keys of a config are found
+        config_flags.DEFINE_config_dict("config", base.get_config(), flag_values=found)
+        found(sys.argv)
+    return found
+
+
+def alike(monkeypatch, *others: list[str]) -> None:
+    """What the first of the processes with these command lines says of the rest."""
+    texts = [json.dumps(multihost._settings(parsed(*words))).encode() for words in others]
+    monkeypatch.setattr(processes, "all_bytes", lambda data: texts)
+    monkeypatch.setattr(multihost.flags, "FLAGS", parsed(*others[0]))
+    multihost._check_alike()
+
+
+def test_processes_are_alike_however_long_and_in_whatever_form_their_flags_are(monkeypatch):
+    long = [f"--prompt={i:03} {'x' * 100}" for i in range(30)]
+    first = ["--multihost", "HOST:1,2,0", "--workdir=a", *long]
+    alike(monkeypatch, first, ["--multihost=HOST:1,2,1", *long, "--workdir", "a"])
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--workdir=b"], r"process 1 has another --workdir \(a here, b there\): start all"),
+        (["--workdir=a", "--dry_run"], r"another --dry_run \(unset here, True there\)"),
+        (["--workdir=a", "--config.train.lr=3"], r"--config.train.lr \(5e-05 here, 3.0 there\)"),
+    ],
+)
+def test_a_flag_that_differs_is_named(monkeypatch, words, said):
+    with pytest.raises(InputError, match=said):
+        alike(monkeypatch, ["--workdir=a"], words)
 
 
 ALONE = {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_NODES": "4", "SLURM_GPUS_ON_NODE": "8"}
