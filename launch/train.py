@@ -219,6 +219,7 @@ def plan_preset(config: ConfigDict) -> None:
     settings = train_config(config, None)
     for line in describe(config, model, settings, None):
         print(line)
+    print(f"mesh     {describe_mesh(make_mesh_of(config, model))}")
     print(describe_memory(plan_memory(config, model, settings, make_loss(model, config))))
     print("dry run: nothing trained, nothing written")
 
