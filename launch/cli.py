@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import difflib
 import errno
+import functools
 import glob
+import operator
 import os
 import pathlib
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from logging import getLogger
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -21,6 +25,10 @@ from moejax.core.memory import keep_freed, keep_parts, return_freed
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 EXIT_PREEMPTED = 75  # SIGTERM: start the same command again
+
+# A scheme at the start of a value, or of a part of it as in --models=A,B or --bridges=NAME=A.
+_REMOTE = re.compile(r"(?:^|[,=])([A-Za-z][A-Za-z0-9+.-]*://)")
+_PROSE = ("prompt", "system")  # flags of text for a model
 
 COMPILE_CACHE = flags.DEFINE_string(
     "compile_cache",
@@ -50,6 +58,7 @@ def run(main: Callable[[Sequence[str]], int | None], freed: str = "kept") -> Non
         if len(args) > 1:
             return _fail(f"unexpected argument {args[1]!r}: flags are written --name=value", 2)
         try:
+            refuse_remote(flags.FLAGS)
             enable_compile_cache()
             if freed != "kept":
                 {"parts": keep_parts, "returned": return_freed}[freed]()
@@ -120,6 +129,11 @@ def _wrong_key(argv: Sequence[str], path: str) -> str:
     return f"--{wrong[0]}: {path} has no such key{hint}; its keys: {', '.join(sorted(keys))}"
 
 
+def leaf(config, key: str) -> Any:
+    """The value of a dotted name of `leaf_keys`."""
+    return functools.reduce(operator.getitem, key.split("."), config)
+
+
 def leaf_keys(config, prefix: str = "") -> list[str]:
     """Dotted names of every leaf of a ConfigDict."""
     keys: list[str] = []
@@ -138,6 +152,28 @@ def _last_line(error: BaseException) -> str:
 def _fail(message: str, code: int) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code
+
+
+def refuse_remote(given: flags.FlagValues) -> None:
+    """InputError where a flag or a key of a config names a place as gs://bucket/folder.
+
+    Files are read and written by their paths on this machine, where such a name would be made a
+    folder of the working directory.
+    """
+    for name in given:
+        value = given[name].value
+        if hasattr(value, "items"):
+            keys = leaf_keys(value)
+            named = {f"{name}.{key}": leaf(value, key) for key in keys}
+        else:
+            named = {name: value} if given[name].present and name not in _PROSE else {}
+        for key, found in named.items():
+            for text in found if isinstance(found, (list, tuple)) else [found]:
+                if isinstance(text, str) and (remote := _REMOTE.search(text)):
+                    raise InputError(
+                        f"--{key}={text}: {remote[1]} names no file here: mount that storage on "
+                        "every host (gcsfuse to read, NFS for a --workdir) and give the path"
+                    )
 
 
 class _Terminated(KeyboardInterrupt):

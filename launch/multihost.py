@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import operator
 import os
 import re
 import signal
@@ -155,8 +153,7 @@ def _settings(given: flags.FlagValues) -> dict[str, str]:
         value = given[name].value
         if isinstance(value, ConfigDict):
             for key in cli.leaf_keys(value):
-                leaf = functools.reduce(operator.getitem, key.split("."), value)
-                found[f"--{name}.{key}"] = str(leaf)
+                found[f"--{name}.{key}"] = str(cli.leaf(value, key))
         elif given[name].present and not name.startswith("multihost"):
             found[f"--{name}"] = str(value)
     return found

@@ -125,10 +125,12 @@ def test_the_manifest_check_can_fail():
 
 
 def test_tpu_vm_prints_what_it_would_run():
-    done = run(*TPU_VM, "--dry_run", "run", "--config=a.py", "--workdir=gs://b/it's mine")
+    done = run(*TPU_VM, "--dry_run", "run", "--config=a.py", "--workdir=/mnt/b/it's mine")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("gcloud compute tpus tpu-vm ssh pod --zone=us-east5-a")
     assert "--multihost=auto" in done.stdout and "--worker=all" in done.stdout
+    told = run(TPU_VM[0], "--help").stdout
+    assert told.endswith("never run on\na TPU VM.\n") and "://" not in told
 
 
 def test_what_tpu_vm_sends_survives_the_shell_of_the_worker(tmp_path):
@@ -144,9 +146,9 @@ def test_what_tpu_vm_sends_survives_the_shell_of_the_worker(tmp_path):
     python.chmod(0o755)
     gcloud.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    done = run(*TPU_VM, "run", "--config=a.py", "--workdir=gs://b/it's $HOME", PATH=path)
+    done = run(*TPU_VM, "run", "--config=a.py", "--workdir=/mnt/b/it's $HOME", PATH=path)
     wanted = ["-m", "launch.train", "--multihost=auto", "--config=a.py"]
-    wanted += ["--workdir=gs://b/it's $HOME"]
+    wanted += ["--workdir=/mnt/b/it's $HOME"]
     assert done.stdout.splitlines() == [f"[{one}]" for one in wanted], done.stderr
 
 
