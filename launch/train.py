@@ -49,6 +49,7 @@ from moejax.io.load import Loaded, load_any, save_any
 from moejax.io.sharded import on_mesh
 from moejax.models import flops
 from moejax.models.config import ModelConfig
+from moejax.train.folder import check_shared
 from moejax.train.layout import describe_mesh
 from moejax.train.loop import FitResult, RunInfo, TrainConfig, fit, load_best, load_params
 from moejax.train.peak import measure_gemm_peak
@@ -90,6 +91,7 @@ def main(argv) -> None:
     if workdir is None or cli.DRY_RUN.value:
         say("dry run: nothing trained, nothing written")
         return
+    check_shared(workdir)
     if EXPORT_STEP.value is not None:
         export(config, plan, mesh, Path(workdir))
         return

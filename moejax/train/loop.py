@@ -1,9 +1,9 @@
 """The training loop: resumes by default, evaluates, keeps the best, stops cleanly.
 
-A run lives in a work directory: config.json (what it is), env.json, metrics.jsonl, tb/, ckpt/ and,
-if asked for, best/. Batches and randomness are functions of the step, so a run that was killed and
-started again equals, bit for bit on the same mesh, one that never was. On several processes all of
-them call `fit` with a directory that they share; process 0 keeps the records.
+A run lives in a work directory: config.json (what it is), env.json, metrics.jsonl, tb/, ckpt/, lock
+and, if asked for, best/. Batches and randomness are functions of the step, so a run that was killed
+and started again equals, bit for bit on the same mesh, one that never was. On several processes all
+of them call `fit` with a directory that they share; process 0 keeps the records.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moejax.io import processes
 from moejax.io.atomic import read_json, write_json
 from moejax.io.checkpoint import Checkpoints
 from moejax.train.feed import Batches, Feed
-from moejax.train.folder import claim_folder
+from moejax.train.folder import alone_in, claim_folder
 from moejax.train.log import (
     Record,
     RunLog,
@@ -74,10 +74,10 @@ def fit(
       info: what to say of the run, and the mesh it has.
       adjust: see `moejax.train.step.make_train_step`.
 
-    Errors: InputError for a work directory of another config, on-policy batches on a mesh, rows
-    that `accumulation` does not divide, more steps in a row than `max_skipped` without a finite
-    loss. KeyboardInterrupt after ctrl-C and `moejax.train.stopping.Preempted` after SIGTERM, once
-    the state is saved.
+    Errors: InputError for a work directory of another config or one that another process is at,
+    on-policy batches on a mesh, rows that `accumulation` does not divide, more steps in a row than
+    `max_skipped` without a finite loss. KeyboardInterrupt after ctrl-C and
+    `moejax.train.stopping.Preempted` after SIGTERM, once the state is saved.
     """
     workdir = Path(workdir)
     if info.on_policy and info.mesh is not None:
@@ -87,21 +87,22 @@ def fit(
         )
     identity = {"train": dataclasses.asdict(config), **info.identity}
     free = [f"train.{name}" for name in FREE]
-    claim_folder(workdir, identity, free=free, before=info.before)
-    run = _Run(config, eval_fn, workdir, info)
-    ahead = 0 if info.on_policy else config.prefetch
-    with Feed(batches, config.steps, info.mesh, ahead) as feed:
-        run.prepare(loss_fn, (trainable, frozen), feed, adjust)
-        state = run.start(trainable)
-        del trainable
-        if run.step < config.steps:
-            with RunLog(workdir, info.title, config.steps, run.step, info.quiet) as log:
-                if run.step:
-                    log.say(f"resuming at step {run.step} of {config.steps} from {workdir}")
-                try:
-                    state = run.train(state, frozen, feed, log)
-                finally:
-                    run.settle()
+    with alone_in(workdir):
+        claim_folder(workdir, identity, free=free, before=info.before)
+        run = _Run(config, eval_fn, workdir, info)
+        ahead = 0 if info.on_policy else config.prefetch
+        with Feed(batches, config.steps, info.mesh, ahead) as feed:
+            run.prepare(loss_fn, (trainable, frozen), feed, adjust)
+            state = run.start(trainable)
+            del trainable
+            if run.step < config.steps:
+                with RunLog(workdir, info.title, config.steps, run.step, info.quiet) as log:
+                    if run.step:
+                        log.say(f"resuming at step {run.step} of {config.steps} from {workdir}")
+                    try:
+                        state = run.train(state, frozen, feed, log)
+                    finally:
+                        run.settle()
     best, params, step = run.best(), state.params, run.step
     del state, run  # with what they hold: the optimizer's state
     give_back()
