@@ -41,7 +41,7 @@ from moejax.train.placement import step_program
 from moejax.train.run_config import FREE, FitResult, RunInfo, TrainConfig
 from moejax.train.state import TrainState, init_state, named, renamed
 from moejax.train.step import Adjust, LossFn, StepOptions, make_train_step
-from moejax.train.stopping import Agreement, StopRequest, Watchdog, stop_on_signal
+from moejax.train.stopping import Agreement, Watchdog, stop_on_signal
 
 __all__ = ["FREE", "Batches", "EvalFn", "FitResult", "RunInfo", "TrainConfig"]
 __all__ += ["claim_folder", "fit", "load_best", "load_params"]
@@ -194,18 +194,18 @@ class _Run:
         self._since = time.perf_counter()
         stacks = self._workdir / "stacks" / f"process_{jax.process_index()}.txt"
         with stop_on_signal(log.say) as stop, Watchdog(config.hang_s, stacks) as watchdog:
-            stopping = False
-            while self.step < config.steps and not stopping:
+            asked: type[KeyboardInterrupt] | None = None
+            while self.step < config.steps and not asked:
                 seen = (state.params,) if self._info.on_policy else ()
                 batch = feed.get(self.step, *seen)
                 state, metrics = self._update(state, frozen, batch, key)
                 self.step += 1
                 self._pending.append((self.step, metrics))
-                stopping = agreement.reached(stop.is_set())
+                asked = agreement.reached(stop.error)
                 last = self.step == config.steps
                 evaluate = self._eval_fn and (last or _due(self.step, config.eval_every))
                 save = last or _due(self.step, config.save_every)
-                if evaluate or save or stopping or _due(self.step, config.log_every):
+                if evaluate or save or asked or _due(self.step, config.log_every):
                     self._flush(log)
                 if evaluate:
                     watchdog.beat(self.step)
@@ -215,17 +215,17 @@ class _Run:
                 if evaluate or save:
                     self._since = time.perf_counter()
                 watchdog.beat(self.step)
-            if stopping and self.step < config.steps:
+            if asked and self.step < config.steps:
                 if saved != self.step:
                     self._save(state)
-                self._interrupted(stop)
+                self._interrupted(asked)
             self._checkpoints.wait()
         return state
 
-    def _interrupted(self, stop: StopRequest) -> None:
+    def _interrupted(self, error: type[KeyboardInterrupt]) -> None:
         """Waits for the checkpoint and raises what stopped the run."""
         self._checkpoints.wait()
-        raise (stop.error or KeyboardInterrupt)(
+        raise error(
             f"interrupted: step {self.step} of {self._config.steps} is saved in "
             f"{self._workdir}; the same command goes on from there"
         )

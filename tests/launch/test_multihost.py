@@ -155,6 +155,24 @@ def losses(workdir: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(workdir) if "loss" in record]
 
 
+STOPPED = """
+import sys
+from pathlib import Path
+from tests import faults
+row = faults.Table(Path(sys.argv[1])).stopped()
+print(row, flush=True)
+sys.exit(not row.good)
+"""
+
+
+def test_sigterm_to_one_of_two_processes_stops_both_at_one_step_and_they_go_on(tmp_path):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", STOPPED, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    logs = [path.read_text()[-1500:] for path in sorted(tmp_path.glob("*.log"))]
+    assert done.returncode == 0, "\n".join([done.stdout, done.stderr, *logs])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["dense", "moe", "esft"])
 def test_one_recipe_anywhere(tmp_path, model):
