@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import difflib
 import errno
+import functools
 import glob
+import operator
 import os
 import pathlib
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from logging import getLogger
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -20,7 +24,11 @@ from moejax.core.memory import keep_freed, keep_parts, return_freed
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-EXIT_PREEMPTED = 75  # SIGTERM, and all is saved: start the same command again
+EXIT_PREEMPTED = 75  # SIGTERM: start the same command again
+
+# A scheme at the start of a value, or of a part of it as in --models=A,B or --bridges=NAME=A.
+_REMOTE = re.compile(r"(?:^|[,=])([A-Za-z][A-Za-z0-9+.-]*://)")
+_PROSE = ("prompt", "system")  # flags of text for a model
 
 COMPILE_CACHE = flags.DEFINE_string(
     "compile_cache",
@@ -39,8 +47,9 @@ def run(main: Callable[[Sequence[str]], int | None], freed: str = "kept") -> Non
     for those that compile.
 
     0 done; 2 bad input, bad flags or no space left; 3 out of memory (`launch.out_of_memory`); 130
-    interrupted; 75 a training run that saved its state at SIGTERM. Anything else is a bug of ours
-    and keeps its traceback.
+    interrupted; 75 stopped by SIGTERM, wherever the command was: a training run has saved its state
+    (`moejax.train.stopping`), others leave nothing half-written. Anything else is a bug of ours and
+    keeps its traceback.
     """
     _show_help_of(main)
     argv = list(sys.argv)
@@ -49,6 +58,7 @@ def run(main: Callable[[Sequence[str]], int | None], freed: str = "kept") -> Non
         if len(args) > 1:
             return _fail(f"unexpected argument {args[1]!r}: flags are written --name=value", 2)
         try:
+            refuse_remote(flags.FLAGS)
             enable_compile_cache()
             if freed != "kept":
                 {"parts": keep_parts, "returned": return_freed}[freed]()
@@ -119,6 +129,11 @@ def _wrong_key(argv: Sequence[str], path: str) -> str:
     return f"--{wrong[0]}: {path} has no such key{hint}; its keys: {', '.join(sorted(keys))}"
 
 
+def leaf(config, key: str) -> Any:
+    """The value of a dotted name of `leaf_keys`."""
+    return functools.reduce(operator.getitem, key.split("."), config)
+
+
 def leaf_keys(config, prefix: str = "") -> list[str]:
     """Dotted names of every leaf of a ConfigDict."""
     keys: list[str] = []
@@ -139,8 +154,36 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def refuse_remote(given: flags.FlagValues) -> None:
+    """InputError where a flag or a key of a config names a place as gs://bucket/folder.
+
+    Files are read and written by their paths on this machine, where such a name would be made a
+    folder of the working directory.
+    """
+    for name in given:
+        value = given[name].value
+        if hasattr(value, "items"):
+            keys = leaf_keys(value)
+            named = {f"{name}.{key}": leaf(value, key) for key in keys}
+        else:
+            named = {name: value} if given[name].present and name not in _PROSE else {}
+        for key, found in named.items():
+            for text in found if isinstance(found, (list, tuple)) else [found]:
+                if isinstance(text, str) and (remote := _REMOTE.search(text)):
+                    raise InputError(
+                        f"--{key}={text}: {remote[1]} names no file here: mount that storage on "
+                        "every host (gcsfuse to read, NFS for a --workdir) and give the path"
+                    )
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, where nobody waits for it to save something first."""
+
+    exit_code = EXIT_PREEMPTED
+
+
 def _terminate(signum, frame):
-    raise KeyboardInterrupt
+    raise _Terminated("stopped; nothing half-written was left behind: start the same command again")
 
 
 def _show_help_of(main) -> None:

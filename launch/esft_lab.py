@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import functools
 import shutil
 import time
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict
 from launch.esft_domains import Domains
 from moejax.core import tree
 from moejax.io import atomic
+from moejax.io.lock import locked
 from moejax.methods import expert_scores, score_files
 from moejax.methods import expert_selection as selection
 from moejax.methods.adaptation import adapt
@@ -185,11 +185,8 @@ class Bench:
         None while another process does it.
         """
         path = self.folder / arm / f"{rate:g}" / str(seed)
-        path.mkdir(parents=True, exist_ok=True)
-        with (path / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with locked(path) as holder:
+            if holder:
                 return None
             if not (path / "result.json").exists():
                 atomic.write_json(path / "result.json", self._measure(arm, rate, seed, path))

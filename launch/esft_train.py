@@ -45,6 +45,7 @@ from moejax.methods.lora import LoraConfig
 from moejax.methods.routing_ledger import routing_ledger
 from moejax.models.config import ModelConfig
 from moejax.models.transformer import ForwardOptions
+from moejax.train.folder import check_shared
 from moejax.train.layout import describe_mesh
 from moejax.train.loop import FitResult, RunInfo, TrainConfig, fit, load_best
 from moejax.train.loss import lm_loss
@@ -81,6 +82,7 @@ def main(flags: dict[str, Any]) -> None:
             say(describe_memory(plan_memory(config, plan, settings, chosen)))
         say("dry run: nothing trained, nothing written")
         return
+    check_shared(workdir)
     # Every process keeps a copy on its host: what is trained is cut out of it, and put back.
     loaded = load_any(config.model.source, config.model.dtype)
     if method == "esft" and chosen is None:

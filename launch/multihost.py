@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import signal
 import socket
-import sys
 from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
+from launch import cli
 from moejax.core.errors import InputError
 
 # jax is imported by what uses it: --help should not wait for it.
@@ -41,6 +44,8 @@ def start() -> None:
     import jax
 
     arguments: dict[str, Any] = {} if value == "auto" else _parse(value)
+    if sees_its_own_devices():
+        arguments["local_device_ids"] = []  # all that are visible
     arguments["initialization_timeout"] = MULTIHOST_TIMEOUT.value
     arguments["heartbeat_timeout_seconds"] = MULTIHOST_HEARTBEAT.value
     # What CPU devices of several processes talk by; other platforms do not ask.
@@ -55,7 +60,29 @@ def start() -> None:
             f"{MULTIHOST_TIMEOUT.value} s (--multihost_timeout): {reason}; {remedy}, and see that "
             "every process was started and reaches process 0"
         ) from error
+    # jax listens for SIGTERM too, and what handled it before would never hear of it.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     _check_alike()
+
+
+def sees_its_own_devices() -> bool:
+    """Whether all GPUs that this process sees are its own, as Slurm's or MPI's variables say.
+
+    Under these, and without JAX_LOCAL_DEVICE_IDS, JAX takes each process to be one of as many on
+    its host as there are GPUs, and gives it one. That is wrong for the only process of a host, and
+    for one that Slurm has bound to some.
+    """
+    found = os.environ
+    if "JAX_LOCAL_DEVICE_IDS" in found:
+        return False
+    if found.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1":
+        return True
+    if "SLURM_STEP_NUM_NODES" not in found:
+        return False
+    if found.get("SLURM_NTASKS") == found["SLURM_STEP_NUM_NODES"]:
+        return True
+    visible, of_host = found.get("CUDA_VISIBLE_DEVICES"), found.get("SLURM_GPUS_ON_NODE", "")
+    return visible is not None and of_host.isdigit() and len(visible.split(",")) < int(of_host)
 
 
 def device_table() -> list[str]:
@@ -99,16 +126,34 @@ def _parse(value: str) -> dict[str, Any]:
 
 def _check_alike() -> None:
     """Processes of different flags or versions would hang in the first step that differs."""
-    import jax
-
     from moejax.io import processes
 
-    own = [arg for arg in sys.argv[1:] if not arg.lstrip("-").startswith("multihost")]
-    words = f"jax {jax.__version__}, flags {' '.join(own)}"
-    for index, other in enumerate(processes.texts(words)):
-        if other != words:
+    own = _settings(flags.FLAGS)
+    for index, text in enumerate(processes.all_bytes(json.dumps(own).encode())):
+        other = json.loads(text)
+        differing = [
+            f"{name} ({own.get(name, 'unset')} here, {other.get(name, 'unset')} there)"
+            for name in sorted(own | other)
+            if own.get(name) != other.get(name)
+        ]
+        if differing:
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise InputError(
-                f"process {jax.process_index()} has {words}, process {index} {other}: start all "
-                "with the same versions and flags"
+                f"process {index} has another {', '.join(differing[:3])}{more}: start all with the "
+                "same versions and flags"
             )
 
+
+def _settings(given: flags.FlagValues) -> dict[str, str]:
+    """What has to be the same in all processes: flags that were given, every key of a config."""
+    import jax
+
+    found = {"jax": jax.__version__}
+    for name in given:
+        value = given[name].value
+        if isinstance(value, ConfigDict):
+            for key in cli.leaf_keys(value):
+                found[f"--{name}.{key}"] = str(cli.leaf(value, key))
+        elif given[name].present and not name.startswith("multihost"):
+            found[f"--{name}"] = str(value)
+    return found

@@ -77,6 +77,13 @@ def load_rows(config: ConfigDict, loaded: Loaded) -> SharedData:
 def train_config(config: ConfigDict, num_rows: int | None) -> TrainConfig:
     """The run's settings; `num_rows` (None if unknown) turns epochs into steps."""
     settings = config.train
+    for name, size, least in (
+        ("train.batch_size", settings.batch_size, 1),
+        ("train.accumulation", settings.accumulation, 1),
+        ("data.seq_len", config.data.seq_len, 2),
+    ):
+        if size < least:
+            raise InputError(f"{name} is {size}: it must be {least} or more")
     if (settings.steps > 0) == (settings.epochs > 0):
         raise InputError(
             f"train.steps is {settings.steps} and train.epochs {settings.epochs}: "

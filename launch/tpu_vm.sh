@@ -10,8 +10,10 @@
 #
 #   launch/tpu_vm.sh --tpu=pod --zone=us-east5-a install
 #   launch/tpu_vm.sh --tpu=pod --zone=us-east5-a run --config=configs/mixtral_8x7b_sft.py \
-#       --config.model.source=gs://bucket/mixtral --workdir=gs://bucket/run
+#       --config.model.source=/mnt/bucket/mixtral --workdir=/mnt/shared/runs/mixtral
 #
+# Both are paths, the same on every worker, where you have mounted them: the model may be in a bucket
+# (gcsfuse); --workdir is one file system that all workers write to (Filestore or other NFS).
 # --dry_run prints the commands and runs none. Checked by shellcheck and its dry run; never run on
 # a TPU VM.
 set -euo pipefail

@@ -51,6 +51,7 @@ from moejax.io.hf import has_class
 from moejax.io.load import Loaded, load_any, save_any
 from moejax.io.sharded import on_mesh
 from moejax.models.config import ModelConfig
+from moejax.train.folder import check_shared
 from moejax.train.layout import describe_mesh
 from moejax.train.loop import FitResult, RunInfo, TrainConfig, fit, load_best, load_params
 from moejax.train.peak import measure_gemm_peak
@@ -93,6 +94,7 @@ def main(argv) -> None:
     if workdir is None or cli.DRY_RUN.value:
         say("dry run: nothing trained, nothing written")
         return
+    check_shared(workdir)
     if EXPORT_STEP.value is not None:
         export(config, plan, mesh, Path(workdir))
         return
@@ -218,6 +220,7 @@ def plan_preset(config: ConfigDict) -> None:
     settings = train_config(config, None)
     for line in describe(config, model, settings, None):
         print(line)
+    print(f"mesh     {describe_mesh(make_mesh_of(config, model))}")
     print(describe_memory(plan_memory(config, model, settings, make_loss(model, config))))
     print("dry run: nothing trained, nothing written")
 

@@ -211,7 +211,7 @@ class Table:
         pid, _ = run(self.folder, self.folder / name, self.cache, *flags, **kwargs)
         return ended(pid)
 
-    def two(self, name: str, hook: Hook | None = None) -> list[str]:
+    def two(self, name: str, *more: str, hook: Hook | None = None) -> list[str]:
         """Two processes of one device; the hook is the second one's."""
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -219,7 +219,7 @@ class Table:
         pids = []
         for index in (0, 1):
             place = f"--multihost=127.0.0.1:{port},2,{index}"
-            flags = [self.cache, place, "--multihost_heartbeat=10"]
+            flags = [self.cache, place, "--multihost_heartbeat=10", *more]
             workdir = self.folder / name
             pids.append(run(self.folder, workdir, *flags, hook=hook if index else None)[0])
         return [ended(pid) for pid in pids]
@@ -232,7 +232,7 @@ class Table:
         same = compared(losses(self.folder / name), wanted)
         good = again == "exit 0" and same.startswith(("same", "losses within")) and bool(said)
         stands = data_row(self.folder / name)
-        good &= stands == data_row(self.folder / "plain") == STEPS * 8
+        good &= stands == STEPS * 8
         same += f", data at row {stands}"
         lost = "nothing" if good else "SOMETHING"
         row = Row(fault, happened, f"from {start}: {same}", lost, good)
@@ -244,7 +244,7 @@ class Table:
         """Everything that one process shows; gives the losses of the run that nothing hit."""
         assert self.one("plain") == "exit 0", (self.folder / "plain_0.log").read_text()[-2000:]
         wanted = losses(self.folder / "plain")
-        assert len(wanted) == STEPS
+        assert len(wanted) == STEPS and data_row(self.folder / "plain") == STEPS * 8
         end = self.one("step", hook=die_in_step)
         shutil.copytree(self.folder / "step", self.folder / "mesh")
         self.add("step", "kill -9 in a step", end, wanted, self.one("step"))
@@ -323,6 +323,26 @@ class Table:
         self.add("two", "kill -9 of one of 2 processes", happened, plain, again)
         again = self.one("back")
         self.add("back", "the same; resumed on 1 process", happened, wanted, again)
+        self.stopped(plain)
+
+    def stopped(self, wanted: list[float] | None = None) -> Row:
+        """SIGTERM to the second of two processes while the best evaluation is kept."""
+        flags = ["--config.train.keep_best=True", "--config.train.eval_every=2"]
+        flags.append("--config.train.save_every=0")
+        first, second = self.two("stopped", *flags, hook=send(signal.SIGTERM))
+        saved = sorted(path.name for path in (self.folder / "stopped" / "ckpt").iterdir())
+        said = [last_line(self.folder / f"stopped_{i}.log", "is saved") for i in (0, 1)]
+        ends = self.two("stopped", *flags)
+        again = "exit 0" if ends == ["exit 0"] * 2 else "failed"
+        found = losses(self.folder / "stopped")
+        happened = f"{first}, {second}; {', '.join(saved)} saved"
+        fault = "SIGTERM to one of 2 processes"
+        row = self.add("stopped", fault, happened, found if wanted is None else wanted, again)
+        # The signal comes in step 5, is passed on with step 6, and all stop after the one behind.
+        row.good &= first == second == "exit 75" and saved == ["step_00000007"]
+        row.good &= said[0].partition(": ")[2] == said[1].partition(": ")[2] != ""
+        row.good &= len(found) == STEPS and (self.folder / "stopped" / "best.json").exists()
+        return row
 
 
 def main(argv: list[str]) -> int:

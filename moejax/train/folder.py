@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Collection, Mapping
+import secrets
+import socket
+import time
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import jax
+
 from moejax.io import processes
 from moejax.io.atomic import read_json, write_json
+from moejax.io.lock import locked
 
 
 def claim_folder(
@@ -36,6 +43,55 @@ def claim_folder(
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / name, wanted)
     processes.agree(problem)
+
+
+@contextlib.contextmanager
+def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keeps a second start of a run out of its folder until the block ends.
+
+    Process 0 does it for all. InputError, on every process, where one is there already.
+    """
+    with contextlib.ExitStack() as stack:
+        holder = stack.enter_context(locked(folder)) if processes.is_first() else ""
+        processes.agree(
+            f"{folder} is in use by {holder}: wait until that has ended, or stop it"
+            if holder
+            else ""
+        )
+        yield
+
+
+def check_shared(folder: str | os.PathLike[str], wait_s: float = 30.0) -> None:
+    """InputError unless all processes see the same folder, which is made if missing.
+
+    Process 0 leaves a file there for a moment and the others look for it, up to `wait_s` seconds:
+    a network's file system may remember for a while what was not there.
+    """
+    if jax.process_count() == 1:
+        return
+    folder, problem = Path(folder), ""
+    nonce = processes.all_bytes(secrets.token_hex(8).encode())[0].decode()
+    mark = folder / f".seen_by_all.{nonce}"
+    if processes.is_first():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        except OSError as error:
+            problem = f"{folder}: {error.strerror}"
+    try:
+        processes.agree(problem)
+        deadline = time.monotonic() + wait_s
+        while not mark.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if not mark.exists():
+            problem = (
+                f"{socket.gethostname()} does not see what process 0 wrote into {folder}: name a "
+                "folder on storage that all hosts share, as NFS"
+            )
+        processes.agree(problem)
+    finally:
+        if processes.is_first():
+            mark.unlink(missing_ok=True)
 
 
 def _difference(folder: Path, wanted: Any, there: Any, free: Collection[str], before) -> str:

@@ -1,9 +1,9 @@
 """The training loop: resumes by default, evaluates, keeps the best, stops cleanly.
 
-A run lives in a work directory: config.json (what it is), env.json, metrics.jsonl, tb/, ckpt/ and,
-if asked for, best/. Batches and randomness are functions of the step, so a run that was killed and
-started again equals, bit for bit on the same mesh, one that never was. On several processes all of
-them call `fit` with a directory that they share; process 0 keeps the records.
+A run lives in a work directory: config.json (what it is), env.json, metrics.jsonl, tb/, ckpt/, lock
+and, if asked for, best/. Batches and randomness are functions of the step, so a run that was killed
+and started again equals, bit for bit on the same mesh, one that never was. On several processes all
+of them call `fit` with a directory that they share; process 0 keeps the records.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moejax.io import processes
 from moejax.io.atomic import read_json, write_json
 from moejax.io.checkpoint import Checkpoints
 from moejax.train.feed import Batches, Feed
-from moejax.train.folder import claim_folder
+from moejax.train.folder import alone_in, claim_folder
 from moejax.train.log import (
     Record,
     RunLog,
@@ -41,7 +41,7 @@ from moejax.train.placement import step_program
 from moejax.train.run_config import FREE, FitResult, RunInfo, TrainConfig
 from moejax.train.state import TrainState, init_state, named, renamed
 from moejax.train.step import Adjust, LossFn, StepOptions, make_train_step
-from moejax.train.stopping import Agreement, StopRequest, Watchdog, stop_on_signal
+from moejax.train.stopping import Agreement, Watchdog, stop_on_signal
 
 __all__ = ["FREE", "Batches", "EvalFn", "FitResult", "RunInfo", "TrainConfig"]
 __all__ += ["claim_folder", "fit", "load_best", "load_params"]
@@ -74,10 +74,10 @@ def fit(
       info: what to say of the run, and the mesh it has.
       adjust: see `moejax.train.step.make_train_step`.
 
-    Errors: InputError for a work directory of another config, on-policy batches on a mesh, rows
-    that `accumulation` does not divide, more steps in a row than `max_skipped` without a finite
-    loss. KeyboardInterrupt after ctrl-C and `moejax.train.stopping.Preempted` after SIGTERM, once
-    the state is saved.
+    Errors: InputError for a work directory of another config or one that another process is at,
+    on-policy batches on a mesh, rows that `accumulation` does not divide, more steps in a row than
+    `max_skipped` without a finite loss. KeyboardInterrupt after ctrl-C and
+    `moejax.train.stopping.Preempted` after SIGTERM, once the state is saved.
     """
     workdir = Path(workdir)
     if info.on_policy and info.mesh is not None:
@@ -87,21 +87,22 @@ def fit(
         )
     identity = {"train": dataclasses.asdict(config), **info.identity}
     free = [f"train.{name}" for name in FREE]
-    claim_folder(workdir, identity, free=free, before=info.before)
-    run = _Run(config, eval_fn, workdir, info)
-    ahead = 0 if info.on_policy else config.prefetch
-    with Feed(batches, config.steps, info.mesh, ahead) as feed:
-        run.prepare(loss_fn, (trainable, frozen), feed, adjust)
-        state = run.start(trainable)
-        del trainable
-        if run.step < config.steps or run.owes_evaluation():
-            with RunLog(workdir, info.title, config.steps, run.step, info.quiet) as log:
-                if run.step:
-                    log.say(f"resuming at step {run.step} of {config.steps} from {workdir}")
-                try:
-                    state = run.train(state, frozen, feed, log)
-                finally:
-                    run.settle()
+    with alone_in(workdir):
+        claim_folder(workdir, identity, free=free, before=info.before)
+        run = _Run(config, eval_fn, workdir, info)
+        ahead = 0 if info.on_policy else config.prefetch
+        with Feed(batches, config.steps, info.mesh, ahead) as feed:
+            run.prepare(loss_fn, (trainable, frozen), feed, adjust)
+            state = run.start(trainable)
+            del trainable
+            if run.step < config.steps or run.owes_evaluation():
+                with RunLog(workdir, info.title, config.steps, run.step, info.quiet) as log:
+                    if run.step:
+                        log.say(f"resuming at step {run.step} of {config.steps} from {workdir}")
+                    try:
+                        state = run.train(state, frozen, feed, log)
+                    finally:
+                        run.settle()
     best, params, step = run.best(), state.params, run.step
     del state, run  # with what they hold: the optimizer's state
     give_back()
@@ -199,8 +200,9 @@ class _Run:
                 self._evaluate(state, frozen, log)
                 watchdog.beat(self.step)
             self._since = time.perf_counter()
-            stopping, running = False, None
-            while self.step < config.steps and not stopping:
+            asked: type[KeyboardInterrupt] | None = None
+            running: Any = None
+            while self.step < config.steps and not asked:
                 seen = (state.params,) if self._info.on_policy else ()
                 batch = feed.get(self.step, *seen)
                 state, metrics = self._update(state, frozen, batch, key)
@@ -210,10 +212,10 @@ class _Run:
                 # the watchdog sees no more than that one, however seldom losses are fetched.
                 jax.block_until_ready(running)
                 running = metrics["loss"]
-                stopping = agreement.reached(stop.is_set())
+                asked = agreement.reached(stop.error)
                 last = self.step == config.steps
-                evaluate = self._evaluates() and (last or not stopping)
-                save = last or stopping or _due(self.step, config.save_every)
+                evaluate = self._evaluates() and (last or not asked)
+                save = last or asked is not None or _due(self.step, config.save_every)
                 if evaluate or save or _due(self.step, config.log_every):
                     self._flush(log)
                 if save:
@@ -224,15 +226,15 @@ class _Run:
                 if evaluate or save:
                     self._since = time.perf_counter()
                 watchdog.beat(self.step)
-            if stopping and self.step < config.steps:
-                self._interrupted(stop)
+            if asked and self.step < config.steps:
+                self._interrupted(asked)
             self._checkpoints.wait()
         return state
 
-    def _interrupted(self, stop: StopRequest) -> None:
+    def _interrupted(self, error: type[KeyboardInterrupt]) -> None:
         """Waits for the checkpoint and raises what stopped the run."""
         self._checkpoints.wait()
-        raise (stop.error or KeyboardInterrupt)(
+        raise error(
             f"interrupted: step {self.step} of {self._config.steps} is saved in "
             f"{self._workdir}; the same command goes on from there"
         )

@@ -33,9 +33,6 @@ class StopRequest:
     def __init__(self):
         self.error: type[KeyboardInterrupt] | None = None
 
-    def is_set(self) -> bool:
-        return self.error is not None
-
 
 @contextlib.contextmanager
 def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
@@ -62,28 +59,33 @@ def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
             signal.signal(number, before[number])
 
 
-class Agreement:
-    """Whether any process of a mesh asks to stop, known to all at the same step.
+# What may stop a run; of several that the processes were asked for, the last is told to all.
+_ERRORS = (None, KeyboardInterrupt, Preempted)
 
-    A tiny program behind every step takes the largest of the devices' flags; its answer is read
-    one step later, so nobody waits for it. On one process the flag itself.
+
+class Agreement:
+    """What any process of a mesh was asked to stop with, known to all at the same step.
+
+    A tiny program behind every step takes the largest of the devices' numbers; its answer is read
+    one step later, so nobody waits for it. On one process its own.
     """
 
     def __init__(self, mesh: Mesh | None):
         self._mesh = mesh if mesh is not None and jax.process_count() > 1 else None
-        self._flag: jax.Array | None = None
+        self._asked: jax.Array | None = None
 
-    def reached(self, flag: bool) -> bool:
-        """Called once a step by every process."""
+    def reached(self, error: type[KeyboardInterrupt] | None) -> type[KeyboardInterrupt] | None:
+        """Called once a step by every process, with what it was asked; what all stop with."""
         if self._mesh is None:
-            return flag
-        before, axes = self._flag, self._mesh.axis_names
+            return error
+        before, axes = self._asked, self._mesh.axis_names
         sharding = NamedSharding(self._mesh, PartitionSpec(axes))
-        flags = jax.make_array_from_callback(
-            (self._mesh.size,), sharding, lambda index: np.full(1, flag, np.int32)
+        number = _ERRORS.index(error)
+        numbers = jax.make_array_from_callback(
+            (self._mesh.size,), sharding, lambda index: np.full(1, number, np.int32)
         )
-        self._flag = _largest(self._mesh)(flags)
-        return before is not None and bool(before)
+        self._asked = _largest(self._mesh)(numbers)
+        return None if before is None else _ERRORS[int(before)]
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,6 +1,7 @@
 """What starts moejax on machines that are not here: linted, parsed and run dry."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def test_hadolint_finds_nothing_and_what_is_copied_exists(name):
 # The fields of JobSet v1alpha2 and of the Kubernetes kinds inside it that a manifest here may use,
 # and which of them must be there.
 POD = {"restartPolicy", "hostNetwork", "dnsPolicy", "terminationGracePeriodSeconds"}
-POD |= {"nodeSelector", "containers!", "volumes"}
+POD |= {"nodeSelector", "containers!", "volumes", "securityContext"}
 SCHEMA = {
     "": {"apiVersion!", "kind!", "metadata!", "spec!"},
     "metadata": {"name!", "annotations", "labels"},
@@ -63,6 +64,10 @@ SCHEMA = {
     },
     "spec.replicatedJobs.template.spec.template": {"metadata", "spec!"},
     "spec.replicatedJobs.template.spec.template.spec": POD,
+    "spec.replicatedJobs.template.spec.template.spec.securityContext": {
+        "fsGroup",
+        "fsGroupChangePolicy",
+    },
     "spec.replicatedJobs.template.spec.template.spec.containers": {
         "name!",
         "image!",
@@ -106,6 +111,8 @@ def test_the_jobset_manifest_has_the_fields_of_its_apis_and_its_numbers_agree():
     assert job["completionMode"] == "Indexed" and pod["restartPolicy"] == "Never"
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
+    user = re.search(r"^USER (\d+)$", (ROOT / "launch/Dockerfile.tpu").read_text(), re.MULTILINE)
+    assert user and pod["securityContext"]["fsGroup"] == int(user[1])
     config = next(arg for arg in container["args"] if arg.startswith("--config="))
     assert (ROOT / config.removeprefix("--config=")).is_file()
 
@@ -118,10 +125,12 @@ def test_the_manifest_check_can_fail():
 
 
 def test_tpu_vm_prints_what_it_would_run():
-    done = run(*TPU_VM, "--dry_run", "run", "--config=a.py", "--workdir=gs://b/it's mine")
+    done = run(*TPU_VM, "--dry_run", "run", "--config=a.py", "--workdir=/mnt/b/it's mine")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("gcloud compute tpus tpu-vm ssh pod --zone=us-east5-a")
     assert "--multihost=auto" in done.stdout and "--worker=all" in done.stdout
+    told = run(TPU_VM[0], "--help").stdout
+    assert told.endswith("never run on\na TPU VM.\n") and "://" not in told
 
 
 def test_what_tpu_vm_sends_survives_the_shell_of_the_worker(tmp_path):
@@ -137,9 +146,9 @@ def test_what_tpu_vm_sends_survives_the_shell_of_the_worker(tmp_path):
     python.chmod(0o755)
     gcloud.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    done = run(*TPU_VM, "run", "--config=a.py", "--workdir=gs://b/it's $HOME", PATH=path)
+    done = run(*TPU_VM, "run", "--config=a.py", "--workdir=/mnt/b/it's $HOME", PATH=path)
     wanted = ["-m", "launch.train", "--multihost=auto", "--config=a.py"]
-    wanted += ["--workdir=gs://b/it's $HOME"]
+    wanted += ["--workdir=/mnt/b/it's $HOME"]
     assert done.stdout.splitlines() == [f"[{one}]" for one in wanted], done.stderr
 
 
@@ -168,3 +177,26 @@ def test_slurm_prints_what_it_would_run_and_refuses_other_folders(tmp_path):
     assert done.returncode == 2 and "root of the moejax checkout" in done.stderr
     done = run("bash", script, **settings)
     assert done.returncode == 2 and "usage" in done.stderr
+
+
+@pytest.mark.parametrize("code, queued", [(75, "requeue 17\n"), (0, ""), (1, "")])
+def test_slurm_queues_again_what_has_saved_also_when_the_signal_reaches_the_script(
+    tmp_path, code, queued
+):
+    """Stand-ins for Slurm: the script gets the signal while the run is ending."""
+    srun, scontrol, asked = tmp_path / "srun", tmp_path / "scontrol", tmp_path / "asked"
+    script = 'case $(cat /proc/$PPID/comm) in bash) kill -TERM $PPID ;; esac'
+    srun.write_text(f"#!/bin/sh\n{script}\nsleep 0.2\nexit {code}\n")
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    for file in (srun, scontrol):
+        file.chmod(0o755)
+    asked.touch()
+    settings = {"MOEJAX_PYTHON": "python3", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "17"}
+    settings["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    done = run("bash", str(ROOT / "launch/slurm.sbatch"), "--config=a.py", **settings)
+    assert done.returncode == code, done.stderr
+    assert asked.read_text() == queued
+    lines = (ROOT / "launch/slurm.sbatch").read_text().splitlines()
+    # To the steps, not the shell alone (that would be B:TERM); Slurm may be a minute off.
+    (signal,) = [line for line in lines if line.startswith("#SBATCH --signal=")]
+    assert signal == "#SBATCH --signal=TERM@300" and "#SBATCH --requeue" in lines

@@ -6,13 +6,18 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from absl import flags
+from ml_collections import config_flags
 
-from launch import multihost
+from configs import base
+from launch import cli, multihost
 from moejax.core.errors import InputError
+from moejax.io import processes
 from moejax.train.log import read_metrics
 from tests import tiny_run
 
@@ -39,6 +44,106 @@ def test_a_place():
     assert "multihost_timeout" in flags.FLAGS and multihost.device_table() == []
 
 
+def parsed(*words: str) -> flags.FlagValues:
+    found = flags.FlagValues()
+    flags.DEFINE_string("multihost", "", "", flag_values=found)
+    flags.DEFINE_string("workdir", None, "", flag_values=found)
+    flags.DEFINE_multi_string("prompt", [], "", flag_values=found)
+    flags.DEFINE_bool("dry_run", False, "", flag_values=found)
+    with mock.patch.object(sys, "argv", ["train", *words]):  # where keys of a config are found
+        config_flags.DEFINE_config_dict("config", base.get_config(), flag_values=found)
+        found(sys.argv)
+    return found
+
+
+def alike(monkeypatch, *others: list[str]) -> None:
+    """What the first of the processes with these command lines says of the rest."""
+    texts = [json.dumps(multihost._settings(parsed(*words))).encode() for words in others]
+    monkeypatch.setattr(processes, "all_bytes", lambda data: texts)
+    monkeypatch.setattr(multihost.flags, "FLAGS", parsed(*others[0]))
+    multihost._check_alike()
+
+
+def test_processes_are_alike_however_long_and_in_whatever_form_their_flags_are(monkeypatch):
+    long = [f"--prompt={i:03} {'x' * 100}" for i in range(30)]
+    first = ["--multihost", "HOST:1,2,0", "--workdir=a", *long]
+    alike(monkeypatch, first, ["--multihost=HOST:1,2,1", *long, "--workdir", "a"])
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--workdir=b"], r"process 1 has another --workdir \(a here, b there\): start all"),
+        (["--workdir=a", "--dry_run"], r"another --dry_run \(unset here, True there\)"),
+        (["--workdir=a", "--config.train.lr=3"], r"--config.train.lr \(5e-05 here, 3.0 there\)"),
+    ],
+)
+def test_a_flag_that_differs_is_named(monkeypatch, words, said):
+    with pytest.raises(InputError, match=said):
+        alike(monkeypatch, ["--workdir=a"], words)
+
+
+ALONE = {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_NODES": "4", "SLURM_GPUS_ON_NODE": "8"}
+EIGHT = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "8"}
+
+
+@pytest.mark.parametrize(
+    "variables, own",
+    [
+        ({}, False),
+        (ALONE, True),
+        (ALONE | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, False),
+        (EIGHT, False),
+        (EIGHT | {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, False),
+        (EIGHT | {"CUDA_VISIBLE_DEVICES": "3"}, True),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, False),
+    ],
+)
+def test_the_only_process_of_a_host_has_all_of_its_gpus(monkeypatch, variables, own):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "CUDA_", "JAX_LOCAL")):
+            monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert multihost.sees_its_own_devices() is own
+
+
+STARTED = """
+import os, signal, time
+from jax._src import xla_bridge
+from launch import cli, multihost
+def main(argv):
+    multihost.start()
+    print("GPUs", xla_bridge.CUDA_VISIBLE_DEVICES.value, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)
+    print("nobody heard the signal", flush=True)
+cli.run(main)
+"""
+
+
+def test_a_task_of_slurm_has_all_gpus_and_hears_sigterm():
+    """By its default jax takes one GPU, that of SLURM_LOCALID, and the signal for itself."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    task = {"SLURM_JOB_ID": "17", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_PROCID": "0"}
+    task |= {"SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
+    task |= {"JAX_COORDINATOR_PORT": str(port), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED, "--multihost=auto", "--compile_cache="],
+        cwd=ROOT,
+        env=os.environ | task,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "GPUs all" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == cli.EXIT_PREEMPTED and "nobody" not in done.stdout, done.stderr
+    assert "start the same command again" in done.stderr and done.stderr.count("\n") == 1
+
+
 def start(devices: int, command: list[str]) -> subprocess.Popen[str]:
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
@@ -48,6 +153,24 @@ def start(devices: int, command: list[str]) -> subprocess.Popen[str]:
 
 def losses(workdir: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(workdir) if "loss" in record]
+
+
+STOPPED = """
+import sys
+from pathlib import Path
+from tests import faults
+row = faults.Table(Path(sys.argv[1])).stopped()
+print(row, flush=True)
+sys.exit(not row.good)
+"""
+
+
+def test_sigterm_to_one_of_two_processes_stops_both_at_one_step_and_they_go_on(tmp_path):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", STOPPED, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    logs = [path.read_text()[-1500:] for path in sorted(tmp_path.glob("*.log"))]
+    assert done.returncode == 0, "\n".join([done.stdout, done.stderr, *logs])
 
 
 @pytest.mark.slow

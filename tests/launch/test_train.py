@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,19 @@ def test_epochs_become_steps_and_shares_become_warmup():
 
 
 @pytest.mark.parametrize(
+    "section, name, size, least",
+    [("train", "batch_size", 0, 1), ("train", "accumulation", 0, 1), ("data", "seq_len", 1, 2)],
+)
+def test_a_size_below_its_least_is_refused_before_it_divides_anything(section, name, size, least):
+    config = xft_deepseek_1b.get_config("moe")
+    config[section][name] = size
+    said = f"{section}.{name} is {size}: it must be {least} or more"
+    for num_rows in (110_000, None):
+        with pytest.raises(InputError, match=said):
+            train_config(config, num_rows)
+
+
+@pytest.mark.parametrize(
     "config",
     [
         base.get_config(),
@@ -156,3 +170,14 @@ def test_a_compute_type_that_is_none():
     config.compute.dtype = "int8"
     with pytest.raises(InputError, match="'int8' is unknown: use float32"):
         forward_options(config)
+
+
+def test_a_preset_is_planned_on_the_mesh_that_is_asked_for():
+    """Rows split along their length are refused, with the length that one device reaches."""
+    asked = ("--config.model.source=preset:smollm2-135m", "--dry_run", "--config.mesh.sequence=2")
+    done = commands.run("train", "--config=configs/quickstart_sft.py", *asked)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "mesh.sequence=2: rows are not split along their length" in done.stderr
+    found = re.search(r"reaches rows of at least ([\d,]+) tokens .* remat dots", done.stderr)
+    assert found and int(found[1].replace(",", "")) > 128
+    assert "compute.remat=full, compute.remat=offload" in done.stderr

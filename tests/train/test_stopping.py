@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from launch import cli
 from moejax.core.errors import InputError
+from moejax.core.mesh import make_mesh
 from moejax.train.feed import Feed
 from moejax.train.stopping import Agreement, Preempted, Watchdog, stop_on_signal
 
@@ -35,11 +37,19 @@ def test_a_run_that_goes_on_leaves_no_stacks(tmp_path):
 def test_the_first_signal_asks_and_is_told_apart(number, error):
     before, said = signal.getsignal(signal.SIGTERM), []
     with stop_on_signal(said.append) as stop:
-        assert not stop.is_set() and not Agreement(None).reached(stop.is_set())
+        assert stop.error is None and Agreement(None).reached(stop.error) is None
         signal.raise_signal(signal.Signals[number])
-        assert stop.is_set() and stop.error is error
+        assert stop.error is error and Agreement(None).reached(stop.error) is error
     assert len(said) == 1 and signal.getsignal(signal.SIGTERM) is before
     assert Preempted.exit_code == cli.EXIT_PREEMPTED == 75
+
+
+def test_what_one_process_was_asked_all_stop_with_a_step_later(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    agreement = Agreement(make_mesh(devices=jax.devices()[:1]))
+    asked = [None, KeyboardInterrupt, Preempted, None]
+    told = [None, None, KeyboardInterrupt, Preempted]
+    assert [agreement.reached(error) for error in asked] == told
 
 
 def test_batches_are_made_ahead_in_order_and_errors_come_with_their_step():
