@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import os
@@ -16,6 +17,7 @@ from moejax.core.errors import InputError
 from moejax.io import lock, processes
 from moejax.io.lock import locked
 from moejax.train.folder import alone_in, check_shared
+from tests.train import test_loop
 
 HOLDER = """
 import runpy, sys, time
@@ -53,6 +55,16 @@ def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refused)
     with alone_in(tmp_path), alone_in(tmp_path):
         pass
+
+
+def test_a_second_start_while_the_first_is_at_it_changes_nothing(tmp_path):
+    test_loop.run(tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.json*")}
+    part = tmp_path / "ckpt" / ".part"
+    part.mkdir()
+    with locked(tmp_path), pytest.raises(InputError, match="is in use by process .*: wait until"):
+        test_loop.run(tmp_path, dataclasses.replace(test_loop.CONFIG, log_every=5))
+    assert part.is_dir() and files == {path: path.read_bytes() for path in files}
 
 
 def as_process(monkeypatch, index: int, other: str = "") -> None:
