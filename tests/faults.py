@@ -202,7 +202,7 @@ class Table:
         tiny = os.fork()
         if not tiny:
             os.environ["JAX_PLATFORMS"] = "cpu"
-            tiny_run.write(folder)
+            tiny_run.write(folder, moe_too=False)
             os._exit(0)
         assert ended(tiny) == "exit 0"
         self.rows: list[Row] = []

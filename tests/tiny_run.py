@@ -21,17 +21,18 @@ from tests.tiny_tokenizer import gguf_fields
 SIZES = (2, 16, 24, 4, 2, 8)
 
 
-def write(folder: Path) -> None:
-    """FOLDER/dense, FOLDER/moe (4 experts, top 2) and FOLDER/data.jsonl."""
+def write(folder: Path, moe_too: bool = True) -> None:
+    """FOLDER/dense, FOLDER/moe (4 experts, top 2) if wanted and FOLDER/data.jsonl."""
     tokenizer = Tokenizer.from_gguf_metadata(gguf_fields())
     vocab = -(-tokenizer.vocab_size // 8) * 8
     config = ModelConfig("llama", vocab, *SIZES, max_position=64)
     params = transformer.init_params(config, jax.random.key(0))
     save_any(Loaded(params, config, tokenizer), folder / "dense", "orbax")
-    # A local balance loss is another function per mesh.
-    settings = MoEConfig(4, 2, balance_scope="global")
-    moe, moe_config = upcycle(params, config, settings, jax.random.key(1))
-    save_any(Loaded(moe, moe_config, tokenizer), folder / "moe", "orbax")
+    if moe_too:
+        # A local balance loss is another function per mesh.
+        settings = MoEConfig(4, 2, balance_scope="global")
+        moe, moe_config = upcycle(params, config, settings, jax.random.key(1))
+        save_any(Loaded(moe, moe_config, tokenizer), folder / "moe", "orbax")
     rows = [{"prompt": f"hello {i}", "completion": f"{i * 7} ab\n"} for i in range(400)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
