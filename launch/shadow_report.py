@@ -175,7 +175,7 @@ def _page(report: dict[str, Any], paths: dict[str, Path]) -> str:
 
 def _heldout_table(heldout: dict[str, Any]) -> str:
     headers = ["predictor", "parameters", "share"]
-    fields = ("spearman", "static_spearman", "overlap", "static_overlap", "gain")
+    fields = ("spearman", "static_spearman", "overlap", "static_overlap", "gain", "gain_in_source")
     headers += [
         f"{part} {field.replace('_', ' ')}" for part in ("heads", "blocks") for field in fields
     ]
@@ -184,11 +184,13 @@ def _heldout_table(heldout: dict[str, Any]) -> str:
         if name in heldout:
             one = heldout[name]
             cells = [name, f"{one['params']:,}", f"{one['share']:.2%}"]
-            cells += [f"{one[p][f]:.3f}" for p in ("heads", "blocks") for f in fields]
+            parts = (one[p].get(f) for p in ("heads", "blocks") for f in fields)
+            cells += ["" if value is None else f"{value:.3f}" for value in parts]
             rows.append(cells)
     note = (
         f"<p>{heldout['train']} texts trained on; overlap: of the better half of a layer's units; "
-        "gain: correlation of a text's deviations from the mean over texts, predicted and true.</p>"
+        "gain: correlation of a text's deviations from the mean over texts, predicted and true; in "
+        "source: from the mean over texts of the same source.</p>"
     )
     return _table(headers, rows) + note
 

@@ -202,6 +202,8 @@ def _measured(predicted: Mask, targets: Mask, got: Collected, model: Model) -> d
         keep = num_kept(truth.shape[-1], 0.5)
         guess = np.asarray(getattr(predicted, part))
         table = shadow_metrics.held_out(guess, truth[~got.train], static, keep)
+        sources = [sample.source for sample in got.samples if sample.heldout]
+        table["gain_in_source"] = shadow_metrics.gain_within(guess, truth[~got.train], sources)
         first = model.sizes.first
         found[part] = {name: float(v[:, first:].mean()) for name, v in table.items()}
         found[part]["per_layer"] = {name: v.mean(0).tolist() for name, v in table.items()}
@@ -267,7 +269,8 @@ def _measured_dejavu(path: Path, got: Collected, targets: Mask, order, model: Mo
 def _say(name: str, found: dict[str, Any], began: float) -> None:
     parts = [
         f"{part}: Spearman {m['spearman']:.3f} (static {m['static_spearman']:.3f}), best half "
-        f"{m['overlap']:.3f} ({m['static_overlap']:.3f}), gain {m['gain']:+.3f}"
+        f"{m['overlap']:.3f} ({m['static_overlap']:.3f}), gain {m['gain']:+.3f} (in a source "
+        f"{m['gain_in_source']:+.3f})"
         for part, m in ((part, found[part]) for part in ("heads", "blocks"))
     ]
     print(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -51,6 +53,20 @@ def held_out(
         "static_overlap": overlap(static, truth_NLU, keep),
         "gain": spearman(_own(predicted_NLU), _own(truth_NLU)),
     }
+
+
+def gain_within(
+    predicted_NLU: np.ndarray, truth_NLU: np.ndarray, source_N: Sequence[str]
+) -> np.ndarray:
+    """The gain of `held_out` [N, L] against the mean of texts of the same source.
+
+    What is left once a predictor has told prose from code.
+    """
+    names, found = np.asarray(source_N), np.zeros(truth_NLU.shape[:2])
+    for name in np.unique(names):
+        mine = names == name
+        found[mine] = spearman(_own(predicted_NLU[mine]), _own(truth_NLU[mine]))
+    return found
 
 
 def _own(scores_NLU: np.ndarray) -> np.ndarray:

@@ -95,6 +95,15 @@ def test_a_static_prediction_has_no_gain():
     np.testing.assert_allclose(perfect["overlap"], 1)
 
 
+def test_who_knows_the_source_alone_gains_nothing_within_it():
+    draw = np.random.default_rng(0)
+    source, kinds = [0, 1] * 8, draw.random((2, 3, 9))
+    truth = kinds[source] * draw.lognormal(0, 0.2, (16, 3, 9))
+    assert shadow_metrics.held_out(kinds[source], truth, truth.mean(0), 4)["gain"].mean() > 0.8
+    assert not shadow_metrics.gain_within(kinds[source], truth, source).any()
+    np.testing.assert_allclose(shadow_metrics.gain_within(truth, truth, source), 1)
+
+
 def planted(count: int):
     """Texts of two kinds, which the context tells, each with units of its own."""
     draw = np.random.default_rng(0)
