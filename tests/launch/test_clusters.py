@@ -185,7 +185,7 @@ def test_slurm_queues_again_what_has_saved_also_when_the_signal_reaches_the_scri
 ):
     """Stand-ins for Slurm: the script gets the signal while the run is ending."""
     srun, scontrol, asked = tmp_path / "srun", tmp_path / "scontrol", tmp_path / "asked"
-    script = 'case $(cat /proc/$PPID/comm) in bash) kill -TERM $PPID ;; esac'
+    script = "case $(cat /proc/$PPID/comm) in bash) kill -TERM $PPID ;; esac"
     srun.write_text(f"#!/bin/sh\n{script}\nsleep 0.2\nexit {code}\n")
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
     for file in (srun, scontrol):

@@ -165,6 +165,7 @@ sys.exit(not row.good)
 """
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_stops_both_at_one_step_and_they_go_on(tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", STOPPED, str(tmp_path)]
