@@ -68,7 +68,7 @@ def main(argv) -> None:
     from launch.planning import model_of
     from moejax.aot import topology
 
-    model = model_of(config)
+    model, config = model_of(config)
     devices = topology.devices(name)
     if SWEEP.value:
         record = _sweep(config, model, devices)

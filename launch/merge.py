@@ -31,6 +31,7 @@ from launch import cli
 from launch.settings import (
     BEFORE,
     check_heldout,
+    check_update_patterns,
     checked,
     describe,
     describe_memory,
@@ -140,6 +141,11 @@ def learn(config: ConfigDict, loaded: Loaded, merge: MergeConfig) -> Merged | No
     model, rows = loaded.config, load_rows(config, loaded)
     settings = train_config(config, len(rows.train))
     check_heldout(settings, rows)
+    if config.train.freeze:
+        raise InputError(
+            f"train.freeze {config.train.freeze!r} is not read here: merging trains its "
+            "coefficients alone, leave it empty"
+        )
     dense_loss = functools.partial(
         lm_loss,
         options=forward_options(config),
@@ -148,6 +154,7 @@ def learn(config: ConfigDict, loaded: Loaded, merge: MergeConfig) -> Merged | No
     )
     loss = merging.merge_loss(model, merge, dense_loss)
     start = merging.init_coefficients(model, merge)
+    check_update_patterns(config, start)
     for line in describe(config, model, settings, rows)[:2]:
         print(line)
     print(describe_stage(config, loaded, settings, (loss, start)), flush=True)

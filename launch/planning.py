@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from launch.esft_plan import esft_program
 from launch.program import make_mesh_of, make_program
-from launch.settings import PRESET, patterns, preset, train_config
+from launch.settings import PRESET, patterns, preset, train_config, with_dtype
 from moejax.aot.estimate import Setup, estimate, estimate_time
 from moejax.aot.plan import Plan, describe_hbm, failed_plan, read_plan
 from moejax.aot.remedies import describe, remedies
@@ -38,17 +38,19 @@ STRATEGIES = ("chunked", "all_gather")
 MAX_BATCH_FACTOR = 4
 
 
-def model_of(config: ConfigDict) -> ModelConfig:
-    """The sizes of a config's model: of its folder or file, else of the preset it names."""
+def model_of(config: ConfigDict) -> tuple[ModelConfig, ConfigDict]:
+    """The sizes of a config's model, of its folder or file, else of the preset it names; and the
+    config with the model's dtype."""
     source = config.model.source
     if source.startswith(PRESET):
-        return preset(config)
+        return preset(config), with_dtype(config, None)
     if source and Path(source).exists():
-        return load_any(source, config.model.dtype, abstract=True).config
+        loaded = load_any(source, config.model.dtype, abstract=True)
+        return loaded.config, with_dtype(config, loaded.params)
     if config.model.preset:
         named = copy.deepcopy(config)
         named.model.source = PRESET + config.model.preset
-        return preset(named)
+        return preset(named), with_dtype(config, None)
     raise InputError(
         f"--config.model.source={source}: not on this machine, so its sizes are unknown: give a "
         "folder or file that is, or --config.model.preset=NAME"

@@ -5,6 +5,7 @@ No flags here, so that every launcher (and a test) can use it.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -21,7 +22,7 @@ from moejax.data.load import DataConfig
 from moejax.data.packing import Packed
 from moejax.data.shared import RowsConfig, SharedData, load_shared
 from moejax.evals import nll
-from moejax.io.load import Loaded
+from moejax.io.load import Loaded, main_dtype
 from moejax.models import flops, transformer
 from moejax.models.config import ModelConfig
 from moejax.models.families import FAMILIES
@@ -176,6 +177,20 @@ def preset(config: ConfigDict) -> ModelConfig:
     if config.model.experts:
         model = dataclasses.replace(model, moe=MoEConfig(config.model.experts, config.model.top_k))
     return model
+
+
+def with_dtype(config: ConfigDict, params: tree.Tree | None) -> ConfigDict:
+    """The config, model.dtype "keep" being what most of the model's parameters have.
+
+    InputError without parameters (None): a preset has no dtype to keep.
+    """
+    if config.model.dtype != "keep":
+        return config
+    if params is None:
+        raise InputError('model.dtype "keep" needs a model: of a preset say float32 or bfloat16')
+    config = copy.deepcopy(config)
+    config.model.dtype = main_dtype(params).name
+    return config
 
 
 def step_flops_of(config: ConfigDict, model: ModelConfig) -> float:

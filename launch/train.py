@@ -40,6 +40,7 @@ from launch.settings import (
     split_frozen,
     step_flops_of,
     train_config,
+    with_dtype,
 )
 from moejax.core import tree
 from moejax.core.errors import InputError
@@ -79,6 +80,7 @@ def main(argv) -> None:
     if not config.model.source:
         raise InputError("--config.model.source is missing: a model folder, .gguf file or hub id")
     plan = load_any(config.model.source, config.model.dtype, abstract=True)
+    config = with_dtype(config, plan.params)
     out_of_memory.explain_with(explainer(config, plan.config))
     rows = load_rows(config, plan)
     settings = train_config(config, len(rows.train))
@@ -214,7 +216,7 @@ def write(config: ConfigDict, loaded: Loaded, result: FitResult, data: dict, tar
 
 def plan_preset(config: ConfigDict) -> None:
     """A dry run on the sizes of a named model, without its weights or data."""
-    model = preset(config)
+    model, config = preset(config), with_dtype(config, None)
     if not cli.DRY_RUN.value:
         raise InputError(f"{config.model.source} has sizes but no weights: add --dry_run")
     settings = train_config(config, None)

@@ -96,8 +96,8 @@ def test_a_sweep_of_esft_passes_over_nothing_that_may_fit():
 
 
 def test_a_plan_of_esft_has_state_of_the_chosen_experts_alone():
-    config = esft_deepseek_v2_lite.get_config()
-    model = dataclasses.replace(model_of(config), num_layers=3)
+    whole, config = model_of(esft_deepseek_v2_lite.get_config())
+    model = dataclasses.replace(whole, num_layers=3)
     chosen = chosen_experts("spread:6", model)
     assert chosen.experts == {1: (0, 10, 21, 32, 42, 53), 2: (0, 10, 21, 32, 42, 53)}
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -156,4 +156,7 @@ def test_a_changed_config_leaves_the_first_alone():
 def test_sizes_come_from_the_preset_where_the_source_is_not_here():
     config = settings()
     config.model.source, config.model.preset = "somebody/something", "mixtral-8x7b"
-    assert model_of(config).moe.num_experts == 8
+    assert model_of(config)[0].moe.num_experts == 8
+    config.model.dtype = "keep"
+    with pytest.raises(InputError, match='dtype "keep" needs a model'):
+        model_of(config)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import base, quickstart_moe, quickstart_sft, xft_deepseek_1b
-from launch.settings import checked, forward_options, heldout_nll, preset, train_config
+from launch.settings import checked, forward_options, heldout_nll, preset, train_config, with_dtype
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.evals import nll
@@ -163,6 +164,15 @@ def test_a_preset_gives_sizes():
     config.model.source = "preset:nothing"
     with pytest.raises(InputError, match="no preset 'nothing': there are deepseek-coder-1.3b"):
         preset(config)
+
+
+def test_a_model_may_keep_its_dtype():
+    config = base.get_config()
+    assert with_dtype(config, None) is config
+    config.model.dtype = "keep"
+    params = {"a": jnp.zeros(3, jnp.bfloat16), "b": jnp.zeros(2, jnp.float32)}
+    assert with_dtype(config, params).model.dtype == "bfloat16"
+    assert config.model.dtype == "keep"
 
 
 def test_a_compute_type_that_is_none():

@@ -138,6 +138,18 @@ def test_bad_input_is_one_line_and_leaves_the_target_alone(folder, command, flag
     assert not (folder / "untouched").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [("freeze", "train.freeze 'embed/**' is not read here"), ("no_decay", "train.no_decay")],
+)
+def test_a_learned_merge_reads_or_refuses_patterns(folder, key, words):
+    done = commands.run(
+        "merge", *data_flags(folder), f"--source={folder / 'drifted'}",
+        f"--target={folder / 'none'}", "--dry_run", f"--config.train.{key}=embed/**",
+    )  # fmt: skip
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done
+
+
 def test_the_config_has_the_known_keys():
     config = quickstart_merge.get_config()
     assert checked(config) is config
