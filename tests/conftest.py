@@ -15,13 +15,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.fake_devices import QUICK
+
 # Before anything imports jax: the suite's numbers are those of a CPU, whatever the machine has.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "cuda" in os.environ["JAX_PLATFORMS"]:
     os.environ.setdefault("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share the memory
-# The suite spends its time in compiling programs that run once: twice that with LLVM's optimiser.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", QUICK)
 # Workers and later runs share what is compiled, by its text, flags and versions: a file of tests
 # takes a third of the time again. Not where libtpu is: what it writes beside a program is measured.
 COMPILED = Path(__file__).parents[1] / ".jax_cache"

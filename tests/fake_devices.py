@@ -11,15 +11,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# A test's programs run once, so that compiling them is what takes time: LLVM's optimiser would
+# double it, and XLA's newer emitters of fusions double it again.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+def environment(devices: int) -> dict[str, str]:
+    """Of a process with so many CPU devices, compiled for as this one's."""
+    flags = f"{os.environ.get('XLA_FLAGS', QUICK)} --xla_force_host_platform_device_count={devices}"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def start(program: str, devices: int, *arguments: str) -> subprocess.Popen[str]:
     """Starts tests/PROGRAM with so many CPU devices; it prints a JSON object per line."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / program), *arguments],
-        env={**os.environ, **environment},
+        env=environment(devices) | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -29,7 +29,7 @@ from moejax.io.atomic import read_json
 from moejax.train import loop
 from moejax.train.log import read_metrics
 from moejax.train.stopping import Agreement
-from tests import tiny_run
+from tests import fake_devices, tiny_run
 
 STEPS, BROKEN_AT = 8, 5
 Hook = Callable[[], None]
@@ -54,9 +54,7 @@ def run(folder: Path, workdir: Path, *flags: str, hook: Hook | None = None, devi
     pid = os.fork()
     if pid:
         return pid, log
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    count = f"--xla_force_host_platform_device_count={devices}"
-    os.environ["XLA_FLAGS"] = f"{count} --xla_backend_optimization_level=0"
+    os.environ |= fake_devices.environment(devices)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)

@@ -11,7 +11,6 @@ without one, sums made up here. A run that is in DIR is not made again.
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from launch.smollm2 import gguf_path
 from moejax.train.log import read_metrics
+from tests import fake_devices
 
 ROOT = Path(__file__).parents[1]
 STEPS, ROWS, LENGTH = 3, 8, 64
@@ -30,9 +30,7 @@ TOLERANCE = 1e-4
 
 def start(devices: int, command: list[str]) -> subprocess.Popen[str]:
     """A command on so many CPU devices."""
-    count = f"--xla_force_host_platform_device_count={devices}"
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {count}"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    env = fake_devices.environment(devices)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes)
 

@@ -19,7 +19,7 @@ from launch import cli, multihost
 from moejax.core.errors import InputError
 from moejax.io import processes
 from moejax.train.log import read_metrics
-from tests import tiny_run
+from tests import fake_devices, tiny_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -145,8 +145,7 @@ def test_a_task_of_slurm_has_all_gpus_and_hears_sigterm():
 
 
 def start(devices: int, command: list[str]) -> subprocess.Popen[str]:
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    env = fake_devices.environment(devices)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes)
 

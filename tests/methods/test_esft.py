@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from moejax.train.loss import lm_loss
 from moejax.train.optim import OptimConfig, make_optimizer
 from moejax.train.state import init_state
 from moejax.train.step import make_train_step
+from tests import fake_devices
 from tests.methods.test_expert_scores import batch_of, config_of
 
 DEEPSEEK = "deepseek_v2-q_rank_groups_scaled_biases"
@@ -112,12 +112,7 @@ def test_eight_devices_do_what_one_does_and_hold_equally_much():
     done = subprocess.run(
         [sys.executable, "-m", "tests.methods.esft_mesh_case"],
         cwd=Path(__file__).parents[2],
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
-            "--xla_backend_optimization_level=0",
-        },
+        env=fake_devices.environment(8),
         capture_output=True,
         text=True,
         timeout=900,

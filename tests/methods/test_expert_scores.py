@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from moejax.models.config import ModelConfig
 from moejax.models.families import by_architecture
 from moejax.models.transformer import ForwardOptions
 from moejax.moe.config import CONVENTIONS, MoEConfig
+from tests import fake_devices
 from tests.parity.cases import fields_of
 
 ROOT = Path(__file__).parents[2]
@@ -156,11 +156,10 @@ print(json.dumps([
 
 
 def test_four_devices_count_what_one_does():
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=fake_devices.environment(4),
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,18 +1,18 @@
 """An engine on a mesh answers what it answers on one device."""
 
 import json
-import os
 import subprocess
 import sys
 
 import numpy as np
 
+from tests import fake_devices
+
 
 def test_sharded_equals_one_device(tmp_path):
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-m", "tests.serve.sharded_engine", str(tmp_path)],
-        env={**os.environ, "XLA_FLAGS": flags},
+        env=fake_devices.environment(8),
         capture_output=True,
         text=True,
         check=False,
