@@ -8,12 +8,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # A test's programs run once, so that compiling them is what takes time: LLVM's optimiser would
-# double it, and XLA's newer emitters of fusions double it again.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# double it, and XLA's newer emitters of fusions double it again. jaxlib 0.12 has no others.
+QUICK = "--xla_backend_optimization_level=0"
+if version("jaxlib").startswith("0.10."):
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
 
 
 def environment(devices: int) -> dict[str, str]:
