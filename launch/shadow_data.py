@@ -195,7 +195,7 @@ def check_counts(config: ConfigDict) -> None:
     """InputError for a number that leaves nothing to do, before any stage begins."""
     least = {
         "data": ("slots", "prompt"),
-        "collect": ("part", "rows", "curvature_texts"),
+        "collect": ("part", "rows"),
         "train": ("epochs", "batch_size", "dejavu_hidden", "dejavu_epochs"),
         "evaluate": ("windows", "questions", "batch_tokens", "calibration_texts"),
     }
