@@ -17,15 +17,27 @@ from launch.shadow_train import DEJAVU, FOLDERS, load_dejavu, static_scores
 from moejax.core.errors import InputError
 from moejax.evals import masked
 from moejax.methods import shadow_dejavu, shadow_predictor, shadow_rivals
-from moejax.methods.shadow_mask import BUDGETS, Mask, Sizes, check_sparsity, full_mask, select
+from moejax.methods.shadow_mask import (
+    BUDGETS,
+    Mask,
+    Sizes,
+    check_sparsity,
+    full_mask,
+    select,
+)
 from moejax.methods.shadow_measure import Asked, Text, measure, slots_for
 from moejax.methods.shadow_scores import CRITERIA, FOR_HEADS, FOR_NEURONS
 from moejax.report.shadow_plots import METHODS
 
 PLACES = ("both", "heads", "neurons")
 # Neurons chosen one by one, not in blocks: GRIFFIN as published, and what blocks cost the others.
-SINGLE = ("griffin_single", "static_single", "oracle_single")
-RIVALS = ("griffin", "cats", "teal")
+SINGLE = ("griffin_single", "static_single", "oracle_single", "dejavu_token_single")
+# DejaVu's that decide at every token, as published, and whose predictors they are.
+PER_TOKEN = {
+    "dejavu_token": "dejavu",
+    "dejavu_token_single": "dejavu",
+    "dejavu_equal_token": "dejavu_equal",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +84,7 @@ def arms_of(config: Any, texts: bool) -> Iterator[Arm]:
     for budget in judged.budgets if texts else ():
         for method in METHODS:
             yield Arm(method, "both", 0.5, budget)
-    for sparsity in judged.sparsities if texts else [s for s in judged.sparsities if s == 0.5]:
-        yield Arm("griffin", "neurons", sparsity)
-        yield Arm("griffin_single", "neurons", sparsity)
-        yield Arm("cats", "neurons", sparsity)
-        yield Arm("teal", "both", sparsity)
+    yield from _rivals(judged.sparsities, places, texts)
     if texts:
         for name in judged.static_criteria:
             heads, neurons = name in FOR_HEADS, name in FOR_NEURONS
@@ -87,6 +95,23 @@ def arms_of(config: Any, texts: bool) -> Iterator[Arm]:
         if "neurons" not in places or 0.5 not in judged.sparsities:  # what those compare with
             for method in ("static", "oracle", "predicted"):
                 yield Arm(method, "neurons", 0.5)
+
+
+def _rivals(sparsities: Any, places: Any, texts: bool) -> Iterator[Arm]:
+    """What decides in another way: at every token, or by thresholds and statistics."""
+    for sparsity in sparsities:
+        for place in places:
+            yield Arm("dejavu_token", place, sparsity)
+        yield Arm("dejavu_token_single", "both", sparsity)
+        if texts:
+            yield Arm("dejavu_token_single", "neurons", sparsity)
+            for place in places:
+                yield Arm("dejavu_equal_token", place, sparsity)
+        if texts or sparsity == 0.5:
+            yield Arm("griffin", "neurons", sparsity)
+            yield Arm("griffin_single", "neurons", sparsity)
+            yield Arm("cats", "neurons", sparsity)
+            yield Arm("teal", "both", sparsity)
 
 
 class Decider:
@@ -123,6 +148,11 @@ class Decider:
             return nats, [np.array(1 - share) for share in arm.shares]  # as the quantile was set
         count = len(batch.length_B)
         sizes = self.single if arm.method in SINGLE else self.model.sizes
+        if arm.method in PER_TOKEN:
+            how = self.dejavu[PER_TOKEN[arm.method]], self.order, sizes, arm.shares
+            keep = shadow_dejavu.kept(sizes, arm.shares)
+            kept = [np.array(keep["heads"] / sizes.heads), np.array(keep["neurons"] / sizes.blocks)]
+            return masked.deciding_nats(params, config, batch, read, how), kept
         if arm.method == "dense":
             full = full_mask(sizes)
             mask = jax.tree.map(lambda m: jnp.broadcast_to(m, (count, *m.shape)), full)

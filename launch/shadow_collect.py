@@ -13,6 +13,7 @@ from launch.shadow_data import Model, Sample, claim, identity, load_model, load_
 from moejax.core.errors import InputError
 from moejax.io import atomic
 from moejax.methods import shadow_traces
+from moejax.methods.shadow_dejavu import fires
 from moejax.methods.shadow_measure import Asked, measure, slots_for
 
 SECTIONS = ("model", "data", "collect")
@@ -94,7 +95,7 @@ def _collect_part(model: Model, part, folder: Path, number: int, config) -> int:
             asked = Asked(("grasp",), config.collect.parity)
             more = measure(loaded.params, loaded.config, sample.text, asked, slots)
             where.add(jax.device_get({n: more[n] for n in ("heads", "neurons")}))
-    arrays = shadow_traces.pack(found, [at for at, _ in part])
+    arrays = shadow_traces.pack(found, [at for at, _ in part], fires(loaded.config))
     both = {f"{side}/{n}": a for side, pool in sums.items() for n, a in pool.arrays().items()}
     atomic.write_npz(folder / POOLED.format(number), both)
     return shadow_traces.write_part(folder, number, arrays)

@@ -23,6 +23,7 @@ from moejax.report.page import STYLE, _figure, _table
 from moejax.report.plots import DPI
 
 PREDICTORS = ("unified", "per_layer_normalised", "dejavu", "dejavu_equal")
+SAID = ("static", "dejavu", "dejavu_token", "random", "oracle")  # on the console
 
 
 def main(values: dict[str, Any]) -> None:
@@ -56,11 +57,11 @@ def main(values: dict[str, Any]) -> None:
     for line in report["incomplete"]:
         print(line)
     for row in report["paired"]:
-        if row["budget"] == "local" and row["minus"] in ("static", "dejavu", "random", "oracle"):
+        if row["budget"] == "local" and row["minus"] in SAID:
             what = next(n for n in ("nats_per_token", "gold_margin") if n in row)
             print(
                 f"{row['set']:9} {row['place']:8} {row['sparsity']:.0%} predicted minus "
-                f"{row['minus']:7} {what} {tables.shown(row[what])} {row[what]['verdict']}"
+                f"{row['minus']:12} {what} {tables.shown(row[what])} {row[what]['verdict']}"
             )
     print(f"written  {workdir}/report.html, report.json, plots/")
 

@@ -9,7 +9,10 @@ import numpy as np
 
 from moejax.evals import bootstrap
 
-RIVALS = ("static", "dejavu", "dejavu_equal", "random", "oracle", "predicted_per_layer")
+RIVALS = (
+    *("static", "dejavu", "dejavu_equal", "random", "oracle", "predicted_per_layer"),
+    *("dejavu_token", "dejavu_token_single", "dejavu_equal_token"),
+)
 Records = dict[tuple[str, str], dict[str, Any]]  # (set, arm's name) -> its record
 
 

@@ -211,37 +211,55 @@ def _measured(predicted: Mask, targets: Mask, got: Collected, model: Model) -> d
     return found
 
 
-def _rows(got: Collected, heldout: bool):
-    """DejaVu's inputs and values per token, of these texts; "last" rows alone if held out."""
-    names = [f"rows/{n}" for n in ("attn_in", "mlp_in", "heads", "neurons", "largest")]
-    arrays = shadow_traces.read_parts(got.folder, names)
-    arrays = {name.removeprefix("rows/"): array for name, array in arrays.items()}
-    arrays["neurons"] = shadow_traces.decode(arrays["neurons"], arrays.pop("largest"))
-    chosen = ~got.train if heldout else got.train
-    return {name: np.swapaxes(array[chosen], 0, 1) for name, array in arrays.items()}
+def _rows(got: Collected, part: str, heldout: bool) -> np.ndarray:
+    """What enters attention or the feed-forward layer, float16 [L, N, R, D] of these texts."""
+    name = f"rows/{shadow_dejavu.INPUT[part]}"
+    array = shadow_traces.read_parts(got.folder, [name])[name]
+    return np.swapaxes(array[~got.train if heldout else got.train], 0, 1)
+
+
+def _labels(got: Collected, part: str, count: int, heldout: bool) -> np.ndarray:
+    """Which of so many units each row uses, bool [L, N, R, count]."""
+    labels = shadow_traces.row_labels(got.folder, part, count)
+    return np.swapaxes(labels[~got.train if heldout else got.train], 0, 1)
+
+
+def _flat(array_LNRU: np.ndarray) -> np.ndarray:
+    """All texts' rows behind each other, [L, N * R, U]."""
+    return array_LNRU.reshape(len(array_LNRU), -1, array_LNRU.shape[-1])
 
 
 def _fit_dejavu(path: Path, name: str, got: Collected, rest) -> None:
     model, config, budget = rest
-    rows = _rows(got, False)
     shape = model.loaded.config
+    units = {"heads": shape.num_heads, "neurons": got.neurons_NLF.shape[-1]}
     hidden = config.train.dejavu_hidden
     if name == "dejavu_equal":
-        outputs = shape.num_heads + got.neurons_NLF.shape[-1]
-        hidden = shadow_dejavu.hidden_within(budget, shape.num_layers, shape.d_model, outputs)
-    how = DejavuConfig(hidden, config.train.dejavu_epochs, seed=config.data.seed)
+        hidden = shadow_dejavu.hidden_within(
+            budget, shape.num_layers, shape.d_model, sum(units.values())
+        )
+    how = DejavuConfig(
+        hidden, config.train.dejavu_epochs, config.train.dejavu_batch, seed=config.data.seed
+    )
     arrays: dict[str, Any] = {}
-    for part in ("heads", "neurons"):
-        values = rows[part].reshape(shape.num_layers, -1, rows[part].shape[-1])
-        inputs = rows[shadow_dejavu.INPUT[part]].reshape(*values.shape[:2], -1)
-        fires = part == "neurons" and not shape.gated and shape.activation == "relu"
-        wanted = shadow_dejavu.labels(values, fires)
+    for part in units:
+        rows, unseen = (
+            [_flat(x) for x in (_rows(got, part, held), _labels(got, part, units[part], held))]
+            for held in (False, True)
+        )
+        began = time.perf_counter()
 
-        def progress(epoch, loss, part=part):
-            if (epoch + 1) % max(1, how.epochs // 2) == 0:
-                print(f"{name} {part} epoch {epoch + 1}: loss {loss:.4f}", flush=True)
+        def progress(epoch, loss, params, part=part, unseen=unseen, began=began):
+            if (epoch + 1) % max(1, how.epochs // 5) == 0:
+                held = shadow_dejavu.loss_of(params, unseen[0], unseen[1], part)
+                each = (time.perf_counter() - began) / (epoch + 1)
+                print(
+                    f"{name} {part} epoch {epoch + 1}: loss {loss:.4f}, of unseen {held:.4f}, "
+                    f"{each * (how.epochs - epoch - 1) / 60:.0f} min left",
+                    flush=True,
+                )
 
-        made = shadow_dejavu.fit(inputs, wanted, part, how, progress)
+        made = shadow_dejavu.fit(rows[0], rows[1], part, how, progress)
         arrays |= {f"{part}/{n}": w for n, w in made.items()}
     atomic.write_npz(path, arrays)
 
@@ -260,8 +278,10 @@ def load_dejavu(path: Path) -> dict[str, dict[str, np.ndarray]]:
 def _measured_dejavu(path: Path, got: Collected, targets: Mask, order, model: Model):
     """Judged as the others are, by the prompt's last token: the first row of each text."""
     params = load_dejavu(path)
-    rows = _rows(got, True)
-    inputs = {name: rows[name][:, :, 0].astype(np.float32) for name in ("attn_in", "mlp_in")}
+    inputs = {
+        place: _rows(got, part, True)[:, :, 0].astype(np.float32)
+        for part, place in shadow_dejavu.INPUT.items()
+    }
     predicted = jax.device_get(shadow_dejavu.predict(params, inputs, order, model.sizes))
     return {"params": tree.num_params(params)} | _measured(predicted, targets, got, model)
 

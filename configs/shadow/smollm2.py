@@ -45,7 +45,7 @@ def get_config(size: str = "full") -> ConfigDict:
                     *("grasp", "nwot", "jacov", "epenas"),
                 ),
                 "curvature_texts": 24,  # grasp takes a second backward pass: of so many texts
-                "rows": 4,  # tokens of a text that DejaVu's predictors learn from
+                "rows": 32,  # tokens of a text that DejaVu's predictors learn from
                 "part": 16,  # texts of a file
                 "parity": False,  # criteria as the reference computes them
             },
@@ -59,7 +59,8 @@ def get_config(size: str = "full") -> ConfigDict:
                 "weight_decay": 0.01,
                 "order": "coactivation",  # of neurons before they are cut into blocks; or "none"
                 "dejavu_hidden": 1000,
-                "dejavu_epochs": 20,
+                "dejavu_epochs": 10,
+                "dejavu_batch": 256,
             },
             "evaluate": {
                 "sparsities": (0.3, 0.5, 0.7),
@@ -92,7 +93,8 @@ def _make_tiny(config: ConfigDict) -> None:
     config.data.texts = ConfigDict({"gsm8k": 8, "stdlib": 8, "wikitext": 8})
     config.data.update(slots=96, prompt=32, heldout_share=0.25)
     config.collect.update(curvature_texts=2, part=8)
-    config.train.update(epochs=4, batch_size=8, dejavu_hidden=32, dejavu_epochs=2)
+    config.train.update(epochs=4, batch_size=8)
+    config.train.update(dejavu_hidden=32, dejavu_epochs=2, dejavu_batch=32)
     config.evaluate.update(windows=4, window=96, window_prompt=32, questions=6)
     config.evaluate.update(sparsities=(0.5,), budgets=(), places=("both",), tasks=("piqa",))
     config.evaluate.update(calibration_texts=2, static_criteria=("fisher", "jacov"))

@@ -16,6 +16,7 @@ import numpy as np
 
 from moejax.core import tree
 from moejax.core.errors import InputError
+from moejax.methods import shadow_dejavu
 from moejax.methods.shadow_mask import Mask, Sizes, inserted_of
 from moejax.methods.shadow_rivals import griffin, thresholding
 from moejax.models.cache import KVCache, init_cache
@@ -25,7 +26,7 @@ from moejax.models.masked import seen_of
 from moejax.models.transformer import ForwardOptions, forward, unembed
 from moejax.serve.prepare import bucket, power_of_two
 
-_CHUNK = 64  # positions whose logits over the vocabulary exist at one time
+_CHUNK = 64  # most positions whose logits over the vocabulary exist at one time
 Pair = tuple[list[int], list[int]]  # a prompt, and what is scored after it
 
 
@@ -78,8 +79,10 @@ def batches(
 
     def widths(rows: Sequence[int]) -> tuple[int, int]:
         before, after = (max(len(pairs[r][i]) for r in rows) for i in (0, 1))
-        # The rest is computed once for every mask, and answers are short: it has smaller sizes.
-        return bucket(before), min(bucket(after), power_of_two(max(after, 8)))
+        # What follows is computed for every mask, but for its last token, and answers are short:
+        # steps as large as an eighth of it.
+        step = min(32, max(4, power_of_two(after - 1) // 8))
+        return bucket(before), 1 + max(1, -(-(after - 1) // step)) * step
 
     left = sorted(groups or [[at] for at in range(len(pairs))], key=widths, reverse=True)
     found, mine = [], list(left[0])
@@ -149,6 +152,25 @@ def thresholded_nats(params, config: ModelConfig, batch: Batch, read: Read, limi
     return np.asarray(_thresholded(params, config, places, read, limits), np.float64)
 
 
+def deciding_nats(params, config: ModelConfig, batch: Batch, read: Read, how) -> np.ndarray:
+    """`masked_nats` where DejaVu's predictors decide at every token.
+
+    how: (their params, order, sizes, sparsity of heads and of blocks), see `shadow_dejavu`.
+    """
+    dejavu, order, sizes, sparsity = how
+    places, index = (batch.rest_BR, batch.length_B), shadow_dejavu.in_order(order, sizes)
+    keep = shadow_dejavu.kept(sizes, sparsity)
+    nats = _deciding(params, config, places, read, (dejavu, index, keep), sizes)
+    return np.asarray(nats, np.float64)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sizes"))
+def _deciding(params, config: ModelConfig, places, read: Read, how, sizes: Sizes):
+    dejavu, index_LF, keep = how
+    inserted = shadow_dejavu.deciding(dejavu, config, index_LF, sizes, keep)
+    return _nats(params, config, places, read, inserted)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "sizes"))
 def _masked(params, config: ModelConfig, places, read: Read, mask: Mask, sizes: Sizes):
     return _nats(params, config, places, read, inserted_of(mask, config, sizes))
@@ -160,24 +182,26 @@ def _thresholded(params, config: ModelConfig, places, read: Read, limits):
 
 
 def _nats(params, config: ModelConfig, places, read: Read, inserted: Inserted) -> jax.Array:
-    rest_BR, length_B = places
+    (rest_BR, length_B), options = places, ForwardOptions()
+    rest_BR, next_BR = rest_BR[:, :-1], rest_BR[:, 1:]
     num_rows, num_tokens = rest_BR.shape
-    options = ForwardOptions()
     out = forward(params, config, rest_BR, cache=read.cache, options=options, inserted=inserted)
-    next_BR = jnp.roll(rest_BR, -1, axis=1)
-    room = -num_tokens % _CHUNK
+    num_pieces = -(-num_tokens // _CHUNK)
+    size = -(-num_tokens // num_pieces)
+    room = num_pieces * size - num_tokens
 
     def pieces(x):
         x = jnp.pad(x, ((0, 0), (0, room), *((0, 0),) * (x.ndim - 2)))
-        return jnp.swapaxes(x.reshape(num_rows, -1, _CHUNK, *x.shape[2:]), 0, 1)
+        return jnp.swapaxes(x.reshape(num_rows, -1, size, *x.shape[2:]), 0, 1)
 
     def one(piece):
         hidden_BPD, target_BP = piece
-        log_probs = jax.nn.log_softmax(unembed(params, config, hidden_BPD), axis=-1)
-        return jnp.take_along_axis(log_probs, target_BP[..., None], axis=-1)[..., 0]
+        logits_BPV = unembed(params, config, hidden_BPD)
+        target = jnp.take_along_axis(logits_BPV, target_BP[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits_BPV, axis=-1) - target
 
     found = jax.lax.map(one, (pieces(out.hidden_BTD), pieces(next_BR)))
-    nll_BR = -jnp.swapaxes(found, 0, 1).reshape(num_rows, -1)[:, :num_tokens]
-    # Entry t is of token t + 1; the first one is the prompt's to predict.
+    nll_BR = jnp.swapaxes(found, 0, 1).reshape(num_rows, -1)[:, :num_tokens]
+    # Entry t is of token t + 1 of what follows; the first one is the prompt's to predict.
     scored_BR = jnp.arange(num_tokens) < length_B[:, None] - 1
     return read.first_B + jnp.sum(jnp.where(scored_BR, nll_BR, 0.0), axis=1)

@@ -6,7 +6,10 @@ to the largest of its layer (error at most 4.4 %; below 2^-15.75 of the largest 
 
 folder/part_00000.npz  of consecutive texts: "text" (which), "context" [N, E], "loss" [N], per
                        criterion "heads/NAME" float32 [N, L, H], "neurons/NAME" int8 [N, L, F] and
-                       "largest/NAME" float32 [N, L]; rows of `moejax.methods.shadow_dejavu`
+                       "largest/NAME" float32 [N, L]; of R tokens per text what
+                       `moejax.methods.shadow_dejavu` learns from: "rows/attn_in" and "rows/mlp_in"
+                       float16 [N, L, R, D], and labels, 8 of them a byte: "rows/heads",
+                       "rows/neurons" uint8
 folder/pooled_00000.npz  of the same texts: float64 sums of the unrounded scores of every criterion
                        and how many texts had it, held-out texts apart
 """
@@ -22,6 +25,7 @@ import numpy as np
 
 from moejax.core.errors import InputError
 from moejax.io import atomic
+from moejax.methods.shadow_dejavu import labels
 
 _LEVELS, _PER_OCTAVE = 127, 8
 
@@ -50,9 +54,14 @@ def decode(codes: np.ndarray, largest: np.ndarray) -> np.ndarray:
     return signed[codes] * np.asarray(largest, np.float32)[..., None]
 
 
-def pack(found: Sequence[dict[str, Any]], texts: Sequence[int]) -> dict[str, np.ndarray]:
-    """Arrays of a part from what `shadow_measure.measure` gave for some texts."""
-    arrays = {
+def pack(
+    found: Sequence[dict[str, Any]], texts: Sequence[int], fires: bool = False
+) -> dict[str, np.ndarray]:
+    """Arrays of a part from what `shadow_measure.measure` gave for some texts.
+
+    fires: whether neurons are exactly 0 where they do not fire (`shadow_dejavu.labels`).
+    """
+    arrays: dict[str, np.ndarray] = {
         "text": np.array(texts, np.int32),
         "context": np.stack([f["context"] for f in found]).astype(np.float32),
         "loss": np.array([f["loss"] for f in found], np.float32),
@@ -68,8 +77,8 @@ def pack(found: Sequence[dict[str, Any]], texts: Sequence[int]) -> dict[str, np.
     if "rows" in found[0]:
         rows = {n: np.stack([f["rows"][n] for f in found]) for n in found[0]["rows"]}
         arrays |= {f"rows/{n}": rows[n].astype(np.float16) for n in ("attn_in", "mlp_in")}
-        arrays["rows/heads"] = rows["heads"].astype(np.float16)
-        arrays["rows/neurons"], arrays["rows/largest"] = encode(rows["neurons"])
+        for name, zeros in (("heads", False), ("neurons", fires)):
+            arrays[f"rows/{name}"] = np.packbits(labels(rows[name], zeros), axis=-1)
     return arrays
 
 
@@ -102,6 +111,12 @@ def read_parts(folder: str | os.PathLike[str], names: Sequence[str]) -> dict[str
 def parts(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Files of a folder's parts, first to last."""
     return iter(sorted(Path(folder).glob("part_*.npz")))
+
+
+def row_labels(folder: str | os.PathLike[str], part: str, count: int) -> np.ndarray:
+    """bool [N, L, R, count] of all texts: DejaVu's labels of "heads" or "neurons"."""
+    packed = read_parts(folder, [f"rows/{part}"])[f"rows/{part}"]
+    return np.unpackbits(packed, axis=-1, count=count).view(bool)
 
 
 def neurons(folder: str | os.PathLike[str], criterion: str) -> np.ndarray:

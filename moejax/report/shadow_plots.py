@@ -22,12 +22,13 @@ METHODS = (
     "random",
 )
 # One colour and marker each, the same in every plot.
-DRAWN = (*METHODS, "griffin_single", "griffin", "cats", "teal")
+PER_TOKEN = ("dejavu_token", "dejavu_equal_token", "dejavu_token_single")  # decide at every token
+DRAWN = (*METHODS, "griffin_single", "griffin", "cats", "teal", *PER_TOKEN)
 
 
 def _style(method: str) -> dict[str, Any]:
     at = DRAWN.index(method) if method in DRAWN else len(DRAWN)
-    dashed = method in ("griffin", "griffin_single", "cats", "teal")
+    dashed = method in ("griffin", "griffin_single", "cats", "teal", *PER_TOKEN)
     return {
         "color": LINE_COLORS[at % len(LINE_COLORS)],
         "marker": MARKERS[at % len(MARKERS)],

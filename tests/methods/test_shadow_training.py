@@ -2,12 +2,11 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
 from moejax.core.errors import InputError
-from moejax.methods import shadow_dejavu, shadow_metrics, shadow_predictor, shadow_traces
+from moejax.methods import shadow_metrics, shadow_predictor, shadow_traces
 from moejax.methods.shadow_coactivation import coactivation_order, explained
 from moejax.methods.shadow_mask import Mask, Sizes
 from moejax.methods.shadow_training import FitConfig, fit, scaled
@@ -140,26 +139,3 @@ def test_targets_and_refusals():
         fit(context, broken, SIZES, "unified", FitConfig(8, 1))
     with pytest.raises(InputError, match="unknown"):
         fit(context, truth, SIZES, "global", FitConfig(8, 1))
-
-
-def test_dejavu_learns_its_labels_and_sums_over_blocks():
-    draw = np.random.default_rng(0)
-    inputs = draw.standard_normal((2, 300, 10)).astype(np.float32)
-    planes = draw.standard_normal((2, 10, 18))
-    values = np.einsum("lrd,ldu->lru", inputs, planes)
-    wanted = shadow_dejavu.labels(values, fires=False)
-    assert (wanted.sum(-1) == 5).all() and shadow_dejavu.labels(values, True).mean() < 0.6
-    how = shadow_dejavu.DejavuConfig(hidden=12, epochs=15, batch_size=50, lr_scale=5)
-    params = {
-        "heads": shadow_dejavu.fit(inputs, wanted[..., :4], "heads", how),
-        "neurons": shadow_dejavu.fit(inputs, wanted, "neurons", how),
-    }
-    order = np.stack([draw.permutation(18) for _ in range(2)])
-    signal = {"attn_in": inputs[:, :20], "mlp_in": inputs[:, :20]}
-    found = jax.device_get(shadow_dejavu.predict(params, signal, order, SIZES))
-    truth = shadow_dejavu.in_blocks(np.swapaxes(values[:, :20], 0, 1), order, SIZES)
-    assert found.blocks.shape == (20, 2, 6) and found.heads.shape == (20, 2, 4)
-    # Labels say only which are large, not by how much: the ranks cannot be had exactly.
-    assert shadow_metrics.spearman(found.blocks, truth).mean() > 0.7
-    by_hand = [[values[1, 3, order[1, 3 * u : 3 * u + 3]].sum() for u in range(6)]]
-    np.testing.assert_allclose(truth[3:4, 1], by_hand)
