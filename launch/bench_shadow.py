@@ -8,6 +8,7 @@ than any cache; layers repeat two distinct ones, so that all candidates fit in m
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import statistics
@@ -95,6 +96,7 @@ def layer_s(count: dict[str, float]) -> float:
     return max(count["cycles"] / CLOCK_HZ, count["bytes"] / chip_of(TOPOLOGY).hbm_bytes_per_s)
 
 
+@functools.cache
 def _count(kind: str, shape: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         environment = topology.environment(TOPOLOGY) | cycles.environment(folder)

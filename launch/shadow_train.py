@@ -58,6 +58,11 @@ def main(values: dict[str, Any]) -> None:
         model.loaded.config, model.sizes, config.train.share, params
     )
     print(f"predictor {hidden} wide, at most {config.train.share:.2%} of {params:,} parameters")
+    copied = model.sizes.block * model.loaded.config.d_model * 2
+    print(
+        f"blocks   of {model.sizes.block} neurons, {copied / 1024:.0f} KiB of a matrix in bfloat16"
+        + (": for a TPU take 64 KiB or more (mask.block)" if copied < 64 << 10 else "")
+    )
     if values["dry_run"]:
         print("dry run: nothing trained, nothing written")
         return

@@ -10,6 +10,7 @@ a TPU yet.
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import jax
@@ -20,7 +21,9 @@ from jax.experimental.pallas import tpu as pltpu
 from moejax.ops.gated_ffn import Activation
 
 Interpret = bool | pltpu.InterpretParams
+MIN_COPY = 64 << 10  # bytes in one piece from which on copies from HBM come at its full speed
 STEP_BYTES = 512 << 10  # of one matrix in a step, at least, where there are as many blocks
+_log = logging.getLogger(__name__)
 _NT = (((1,), (1,)), ((), ()))  # both by their columns
 
 
@@ -194,4 +197,16 @@ def _check(w_MPD: jax.Array) -> None:
     if w_MPD.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(
             f"sparse_matmul 'tpu' takes float32 and bfloat16, not {w_MPD.dtype}: use 'ref'"
+        )
+    _warn_of_small(w_MPD.shape[1] * w_MPD.shape[2] * w_MPD.dtype.itemsize)
+
+
+@functools.lru_cache
+def _warn_of_small(num_bytes: int) -> None:
+    """Once for each size: blocks that a TPU reads slower than it could."""
+    if num_bytes < MIN_COPY:
+        _log.warning(
+            "blocks of %.1f KiB are copied one by one; a TPU wants %d KiB (config.mask.block)",
+            num_bytes / 1024,
+            MIN_COPY >> 10,
         )

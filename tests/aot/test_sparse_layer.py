@@ -12,9 +12,17 @@ def test_a_layer_computes_while_it_reads():
 
 
 @pytest.mark.aot
-def test_half_a_llama_layer_takes_less_than_the_goal_on_a_v5e():
-    (row,) = bench_shadow.tpu_rows(False, lambda figure: "llama" in figure)
+@pytest.mark.parametrize(
+    ("shape", "least", "most"),  # bytes read, of the dense layer's
+    [
+        # Half of all but what makes keys and values; for the predictor 1% of the model, float32.
+        ("llama-3.2-1b", 0.5, 0.56),
+        # As many groups as heads: keys and values are a sixth of the layer.
+        pytest.param("opt-1.3b", 0.58, 0.63, marks=pytest.mark.slow),
+    ],
+)
+def test_half_a_layer_takes_less_than_the_goal_on_a_v5e(shape, least, most):
+    (row,) = bench_shadow.tpu_rows(False, lambda figure: shape in figure)
     assert row.reached, row
-    dense, sparse = (bench_shadow._count(kind, "llama-3.2-1b") for kind in ("dense", "sparse"))
-    # Half of all but what makes keys and values; 1% of the model, in float32, for the predictor.
-    assert 0.5 < sparse["bytes"] / dense["bytes"] < 0.56
+    dense, sparse = (bench_shadow._count(kind, shape) for kind in ("dense", "sparse"))
+    assert least < sparse["bytes"] / dense["bytes"] < most

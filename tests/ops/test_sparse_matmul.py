@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from moejax.core.precision import TOLERANCE
 from moejax.ops import sparse_matmul as module
 from moejax.ops import sparse_matmul_native as native
+from moejax.ops import sparse_matmul_tpu as tpu
 from moejax.ops.gated_ffn import gated_ffn
 from moejax.ops.sparse_ffn import sparse_ffn
 from moejax.ops.sparse_matmul import IMPLEMENTATIONS, sparse_matmul
@@ -122,6 +123,15 @@ def test_a_layer_is_its_masked_self(name, gated, biased, batch):
     else:
         got = sparse_ffn(params, x, chosen, activation, weight_BK=weight, implementation=name)
     close(got, wanted)
+
+
+def test_blocks_that_a_tpu_copies_slowly_are_told_once(caplog):
+    tpu._warn_of_small.cache_clear()
+    for rows in (32, 32, 64):  # 36, 36 and 72 KiB
+        w = jax.ShapeDtypeStruct((4, rows, 576), jnp.bfloat16)
+        tpu._check(w)
+    (said,) = caplog.messages
+    assert "36.0 KiB" in said and "64 KiB" in said
 
 
 def test_all_blocks_are_the_dense_layer():

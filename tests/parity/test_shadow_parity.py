@@ -14,9 +14,8 @@ from tests.shadow_cases import LLAMA, OPT, PROMPT, TEXT, TOKENS, F, H, L
 def both(request):
     config = request.param
     params = transformer.init_params(config, jax.random.key(3))
-    names = shadow_scores.CRITERIA if config is LLAMA else ("plainact", "grad_norm", "fisher")
-    found = jax.device_get(measure(params, config, TEXT, Asked(names), 24))  # 4 slots of padding
-    names = ("plainact", "fisher", "snip", "nwot", "epenas") if config is LLAMA else ("plainact",)
+    found = jax.device_get(measure(params, config, TEXT, Asked(), 24))  # 4 slots of padding
+    names = ("plainact", "fisher", "snip", "nwot", "epenas")
     parity = jax.device_get(measure(params, config, TEXT, Asked(names, parity=True), 24))
     from tests.parity.shadow_reference import Reference, grad_of  # torch may be missing
 
@@ -66,12 +65,10 @@ def test_heads(both):
         "grad_norm": lambda x, g: np.linalg.norm(g),
         "snip": lambda x, g: abs((x * g).sum()),
     }
-    common = found["heads"].keys() & wanted
-    assert common == wanted.keys() if ref.config is LLAMA else common, found.keys()
-    for name in common:
-        same(found["heads"][name], per_head(ref, wanted[name]))
-    if ref.config is not LLAMA:
-        return
+    others = {"grasp", "nwot", "jacov", "epenas"}
+    assert found["heads"].keys() == wanted.keys() | others == set(shadow_scores.FOR_HEADS)
+    for name, fn in wanted.items():
+        same(found["heads"][name], per_head(ref, fn))
     same(parity["heads"]["fisher"], per_head(ref, lambda x, g: ((x * g) ** 2).mean(0).sum()))
     same(parity["heads"]["snip"], per_head(ref, lambda x, g: np.abs(g).sum()))
     same(
@@ -81,8 +78,6 @@ def test_heads(both):
 
 def test_heads_by_signs_and_correlations(both):
     found, parity, ref = both
-    if ref.config is not LLAMA:
-        return
 
     def nwot(x, g):
         s = (x > 0).astype(float)
@@ -118,14 +113,16 @@ def test_neurons(both):
         "snip": lambda a, g: abs((a * g).sum()),
         "nwot": lambda a, g: np.log1p((a > 0).sum()) + np.log1p((a <= 0).sum()),
     }
-    common = found["neurons"].keys() & wanted
-    assert common == wanted.keys() if ref.config is LLAMA else common, found.keys()
-    for name in common:
-        same(found["neurons"][name], per_neuron(ref, wanted[name]))
-    if ref.config is LLAMA:
-        grasp = [-(a * h).sum(0) for a, h in zip(ref.a, ref.hga, strict=True)]
-        same(found["neurons"]["grasp"], grasp)
-        same(parity["neurons"]["snip"], per_neuron(ref, lambda a, g: np.abs(g).sum()))
+    others = {"grasp", "plainact", "grad_norm"}
+    assert found["neurons"].keys() == wanted.keys() | others == set(shadow_scores.FOR_NEURONS)
+    for name, fn in wanted.items():
+        same(found["neurons"][name], per_neuron(ref, fn))
+    grasp = [-(a * h).sum(0) for a, h in zip(ref.a, ref.hga, strict=True)]
+    same(found["neurons"]["grasp"], grasp)
+    same(parity["neurons"]["snip"], per_neuron(ref, lambda a, g: np.abs(g).sum()))
+    same(parity["neurons"]["fisher"], per_neuron(ref, lambda a, g: ((a * g) ** 2).sum() / n))
+    share = per_neuron(ref, lambda a, g: np.log(max((a <= 0).sum(), 0.5) / n))
+    same(parity["neurons"]["nwot"], share)
     dims = {"w_gate": 1, "w_up": 1, "w_down": 2}
     plain = {m: np.abs(ref.W[m] * ref.G[m]).sum(dims[m]) for m in ref.W}
     same(found["neurons"]["plainact"], sum(plain.values()))

@@ -55,6 +55,7 @@ def ln_p(answer):
     ("case", "refresh"),
     [
         ("gqa_heads", 3),
+        pytest.param("mqa_heads", 3, marks=pytest.mark.slow),
         pytest.param("experts", 0, marks=pytest.mark.slow),
         pytest.param("opt", 0, marks=pytest.mark.slow),
         pytest.param("latent_low_rank", 3, marks=pytest.mark.slow),

@@ -44,7 +44,8 @@ CASES = {
     ),
     "opt": (OPT, "query"),
     "gqa_groups": (LLAMA, "group"),
-    "gqa_heads": (LLAMA, "query"),
+    "gqa_heads": (LLAMA, "query"),  # as many kept heads as groups: each reads its own
+    "mqa_heads": (dataclasses.replace(LLAMA, num_kv_heads=1), "query"),  # more: all are read
     "norm_of_all_heads": (NORMED, "group"),
     "experts": (MOE, "group"),
 }
@@ -118,7 +119,8 @@ def close(got, wanted):
         pytest.param("latent", 3, marks=pytest.mark.slow),
         pytest.param("latent_low_rank", 0, marks=pytest.mark.slow),
         pytest.param("gqa_groups", 0, marks=pytest.mark.slow),
-        pytest.param("gqa_heads", 3, marks=pytest.mark.slow),
+        ("gqa_heads", 3),
+        pytest.param("mqa_heads", 3, marks=pytest.mark.slow),
         pytest.param("norm_of_all_heads", 0, marks=pytest.mark.slow),
     ],
 )
