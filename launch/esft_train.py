@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs.esft import base as esft_base
-from launch import multihost
+from launch import multihost, out_of_memory
 from launch.esft_score import bar
 from launch.multihost import say
 from launch.program import make_mesh_of, parallel_options
@@ -103,6 +103,12 @@ def check_method(config: ConfigDict) -> None:
         )
 
 
+def _explainer(config: ConfigDict, model: ModelConfig, share: float):
+    from launch.planning import explainer  # which plans this module's step
+
+    return explainer(config, model, share)
+
+
 def run(
     config: ConfigDict,
     loaded: Loaded,
@@ -120,6 +126,8 @@ def run(
         frozen=placed(adaptation.frozen, mesh),
     )
     say(describe_arm(config, adaptation, loaded, chosen))
+    share = tree.num_params(adaptation.trainable) / tree.num_params(loaded.params)
+    out_of_memory.explain_with(_explainer(config, loaded.config, share))
     options, assemble = parallel_options(config, mesh), jax.jit(adaptation.assemble)
     evaluate = make_eval(config, model, assemble, rows, options)
     before = evaluate(adaptation.trainable, adaptation.frozen) if evaluate else {}

@@ -228,12 +228,18 @@ def _meshes(model: ModelConfig, num_devices: int) -> Iterator[tuple[int, int, in
             yield data, rest // data, expert, tensor
 
 
-def explainer(config: ConfigDict, model: ModelConfig) -> Callable[[int | None], list[str]]:
-    """For `launch.out_of_memory`: the memory table of a config's run here, and the remedies."""
+def explainer(
+    config: ConfigDict, model: ModelConfig, trained_share: float = 1.0
+) -> Callable[[int | None], list[str]]:
+    """For `launch.out_of_memory`: the memory table of a config's run here, and the remedies.
+
+    trained_share: of the parameters (`Setup.trained_share`).
+    """
 
     def explain(asked: int | None) -> list[str]:
         chip = this_chip()
         setup = setup_of(config, model, make_mesh_of(config, model).shape, chip)
+        setup = dataclasses.replace(setup, trained_share=trained_share)
         hbm = estimate(setup)
         # What is held and what was asked for did not fit, whatever the estimate says.
         held = sum(array.nbytes for array in jax.live_arrays()) // setup.num_devices

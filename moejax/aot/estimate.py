@@ -40,8 +40,8 @@ class Setup:
     mesh: devices of each axis. batch_size: rows of the whole update, cut into `accumulation` parts,
     whose gradients are summed in accumulation_dtype. max_logit_mib: of float32 logits at once.
     strategy: how tokens travel to experts. factor: buffer rows of the exchange over the balanced
-    load. freeze: patterns of what is not trained, of which FLOPs alone take notice: the estimates
-    of memory have state of all parameters.
+    load. freeze: patterns of what is not trained: it has no gradient and no state. trained_share:
+    of the others the share that is, as the experts that ESFT chose; FLOPs take no notice of it.
     """
 
     model: ModelConfig
@@ -59,6 +59,7 @@ class Setup:
     freeze: tuple[str, ...] = ()
     accumulation_dtype: str = "float32"
     max_logit_mib: int = MAX_LOGIT_BYTES // 2**20
+    trained_share: float = 1.0
 
     @property
     def num_devices(self) -> int:
@@ -123,20 +124,27 @@ def shard_bytes(leaves: tree.Tree) -> int:
     )
 
 
-def at_rest(setup: Setup) -> TrainState:
-    """The abstract state in its places; InputError where a size does not divide by the mesh."""
+def at_rest(setup: Setup) -> tuple[TrainState, tree.Tree]:
+    """The abstract state of what is not frozen, and what is, in their places.
+
+    InputError where a size does not divide by the mesh.
+    """
     sizes = tuple(setup.mesh[axis] for axis in AXES)
-    return _state(setup.model, setup.optim, setup.param_dtype, sizes)
+    return _state(setup.model, setup.optim, setup.param_dtype, sizes, setup.freeze)
 
 
 @functools.lru_cache(maxsize=256)
 def _state(
-    model: ModelConfig, optim: OptimConfig, dtype: str, sizes: tuple[int, ...]
-) -> TrainState:
-    optimizer = make_optimizer(optim, max(1, optim.warmup_steps))
-    params = tree.abstract(abstract_params(model, dtype))
+    model: ModelConfig,
+    optim: OptimConfig,
+    dtype: str,
+    sizes: tuple[int, ...],
+    freeze: tuple[str, ...],
+) -> tuple[TrainState, tree.Tree]:
+    optimizer, mesh = make_optimizer(optim, max(1, optim.warmup_steps)), AbstractMesh(sizes, AXES)
+    frozen, params = tree.split(tree.abstract(abstract_params(model, dtype)), freeze)
     state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
-    return place_state(state, AbstractMesh(sizes, AXES))
+    return place_state(state, mesh), place_params(frozen, mesh)
 
 
 def estimate(setup: Setup) -> Hbm:
@@ -145,7 +153,8 @@ def estimate(setup: Setup) -> Hbm:
     buffers: one block computed again (what it keeps without remat), two blocks' gathered weights,
     three chunks of logits. InputError where a size does not divide by the mesh.
     """
-    state = at_rest(setup)
+    state, frozen = at_rest(setup)
+    share = setup.trained_share
     numbers = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params)
     )
@@ -158,10 +167,10 @@ def estimate(setup: Setup) -> Hbm:
     logits = min(setup.logit_bytes, setup.max_logit_bytes)
     tokens = setup.batch_size // setup.token_parts * setup.seq_len
     return Hbm(
-        params=shard_bytes(state.params),
-        optimizer=shard_bytes(state.opt_state),
+        params=shard_bytes(state.params) + shard_bytes(frozen),
+        optimizer=round(share * shard_bytes(state.opt_state)),
         batch=4 * 4 * tokens,
-        gradients=_gradient_bytes(setup, state) + sums,
+        gradients=round(share * (_gradient_bytes(setup, state) + sums)),
         activations=kept,
         buffers=block + gathered + 3 * logits,
         capacity=setup.chip.hbm_bytes,
@@ -188,8 +197,9 @@ def estimate_time(setup: Setup) -> Roofline:
     if setup.logit_bytes > setup.max_logit_bytes:  # chunks are computed again
         again += 2 * num_tokens * setup.model.embed_size * setup.model.vocab_size
     compute = (flops.train_flops(*sizes, setup.freeze) + again) / setup.num_devices
-    state = at_rest(setup)
-    traffic = 2 * (shard_bytes(state.params) + shard_bytes(state.opt_state))
+    state, frozen = at_rest(setup)
+    moved = shard_bytes(state.params) + shard_bytes(state.opt_state)
+    traffic = 2 * setup.trained_share * moved + shard_bytes(frozen)
     traffic += 3 * setup.accumulation * _gathered_bytes(setup)
     sent = _weight_bytes_sent(setup) + _exchanged_bytes(setup) + _tensor_bytes(setup)
     return roofline(compute, traffic, [Moved("all", 1, sent, sent, sent)], setup.chip)

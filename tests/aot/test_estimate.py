@@ -8,11 +8,13 @@ from moejax.aot.estimate import Setup, estimate, estimate_time
 from moejax.aot.plan import describe as describe_plan
 from moejax.aot.plan import describe_hbm, failed_plan, required_bytes
 from moejax.aot.remedies import describe, least_devices, remedies
+from moejax.core import tree
 from moejax.core.chips import CHIPS
 from moejax.core.errors import InputError
 from moejax.core.memory import GIB
 from moejax.models import flops
 from moejax.models.config import ModelConfig
+from moejax.models.params import abstract_params
 from moejax.moe.config import CONVENTIONS, MoEConfig
 from moejax.train.optim import OptimConfig
 
@@ -39,6 +41,25 @@ def test_what_lies_at_rest_is_exact():
     assert estimate(setup()).params < found.params / 3
     halved = estimate(dataclasses.replace(whole, param_dtype="bfloat16"))
     assert halved.params * 2 == pytest.approx(found.params, rel=0.01)
+
+
+def test_what_is_frozen_has_no_gradient_and_no_state():
+    alone = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+    whole = setup(mesh=alone, compute_dtype="float32")
+    some = estimate(dataclasses.replace(whole, freeze=("layers/**",)))
+    rest = 4 * (flops.num_params(MOE) - sum_of_layers(MOE))
+    assert some.params == estimate(whole).params and some.gradients == rest
+    assert some.optimizer == 2 * rest + 2 * 4
+    few = estimate(dataclasses.replace(whole, trained_share=0.1, accumulation=2))
+    assert few.gradients == round(0.1 * 2 * few.params)
+    assert few.optimizer == round(0.1 * estimate(whole).optimizer)
+    assert estimate_time(dataclasses.replace(whole, trained_share=0.1)).memory_s < 0.5 * (
+        estimate_time(whole).memory_s
+    )
+
+
+def sum_of_layers(model):
+    return tree.num_params(abstract_params(model)["layers"])
 
 
 def test_activations_follow_rows_and_remat():

@@ -79,3 +79,16 @@ def test_a_training_run_is_explained_in_terms_of_its_config():
     assert lines[0].startswith("HBM per device") and any("too much" in line for line in lines)
     assert any("--config.train.accumulation=" in line for line in lines), lines
     assert "fits" in lines[-1]
+
+
+def test_of_a_run_that_trains_a_tenth_only_that_has_state():
+    """As of ESFT's experts."""
+    config = base.get_config()
+    config.train.steps, config.train.batch_size, config.data.seq_len = 1, 64, 512
+    model = ModelConfig("llama", 200_000, 2, 512, 1024, 8, 8, 64)
+
+    def gradients(share):
+        lines = explainer(config, model, share)(20 * 2**30)
+        return float(next(line for line in lines if "gradients" in line).split()[1])
+
+    assert 0 < gradients(0.1) < 0.2 * gradients(1.0)
