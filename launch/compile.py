@@ -131,8 +131,6 @@ def _estimated(config, model, devices, chip) -> dict:
     _print_head(config, model, setup)
     found = estimate(setup)
     print("\n".join(describe_hbm(found)))
-    if "method" in config:
-        print("reckoned as if all parameters were trained: what ESFT takes has to be compiled")
     print("dry run: nothing compiled")
     return {"topology": TOPOLOGY.value, "mesh": dict(setup.mesh), "hbm": dataclasses.asdict(found)}
 
@@ -172,9 +170,9 @@ def _sweep(config, model, devices) -> dict:
         chosen_candidates,
         free_memory,
         plan,
-        reckoner,
     )
     from launch.sweep_table import row_of, table
+    from moejax.aot.estimate import estimate
     from moejax.core.chips import chip_of
 
     chip = chip_of(TOPOLOGY.value or "")
@@ -183,10 +181,7 @@ def _sweep(config, model, devices) -> dict:
     if not found:
         raise InputError(f"no mesh of {len(devices)} devices divides this model and batch")
     print(f"{len(found)} candidates reckoned in {time.perf_counter() - start:.0f} s", flush=True)
-    if "method" in config:
-        print("reckoned without gradients and moments, which ESFT has of its experts alone")
     rows, start, most = [], time.perf_counter(), 0 if cli.DRY_RUN.value else COMPILES.value
-    takes = reckoner(config)
 
     def compiled(keys, setup) -> float:
         result, setup, _ = plan(changed(config, keys), model, devices, chip, EFFORT.value)
@@ -194,12 +189,12 @@ def _sweep(config, model, devices) -> dict:
         eta = (time.perf_counter() - start) / len(rows) * (most - len(rows))
         print(f"compiled {len(rows)} of {most}, {eta:.0f} s left", flush=True)
         free_memory()
-        return rows[-1]["used"] / takes(setup)
+        return rows[-1]["used"] / estimate(setup).used
 
-    chosen = chosen_candidates(found, compiled, most, takes)
+    chosen = chosen_candidates(found, compiled, most)
     rows.sort(key=lambda row: row["order"])
     rest = [each for number, each in enumerate(found) if number not in chosen][:15]
-    rows += [row_of(keys, setup, takes(setup)) for keys, setup in rest]
+    rows += [row_of(keys, setup, estimate(setup).used) for keys, setup in rest]
     print(table(rows))
     return {"topology": TOPOLOGY.value, "config": config.to_dict(), "rows": rows}
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from launch.esft_train import check_method, make_adaptation, make_loss, training_model
 from launch.program import BATCH_DTYPES, grad_dtype, parallel_options
 from launch.settings import train_config
+from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.methods import expert_config
 from moejax.methods.adaptation import Adaptation
@@ -56,6 +57,19 @@ def esft_program(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> StepProg
         {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in BATCH_DTYPES.items()},
         options,
     )
+
+
+def trained_share(config: ConfigDict, model: ModelConfig) -> float:
+    """Trained parameters over those of the model."""
+    chosen = None
+    if config.method.name == "esft":
+        chosen = chosen_experts(config.method.experts, model)
+
+    def trained(params):
+        return make_adaptation(config, params, model, chosen).trainable
+
+    params = transformer.abstract_params(model)
+    return tree.num_params(jax.eval_shape(trained, params)) / tree.num_params(params)
 
 
 def chosen_experts(source: str, model: ModelConfig) -> ExpertConfig:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import gc
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +18,8 @@ import jax
 from jax.errors import JaxRuntimeError
 from ml_collections import ConfigDict
 
-from launch.esft_plan import esft_program
+from configs.esft import base as esft_base
+from launch.esft_plan import esft_program, trained_share
 from launch.program import make_mesh_of, make_program
 from launch.settings import PRESET, patterns, preset, train_config, with_dtype
 from moejax.aot.estimate import Setup, estimate, estimate_time
@@ -75,7 +78,23 @@ def setup_of(config: ConfigDict, model: ModelConfig, sizes: Mapping[str, int], c
         freeze=patterns(config.train.freeze),
         accumulation_dtype=settings.accumulation_dtype,
         max_logit_mib=config.compute.max_logit_mib,
+        trained_share=_trained_share(config, model) if "method" in config else 1.0,
     )
+
+
+def _trained_share(config: ConfigDict, model: ModelConfig) -> float:
+    """Of a config of ESFT; 1 as long as its experts are not chosen."""
+    method = config.method
+    if method.name == "esft" and not method.experts:
+        return 1.0
+    return _share_of(json.dumps(method.to_dict(), sort_keys=True), model)
+
+
+@functools.lru_cache(maxsize=16)
+def _share_of(method: str, model: ModelConfig) -> float:
+    config = esft_base.get_config()
+    config.method.update(json.loads(method))
+    return trained_share(config, model)
 
 
 def describe_exchange(setup: Setup) -> str:
@@ -140,14 +159,14 @@ def candidates(
     By estimated tokens per second; within 2 % of each other by what the network and HBM carry,
     which no run hides for nothing. Those that do not fit come last.
     """
-    chip, takes = chip_of(topology), reckoner(config)
+    chip = chip_of(topology)
     found: list[tuple[bool, int, float, int, Keys, Setup]] = []
     for keys in _variants(config, model, num_devices):
         setup = setup_of(
             changed(config, keys), model, {axis: keys[f"mesh.{axis}"] for axis in AXES}, chip
         )
         try:
-            fits, line = takes(setup) <= chip.hbm_bytes, estimate_time(setup)
+            fits, line = estimate(setup).used <= chip.hbm_bytes, estimate_time(setup)
         except InputError:  # a width does not divide by that mesh
             continue
         tokens = setup.batch_size * setup.seq_len
@@ -157,29 +176,14 @@ def candidates(
     return [(keys, setup) for *_, keys, setup in sorted(found, key=lambda row: row[:4])]
 
 
-def reckoner(config: ConfigDict) -> Callable[[Setup], int]:
-    """What a candidate takes of a device, in bytes; of ESFT what it surely takes.
-
-    The estimate has gradients and moments of all parameters, ESFT of its experts alone, so they
-    are left out there.
-    """
-
-    def takes(setup: Setup) -> int:
-        found = estimate(setup)
-        return found.used - ("method" in config) * (found.optimizer + found.gradients)
-
-    return takes
-
-
 def chosen_candidates(
     found: Sequence[tuple[Keys, Setup]],
     fit: Callable[[Keys, Setup], float],
     most: int,
-    takes: Callable[[Setup], int],
 ) -> list[int]:
     """Which candidates to compile: the best that fit, up to `most`, learning from what was.
 
-    fit(keys, setup) compiles one and gives the bytes it takes over those that `takes` reckons; of
+    fit(keys, setup) compiles one and gives the bytes it takes over those that were reckoned; of
     the rest, those are passed over that the largest such factor does not let fit.
     """
     chosen: list[int] = []
@@ -187,7 +191,7 @@ def chosen_candidates(
     for number, (keys, setup) in enumerate(found):
         if len(chosen) == most:
             break
-        if not chosen or factor * takes(setup) <= setup.chip.hbm_bytes:
+        if not chosen or factor * estimate(setup).used <= setup.chip.hbm_bytes:
             chosen.append(number)
             factor = max(factor, fit(keys, setup))
     return chosen
@@ -229,17 +233,18 @@ def _meshes(model: ModelConfig, num_devices: int) -> Iterator[tuple[int, int, in
 
 
 def explainer(
-    config: ConfigDict, model: ModelConfig, trained_share: float = 1.0
+    config: ConfigDict, model: ModelConfig, share: float | None = None
 ) -> Callable[[int | None], list[str]]:
     """For `launch.out_of_memory`: the memory table of a config's run here, and the remedies.
 
-    trained_share: of the parameters (`Setup.trained_share`).
+    share: `Setup.trained_share`, where the config does not say it.
     """
 
     def explain(asked: int | None) -> list[str]:
         chip = this_chip()
         setup = setup_of(config, model, make_mesh_of(config, model).shape, chip)
-        setup = dataclasses.replace(setup, trained_share=trained_share)
+        if share is not None:
+            setup = dataclasses.replace(setup, trained_share=share)
         hbm = estimate(setup)
         # What is held and what was asked for did not fit, whatever the estimate says.
         held = sum(array.nbytes for array in jax.live_arrays()) // setup.num_devices

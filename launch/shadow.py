@@ -13,8 +13,8 @@ collect   per example, the importance of every head and neuron under each criter
 train     orders neurons by co-activation, trains the unified predictor and DejaVu's, and measures
           them on held-out examples; RUN/predictor, RUN/dejavu*, RUN/heldout.json.
 evaluate  perplexity and multiple choice under masks decided from the prompt: static, predicted,
-          DejaVu, oracle, random, and training-free rivals; RUN/evaluation. Goes on where it
-          stopped.
+          oracle, random; and at every token: DejaVu, and rivals without training. RUN/evaluation.
+          Goes on where it stopped.
 bench     tokens per second under the masks that evaluate judges, beside dense decoding and with
           --peer transformers, in turns; RUN/bench.json. `launch.bench --suite=shadow` times models
           of random weights.

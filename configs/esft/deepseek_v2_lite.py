@@ -3,7 +3,7 @@
 Claim:    the state of training 6 of 64 experts a layer is a quarter of training all parameters.
 Command:  python -m launch.compile --config=configs/esft/deepseek_v2_lite.py --topology=v5p:2x2x2
           With a selection: --config.method.experts=EXPERTS.json, as --stage=select writes it.
-Hardware: v5p:2x2x2, planned and never run: launch.esft --stage=train takes one device so far.
+Hardware: v5p:2x2x2, planned and never run.
 Expected: BUILD.md, "Planned"; configs/esft_deepseek_v2_lite.py, which trains all, is the control.
 
 Six evenly spread experts of each layer stand for a selection: the paper's at token score 0.2 have

@@ -41,7 +41,8 @@ class Setup:
     whose gradients are summed in accumulation_dtype. max_logit_mib: of float32 logits at once.
     strategy: how tokens travel to experts. factor: buffer rows of the exchange over the balanced
     load. freeze: patterns of what is not trained: it has no gradient and no state. trained_share:
-    of the others the share that is, as the experts that ESFT chose; FLOPs take no notice of it.
+    below 1, of the others the share that is, in float32 beside all the rest, as the experts that
+    ESFT chose; FLOPs take no notice of it.
     """
 
     model: ModelConfig
@@ -125,12 +126,13 @@ def shard_bytes(leaves: tree.Tree) -> int:
 
 
 def at_rest(setup: Setup) -> tuple[TrainState, tree.Tree]:
-    """The abstract state of what is not frozen, and what is, in their places.
+    """Abstract arrays in their places: the state of all that is not frozen, and what is frozen.
 
     InputError where a size does not divide by the mesh.
     """
     sizes = tuple(setup.mesh[axis] for axis in AXES)
-    return _state(setup.model, setup.optim, setup.param_dtype, sizes, setup.freeze)
+    dtype = setup.param_dtype if setup.trained_share == 1 else "float32"
+    return _state(setup.model, setup.optim, dtype, sizes, setup.freeze)
 
 
 @functools.lru_cache(maxsize=256)
@@ -166,8 +168,11 @@ def estimate(setup: Setup) -> Hbm:
     gathered = 2 * _gathered_bytes(setup) // setup.model.num_layers
     logits = min(setup.logit_bytes, setup.max_logit_bytes)
     tokens = setup.batch_size // setup.token_parts * setup.seq_len
+    params = shard_bytes(state.params)
+    if share < 1:  # of what is trained float32 masters, and what the model came as
+        params = round(share * params) + numbers * jnp.dtype(setup.param_dtype).itemsize
     return Hbm(
-        params=shard_bytes(state.params) + shard_bytes(frozen),
+        params=params + shard_bytes(frozen),
         optimizer=round(share * shard_bytes(state.opt_state)),
         batch=4 * 4 * tokens,
         gradients=round(share * (_gradient_bytes(setup, state) + sums)),
@@ -180,7 +185,7 @@ def estimate(setup: Setup) -> Hbm:
 
 def _gradient_bytes(setup: Setup, state: TrainState) -> int:
     """Gradients before the optimizer takes them: of blocks in the dtype of the arithmetic."""
-    if jnp.dtype(setup.compute_dtype).itemsize >= jnp.dtype(setup.param_dtype).itemsize:
+    if jnp.dtype(setup.compute_dtype).itemsize >= jax.tree.leaves(state.params)[0].dtype.itemsize:
         return shard_bytes(state.params)
     narrow = jax.eval_shape(lambda params: slots(params, setup.compute_dtype), state.params)
     return sum(

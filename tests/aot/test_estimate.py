@@ -51,7 +51,8 @@ def test_what_is_frozen_has_no_gradient_and_no_state():
     assert some.params == estimate(whole).params and some.gradients == rest
     assert some.optimizer == 2 * rest + 2 * 4
     few = estimate(dataclasses.replace(whole, trained_share=0.1, accumulation=2))
-    assert few.gradients == round(0.1 * 2 * few.params)
+    assert few.gradients == round(0.1 * 2 * estimate(whole).params)
+    assert few.params == round(0.1 * estimate(whole).params) + estimate(whole).params
     assert few.optimizer == round(0.1 * estimate(whole).optimizer)
     assert estimate_time(dataclasses.replace(whole, trained_share=0.1)).memory_s < 0.5 * (
         estimate_time(whole).memory_s

@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMAND = ["-m", "launch.compile", "--config=configs/quickstart_sft.py"]
-COMMAND += ["--config.model.source=preset:smollm2-135m", "--config.compute.dtype=bfloat16"]
+DENSE = ["--config=configs/quickstart_sft.py", "--config.model.source=preset:smollm2-135m"]
+DENSE += ["--config.compute.dtype=bfloat16"]
+# Of the configs of DeepSeek-V2-Lite everything but its sizes.
+MIXTURE = ["--config.model.preset=smollm2-135m", "--config.model.experts=4"]
+MIXTURE += ["--config.train.batch_size=8", "--config.train.accumulation=2"]
+MIXTURE += ["--config.data.seq_len=512"]
 
 
-def plan(*arguments):
+def plan(*arguments, config=DENSE):
     return subprocess.run(
-        [sys.executable, *COMMAND, *arguments],
+        [sys.executable, "-m", "launch.compile", *config, *arguments],
         capture_output=True,
         text=True,
         timeout=900,
@@ -60,6 +64,44 @@ def test_what_does_not_fit_says_what_to_change(tmp_path):
     assert record["plan"]["required_bytes"] > record["plan"]["hbm"]["capacity"]
     assert record["remedies"] and record["remedies"][-1]["fits"]
     assert "it does not fit" in done.stdout and "  1. --config." in done.stdout
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("topology", "kernels"),
+    [("v5e:2x2", "tpu"), pytest.param("h100x4", "gpu", marks=pytest.mark.slow)],
+)
+def test_esft_takes_the_state_of_its_experts_alone(tmp_path, topology, kernels):
+    """A mixture's step of all parameters, and of one expert of a layer's four, on the same mesh."""
+    found = {}
+    for name in ("esft_deepseek_v2_lite", "esft/deepseek_v2_lite"):
+        out = tmp_path / "plan.json"
+        config = [f"--config=configs/{name}.py", *MIXTURE]
+        config += [f"--config.compute.moe_implementation={kernels}"]
+        config += ["--config.method.experts=spread:1"] if "/" in name else []
+        done = plan(f"--topology={topology}", f"--out={out}", config=config)
+        assert done.returncode == 0, done.stderr[-3000:]
+        record = json.loads(out.read_text())
+        assert record["mesh"]["expert"] == 4 and record["plan"]["fits"], record["mesh"]
+        assert not record["plan"]["unknown_kernels"], record["plan"]["unknown_kernels"]
+        assert any("all-to-all" in row["kind"] for row in record["plan"]["moved"]) or any(
+            "permute" in row["kind"] for row in record["plan"]["moved"]
+        )
+        found[name] = record["plan"]["hbm"]
+    whole, some = found.values()
+    assert some["optimizer"] < 0.3 * whole["optimizer"] and some["used"] < whole["used"]
+
+
+@pytest.mark.aot
+def test_a_sweep_compiles_its_best(tmp_path):
+    out = tmp_path / "sweep.json"
+    rows = ("--config.train.batch_size=8", "--config.data.seq_len=512")
+    done = plan("--topology=v5e:2x2", "--sweep", "--compiles=1", *rows, f"--out={out}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads(out.read_text())
+    compiled = [row for row in record["rows"] if row["compiled"]]
+    assert len(compiled) == 1 and len(record["rows"]) > 5, record["rows"][:2]
+    assert "compiled 1 of 1" in done.stdout
 
 
 def test_bad_input_is_one_line():

@@ -14,7 +14,6 @@ from launch.planning import (
     chosen_candidates,
     describe_exchange,
     model_of,
-    reckoner,
     setup_of,
 )
 from launch.settings import step_flops_of
@@ -26,7 +25,7 @@ from moejax.core.chips import CHIPS
 from moejax.core.errors import InputError
 from moejax.core.mesh import make_mesh
 from moejax.models.config import ModelConfig
-from moejax.models.flops import train_flops
+from moejax.models.flops import num_params, train_flops
 from moejax.moe.config import CONVENTIONS, MoEConfig
 
 DENSE = ModelConfig("llama", 512, 2, 64, 128, 4, 2, 16)
@@ -75,24 +74,24 @@ def test_a_sweep_learns_from_what_did_not_fit():
         compiled.append(estimate(setup).used / setup.chip.hbm_bytes)
         return 1.4  # what is compiled takes more than was reckoned
 
-    takes = reckoner(config)
-    chosen = chosen_candidates(found, fit, 4, takes)
+    chosen = chosen_candidates(found, fit, 4)
     assert len(chosen) == len(compiled) and chosen[0] == 0 and chosen == sorted(chosen)
     assert all(1.4 * used <= 1 for used in compiled[1:])
-    assert chosen_candidates(found, fit, 0, takes) == []
+    assert chosen_candidates(found, fit, 0) == []
 
 
-def test_a_sweep_of_esft_passes_over_nothing_that_may_fit():
-    """Full training's state would not fit here; that of a few experts does."""
-    alone = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
-    setup = setup_of(settings(optimizer="adamw"), MOE, alone, CHIPS["v5p"])
-    found = estimate(setup)
-    chip = dataclasses.replace(setup.chip, hbm_bytes=found.used - found.optimizer)
-    many = [({}, dataclasses.replace(setup, chip=chip))] * 3
-    full, some = reckoner(settings()), reckoner(esft_deepseek_v2_lite.get_config())
-    assert chosen_candidates(many, lambda *_: 1.0, 3, full) == [0]
-    assert chosen_candidates(many, lambda *_: 1.0, 3, some) == [0, 1, 2]
-    assert some(setup) == found.used - found.optimizer - found.gradients
+def test_esft_is_reckoned_with_state_of_its_experts_alone():
+    model, config = model_of(esft_deepseek_v2_lite.get_config())
+    alone = {"data": 1, "fsdp": 1, "expert": 8, "tensor": 1}
+    some = setup_of(config, model, alone, CHIPS["v5p"])
+    per_layer = 3 * model.d_model * model.moe.expert_ffn
+    wanted = 6 * 26 * per_layer / num_params(model)
+    assert some.trained_share == pytest.approx(wanted, rel=1e-6)
+    config.method.name = "full"
+    found, full = estimate(some), estimate(setup_of(config, model, alone, CHIPS["v5p"]))
+    assert full.optimizer > 5 * found.optimizer and full.gradients > 5 * found.gradients
+    config.method.update(name="esft", experts="")  # not chosen yet: nobody knows
+    assert setup_of(config, model, alone, CHIPS["v5p"]).trained_share == 1
 
 
 def test_a_plan_of_esft_has_state_of_the_chosen_experts_alone():
