@@ -17,14 +17,7 @@ from launch.shadow_train import DEJAVU, FOLDERS, load_dejavu, static_scores
 from moejax.core.errors import InputError
 from moejax.evals import masked
 from moejax.methods import shadow_dejavu, shadow_predictor, shadow_rivals
-from moejax.methods.shadow_mask import (
-    BUDGETS,
-    Mask,
-    Sizes,
-    check_sparsity,
-    full_mask,
-    select,
-)
+from moejax.methods.shadow_mask import BUDGETS, Mask, Sizes, check_sparsity, full_mask, select
 from moejax.methods.shadow_measure import Asked, Text, measure, slots_for
 from moejax.methods.shadow_scores import CRITERIA, FOR_HEADS, FOR_NEURONS
 from moejax.report.shadow_plots import METHODS

@@ -88,7 +88,7 @@ def batches(
     found, mine = [], list(left[0])
     for group in left[1:]:
         both = [*mine, *group]
-        if power_of_two(len(both)) * sum(widths(both)) <= max_tokens:
+        if power_of_two(len(both)) * (sum(widths(both)) - 1) <= max_tokens:
             mine = both
         else:
             found.append(_batch(pairs, mine, widths(mine)))
