@@ -25,6 +25,9 @@ from moejax.report.shadow_plots import METHODS
 PLACES = ("both", "heads", "neurons")
 # Neurons chosen one by one, not in blocks: GRIFFIN as published, and what blocks cost the others.
 SINGLE = ("griffin_single", "static_single", "oracle_single", "dejavu_token_single")
+# The unified predictor asked after every token, as --refresh_every=1 does, for the next one, and a
+# control that is asked for the token that it reads.
+AFTER_TOKEN = {"predicted_each": "unified", "predicted_token": "token", "predicted_now": "unified"}
 # DejaVu's that decide at every token, as published, and whose predictors they are.
 PER_TOKEN = {
     "dejavu_token": "dejavu",
@@ -94,9 +97,11 @@ def _rivals(sparsities: Any, places: Any, texts: bool) -> Iterator[Arm]:
     """What decides in another way: at every token, or by thresholds and statistics."""
     for sparsity in sparsities:
         for place in places:
-            yield Arm("dejavu_token", place, sparsity)
+            for method in ("predicted_each", "predicted_token", "dejavu_token"):
+                yield Arm(method, place, sparsity)
         yield Arm("dejavu_token_single", "both", sparsity)
         if texts:
+            yield Arm("predicted_now", "both", sparsity)
             yield Arm("dejavu_token_single", "neurons", sparsity)
             for place in places:
                 yield Arm("dejavu_equal_token", place, sparsity)
@@ -123,6 +128,7 @@ class Decider:
         self.samples = [sample.text for sample in samples if not sample.heldout]
         self._limits: dict[tuple[str, float], Any] = {}
         self._values: dict[str, Any] = {}
+        self._contexts: tuple[masked.Read, jax.Array] | None = None  # of the batch judged last
         self.single = dataclasses.replace(
             model.sizes, block=1, blocks=model.sizes.blocks * model.sizes.block
         )
@@ -151,13 +157,16 @@ class Decider:
             mask = jax.tree.map(lambda m: jnp.broadcast_to(m, (count, *m.shape)), full)
         else:
             scores = oracle if arm.method.startswith("oracle") else None
-            if scores is None:
+            if arm.method in AFTER_TOKEN:
+                scores = self._after_tokens(arm.method, batch, read)
+            elif scores is None:
                 scores = self.scores(arm.method, batch, read.signals)
             elif arm.method == "oracle":
                 scores = Mask(scores.heads, summed(scores.blocks, sizes))
             mask = select(scores, sizes, arm.shares, arm.budget)
         real = slice(0, len(batch.rows))
-        kept = [np.asarray(m)[real, sizes.first :].mean(0) for m in (mask.heads, mask.blocks)]
+        later = (np.asarray(m)[real, ..., sizes.first :, :] for m in (mask.heads, mask.blocks))
+        kept = [m.mean(tuple(range(m.ndim - 2))) for m in later]
         return masked.masked_nats(params, config, batch, read, mask, sizes), kept
 
     def scores(self, method: str, batch: masked.Batch, signal: dict[str, Any]) -> Mask:
@@ -179,6 +188,19 @@ class Decider:
             neurons = np.swapaxes(np.asarray(signal["griffin"]), 0, 1)
             return Mask(heads, neurons if method in SINGLE else summed(neurons, sizes))
         return self._static(method, count)
+
+    def _after_tokens(self, method: str, batch: masked.Batch, read: masked.Read) -> Mask:
+        """Scores for every token that follows but the last, [B, R - 1, L, units]."""
+        if self._contexts is None or self._contexts[0] is not read:
+            loaded = self.model.loaded
+            found = masked.contexts(loaded.params, loaded.config, batch, read)
+            self._contexts = read, found
+        context_BTE = self._contexts[1]
+        if method != "predicted_now":
+            before_B1E = read.signals["context"][:, None]
+            context_BTE = jnp.concatenate([before_B1E, context_BTE[:, :-1]], axis=1)
+        params = self.predictors[AFTER_TOKEN[method]].params
+        return shadow_predictor.predict(params, context_BTE, self.model.sizes)
 
     def _static(self, method: str, count: int) -> Mask:
         t = self.config.train

@@ -196,7 +196,10 @@ def check_counts(config: ConfigDict) -> None:
     least = {
         "data": ("slots", "prompt"),
         "collect": ("part", "rows"),
-        "train": (*("epochs", "batch_size", "dejavu_hidden", "dejavu_epochs", "dejavu_batch"),),
+        "train": (
+            *("epochs", "token_epochs", "batch_size"),
+            *("dejavu_hidden", "dejavu_epochs", "dejavu_batch"),
+        ),
         "evaluate": ("windows", "questions", "batch_tokens", "calibration_texts"),
     }
     for section, names in least.items():

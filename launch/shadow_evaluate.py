@@ -107,6 +107,8 @@ def _judge(one: Judged, arms: list[Arm], decider: Decider, config, folder: Path)
         path = folder / PART.format(number)
         done: dict[str, Any]
         done = atomic.read_json(path) if path.exists() else {"rows": batch.rows, "arms": {}}
+        if list(done["rows"]) != list(batch.rows):
+            raise InputError(f"{path} was judged in other batches: take another --workdir")
         missing = [arm for arm in arms if arm.name not in done["arms"]]
         ranked = folder / shadow_ranking.FILE.format(number)
         if not missing and ranked.exists():

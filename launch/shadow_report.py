@@ -22,7 +22,7 @@ from moejax.report import shadow_plots as plots
 from moejax.report.page import STYLE, _figure, _table
 from moejax.report.plots import DPI
 
-PREDICTORS = ("unified", "per_layer_normalised", "dejavu", "dejavu_equal")
+PREDICTORS = ("unified", "per_layer_normalised", "token", "dejavu", "dejavu_equal")
 SAID = ("static", "dejavu", "dejavu_token", "random", "oracle")  # on the console
 
 
@@ -60,7 +60,7 @@ def main(values: dict[str, Any]) -> None:
         if row["budget"] == "local" and row["minus"] in SAID:
             what = next(n for n in ("nats_per_token", "gold_margin") if n in row)
             print(
-                f"{row['set']:9} {row['place']:8} {row['sparsity']:.0%} predicted minus "
+                f"{row['set']:9} {row['place']:8} {row['sparsity']:.0%} {row['method']} minus "
                 f"{row['minus']:12} {what} {tables.shown(row[what])} {row[what]['verdict']}"
             )
     print(f"written  {workdir}/report.html, report.json, plots/")
@@ -146,16 +146,17 @@ def _page(report: dict[str, Any], paths: dict[str, Path]) -> str:
         "<p>Masks are decided from the prompt, "
         "which is read densely; the tokens after it are computed under the mask and scored. The "
         "first of them is predicted by the prompt's last, which no mask changes. Oracle "
-        "masks are this text's own scores, of a question those of its right answer; TEAL and CATS "
-        "look at every token, in every layer. Shares are of what can be kept whole: of nine heads, "
-        "30% pruned are two. "
+        "masks are this text's own scores, of a question those of its right answer. DejaVu token "
+        "decides at every token, predicted each and predicted token after every one for the next "
+        "(token: learned from tokens); TEAL and CATS look at every token, in every layer. "
+        "Shares are of what can be kept whole: of nine heads, 30% pruned are two. "
         "Differences are paired by window or question, with 95% bootstrap intervals.</p>",
     ]
     parts += [f"<p><strong>{html.escape(line)}</strong></p>" for line in report["incomplete"]]
     if report["heldout"]:
         parts += ["<h2>Predictors on held-out texts</h2>", _heldout_table(report["heldout"])]
     for title, rows in (
-        ("Predicted minus the others", report["paired"]),
+        ("Paired differences", report["paired"]),
         ("What separates the causes (WikiText, nats per token)", report["causes"]),
         ("How predictions rank a layer's units on what is judged", report["ranking"]),
     ):

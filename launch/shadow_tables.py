@@ -12,7 +12,10 @@ from moejax.evals import bootstrap
 RIVALS = (
     *("static", "dejavu", "dejavu_equal", "random", "oracle", "predicted_per_layer"),
     *("dejavu_token", "dejavu_token_single", "dejavu_equal_token"),
+    *("predicted_each", "predicted_token"),
 )
+AT_TOKENS = ("predicted", "predicted_each", "predicted_now", "dejavu_token", "dejavu_equal_token")
+OF = {"predicted": RIVALS, "predicted_token": (*AT_TOKENS, "static", "oracle", "random")}
 Records = dict[tuple[str, str], dict[str, Any]]  # (set, arm's name) -> its record
 
 
@@ -61,16 +64,17 @@ def _interval(found: bootstrap.Interval, lower_is_better: bool = False) -> dict[
 
 
 def paired_rows(records: Records) -> list[dict[str, Any]]:
-    """Predicted minus every rival, at each set, place, sparsity and budget that has both."""
+    """Predicted minus every rival, at each set, place, sparsity and budget that has both.
+
+    By the prompt, and after every token ("predicted_token") minus what decides there too.
+    """
     rows = []
     for (name, _), record in records.items():
-        if record["method"] != "predicted":
-            continue
-        for rival in RIVALS:
+        for rival in OF.get(record["method"], ()):
             at = record["place"], record["sparsity"], record["budget"]
             other = records.get((name, arm_name(rival, *at)))
             if other is not None:
-                row = {"set": name, "minus": rival}
+                row = {"set": name, "method": record["method"], "minus": rival}
                 row |= {n: record[n] for n in ("place", "sparsity", "budget")}
                 rows.append(row | difference(record, other))
     return rows

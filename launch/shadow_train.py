@@ -25,7 +25,11 @@ from moejax.methods.shadow_scores import FOR_HEADS, FOR_NEURONS
 from moejax.methods.shadow_training import FitConfig, fit
 from moejax.models.masked import one_neuron_shape
 
-FOLDERS = {"unified": "predictor", "per_layer_normalised": "predictor_per_layer"}
+FOLDERS = {
+    "unified": "predictor",
+    "per_layer_normalised": "predictor_per_layer",
+    "token": "predictor_token",
+}
 SECTIONS = (*COLLECTED, "mask", "train")
 DEJAVU = {"dejavu": "dejavu.npz", "dejavu_equal": "dejavu_equal.npz"}
 
@@ -177,25 +181,51 @@ def static_scores(pool: shadow_traces.Pooled, criterion: tuple[str, str], order,
 def _fit(variant: str, got: Collected, targets: Mask, order, rest) -> Predictor:
     model, config, hidden = rest
     t = config.train
-    how = FitConfig(hidden, t.epochs, t.batch_size, t.lr, t.weight_decay, config.data.seed)
+    token = variant == "token"
+    how = FitConfig(
+        *(hidden, t.token_epochs if token else t.epochs, t.batch_size, t.lr, t.weight_decay),
+        config.data.seed,
+        rows=config.collect.rows if token else 1,
+    )
 
     def progress(epoch, loss, held):
-        if (epoch + 1) % max(1, t.epochs // 4) == 0:
+        if (epoch + 1) % max(1, how.epochs // 4) == 0:
             print(
                 f"{variant} epoch {epoch + 1}: loss {loss:.3f}, of unseen {held:.3f} (static 1)",
                 flush=True,
             )
 
-    mine = Mask(targets.heads[got.train], targets.blocks[got.train])
-    params = fit(got.context_NE[got.train], mine, model.sizes, variant, how, progress)
+    if token:
+        context, mine = _token_rows(got, order, model)
+    else:
+        context = got.context_NE[got.train]
+        mine = Mask(targets.heads[got.train], targets.blocks[got.train])
+    params = fit(context, mine, model.sizes, variant, how, progress)
     static = static_scores(got.pooled, (t.heads, t.neurons), order, model)
     fields = shadow_predictor.fields_of(model.loaded.config)
     criterion = t.heads if t.heads == t.neurons else f"{t.heads}+{t.neurons}"
+    criterion = "labels of dejavu" if token else criterion
     info = PredictorInfo(
         model.sha256, fields, model.sizes, criterion, variant, hidden,
         num_examples=int(got.train.sum()),
     )  # fmt: skip
     return Predictor(info, params, order, static)
+
+
+def _token_rows(got: Collected, order: np.ndarray, model: Model) -> tuple[np.ndarray, Mask]:
+    """What "token" learns from: contexts [N * R, E], and what the token after each uses."""
+    sizes = model.sizes
+    context = shadow_traces.read_parts(got.folder, ["rows/context"])["rows/context"][got.train]
+    heads = shadow_traces.row_labels(got.folder, "heads", model.loaded.config.num_heads)[got.train]
+    of_neurons = shadow_traces.row_labels(got.folder, "neurons", got.neurons_NLF.shape[-1])
+    blocks = [
+        in_blocks(np.swapaxes(text, 0, 1), order, sizes).astype(np.float32) / sizes.block
+        for text in of_neurons[got.train]
+    ]
+    per_unit = heads.shape[-1] // sizes.heads
+    heads = np.swapaxes(heads, 1, 2).reshape(-1, sizes.num_layers, sizes.heads, per_unit)
+    flat = context.reshape(-1, context.shape[-1]).astype(np.float32)
+    return flat, Mask(heads.mean(-1, dtype=np.float32), np.concatenate(blocks))
 
 
 def _measured(predicted: Mask, targets: Mask, got: Collected, model: Model) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def get_config(size: str = "full") -> ConfigDict:
                 "neurons": "plainact",
                 "share": 0.01,  # of the model's parameters, that a predictor may add
                 "epochs": 60,
+                "token_epochs": 10,  # of the predictor that learns from tokens, not texts
                 "batch_size": 32,
                 "lr": 1e-3,
                 "weight_decay": 0.01,
@@ -93,7 +94,7 @@ def _make_tiny(config: ConfigDict) -> None:
     config.data.texts = ConfigDict({"gsm8k": 8, "stdlib": 8, "wikitext": 8})
     config.data.update(slots=96, prompt=32, heldout_share=0.25)
     config.collect.update(curvature_texts=2, part=8)
-    config.train.update(epochs=4, batch_size=8)
+    config.train.update(epochs=4, token_epochs=2, batch_size=8)
     config.train.update(dejavu_hidden=32, dejavu_epochs=2, dejavu_batch=32)
     config.evaluate.update(windows=4, window=96, window_prompt=32, questions=6)
     config.evaluate.update(sparsities=(0.5,), budgets=(), places=("both",), tasks=("piqa",))

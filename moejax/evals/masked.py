@@ -88,7 +88,7 @@ def batches(
     found, mine = [], list(left[0])
     for group in left[1:]:
         both = [*mine, *group]
-        if power_of_two(len(both)) * (sum(widths(both)) - 1) <= max_tokens:
+        if power_of_two(len(both)) * sum(widths(both)) <= max_tokens:
             mine = both
         else:
             found.append(_batch(pairs, mine, widths(mine)))
@@ -141,7 +141,8 @@ def _read(params, config: ModelConfig, places, room: int) -> Read:
 
 
 def masked_nats(params, config: ModelConfig, batch: Batch, read: Read, mask: Mask, sizes: Sizes):
-    """Nats [B] of what follows each prompt under a mask of each row ([B, L, units])."""
+    """Nats [B] of what follows each prompt under masks: [B, L, units], one for each row, or
+    [B, R - 1, L, units] for each token that follows but the last."""
     places = (batch.rest_BR, batch.length_B)
     return np.asarray(_masked(params, config, places, read, mask, sizes), np.float64)
 
@@ -150,6 +151,19 @@ def thresholded_nats(params, config: ModelConfig, batch: Batch, read: Read, limi
     """`masked_nats` under thresholds (`moejax.methods.shadow_rivals`)."""
     places = (batch.rest_BR, batch.length_B)
     return np.asarray(_thresholded(params, config, places, read, limits), np.float64)
+
+
+def contexts(params: tree.Tree, config: ModelConfig, batch: Batch, read: Read) -> jax.Array:
+    """Layer 0's context [B, R - 1, H * C] of what follows, which no mask changes."""
+    return _contexts(params, config, batch.rest_BR, read)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _contexts(params, config: ModelConfig, rest_BR, read: Read) -> jax.Array:
+    inserted = Inserted(heads=lambda part, x: (x, x))
+    out = forward(params, config, rest_BR[:, :-1], cache=read.cache, inserted=inserted)
+    first_BTHC = seen_of(config, out.seen)["heads"][0]
+    return first_BTHC.reshape(*first_BTHC.shape[:2], -1)
 
 
 def deciding_nats(params, config: ModelConfig, batch: Batch, read: Read, how) -> np.ndarray:

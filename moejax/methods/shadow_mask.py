@@ -211,11 +211,14 @@ def per_neuron(mask: Mask, config: ModelConfig, sizes: Sizes) -> jax.Array:
 
 
 def inserted_of(mask: Mask, config: ModelConfig, sizes: Sizes, dense_B: Any = None) -> Inserted:
-    """What `transformer.forward(inserted=)` takes: a mask [L, units], or [B, L, units] by row.
+    """What `transformer.forward(inserted=)` takes: a mask [L, units], [B, L, units] by row, or
+    [B, T, L, units] by token.
 
     dense_B: tokens at the start of each row that stay dense (`moejax.models.masked.masking`).
     """
     heads, neurons = per_head(mask, config, sizes), per_neuron(mask, config, sizes)
     if mask.heads.ndim == 2:
         heads, neurons = heads[None], neurons[None]
-    return masking(config, jnp.moveaxis(heads, 0, 1), jnp.moveaxis(neurons, 0, 1), dense_B)
+    layers = heads.ndim - 2
+    heads, neurons = (jnp.moveaxis(x, layers, 0) for x in (heads, neurons))
+    return masking(config, heads, neurons, dense_B)

@@ -40,7 +40,7 @@ class Text:
 class Asked:
     """What to measure: names of `shadow_scores.CRITERIA`, and whether as the reference does.
 
-    rows: also what `moejax.methods.shadow_dejavu` trains on, of so many tokens.
+    rows: also what predictors that decide at every token train on, of so many tokens.
     """
 
     criteria: tuple[str, ...] = criteria_of.CRITERIA
@@ -78,7 +78,8 @@ def measure(
 
     Returns "heads": {criterion: [L, H]}, "neurons": {criterion: [L, F] or [L, E * F]}, "context"
     [H * C] of layer 0 at the prompt's last token, "loss", and with `asked.rows` "rows": attn_in and
-    mlp_in [L, R, D], heads [L, R, H] (norms), neurons [L, R, F] (absolute values).
+    mlp_in [L, R, D], heads [L, R, H] (norms), neurons [L, R, F] (absolute values), and context
+    [R, H * C] of layer 0 at the token before each.
 
     InputError: a text that is too long, and a criterion that needs the loss of a text without
     scored tokens.
@@ -169,6 +170,7 @@ def _measure(params, config: ModelConfig, tokens_T, scored_T, places, asked: Ask
             "mlp_in": seen["mlp_in"][:, 0, rows_R],
             "heads": jnp.linalg.norm(x_LTHC[:, rows_R], axis=-1),
             "neurons": jnp.abs(a_LTF[:, rows_R]),
+            "context": x_LTHC[0, jnp.maximum(rows_R - 1, 0)].reshape(len(rows_R), -1),
         }
     return found
 

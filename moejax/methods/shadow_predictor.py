@@ -43,7 +43,7 @@ from moejax.models.masked import one_neuron_shape
 
 MODELING = "modeling_shadow.py"
 INFO, WEIGHTS, FORMAT_VERSION = "shadow.json", "predictor.safetensors", 1
-VARIANTS = ("unified", "per_layer_normalised")
+VARIANTS = ("unified", "per_layer_normalised", "token")
 # What identifies a model's shape, of `ModelConfig`.
 FIELDS = ("num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_size", "vocab_size")
 
@@ -56,7 +56,8 @@ class PredictorInfo:
       model_sha256: `moejax.io.lineage.hash_params` of the model before its neurons are reordered.
       fields: of its config, `FIELDS` and the number of experts.
       sizes: units per layer, block size, layers never pruned.
-      criterion: which importance it predicts. variant: a name of VARIANTS, the targets' scaling.
+      criterion: which importance it predicts. variant: a name of VARIANTS, what it learned from:
+        scores of texts, scaled over all layers or in each, or what the next token uses ("token").
       budget: the rule that K of a sparsity s follows; "local" keeps units - floor(s * units).
       hidden: width of the network. num_examples: it was trained on.
     """

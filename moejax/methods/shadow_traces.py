@@ -9,7 +9,8 @@ folder/part_00000.npz  of consecutive texts: "text" (which), "context" [N, E], "
                        "largest/NAME" float32 [N, L]; of R tokens per text what
                        `moejax.methods.shadow_dejavu` learns from: "rows/attn_in" and "rows/mlp_in"
                        float16 [N, L, R, D], and labels, 8 of them a byte: "rows/heads",
-                       "rows/neurons" uint8
+                       "rows/neurons" uint8; and "rows/context" float16 [N, R, E] of the token
+                       before, from which the unified predictor learns the same labels
 folder/pooled_00000.npz  of the same texts: float64 sums of the unrounded scores of every criterion
                        and how many texts had it, held-out texts apart
 """
@@ -76,7 +77,8 @@ def pack(
         arrays[f"neurons/{name}"], arrays[f"largest/{name}"] = both
     if "rows" in found[0]:
         rows = {n: np.stack([f["rows"][n] for f in found]) for n in found[0]["rows"]}
-        arrays |= {f"rows/{n}": rows[n].astype(np.float16) for n in ("attn_in", "mlp_in")}
+        for name in ("attn_in", "mlp_in", "context"):
+            arrays[f"rows/{name}"] = rows[name].astype(np.float16)
         for name, zeros in (("heads", False), ("neurons", fires)):
             arrays[f"rows/{name}"] = np.packbits(labels(rows[name], zeros), axis=-1)
     return arrays

@@ -22,7 +22,7 @@ class FitConfig:
     """AdamW with a cosine to 0, as published: 100 epochs at 1e-3 there.
 
     best: keep the weights of the epoch with the least loss on a tenth of the texts, which are not
-    trained on.
+    trained on. rows: examples of each text, side by side.
     """
 
     hidden: int
@@ -32,14 +32,18 @@ class FitConfig:
     weight_decay: float = 0.01
     seed: int = 0
     best: bool = True
+    rows: int = 1
 
 
 def scaled(scores_NLU: np.ndarray, variant: str) -> np.ndarray:
     """Targets: min-max of each text over all layers ("unified"), or of each of its layers.
 
     The second is the reference's "predictorL", with which it got its headline figures: no layer
-    then counts more for having larger scores.
+    then counts more for having larger scores. Of "token" they are shares already: 1 for a head that
+    the token uses (`shadow_dejavu.labels`), for a block the share of its neurons.
     """
+    if variant == "token":
+        return np.asarray(scores_NLU, np.float32)
     dims = (1, 2) if variant == "unified" else (2,)
     low = scores_NLU.min(dims, keepdims=True)
     high = scores_NLU.max(dims, keepdims=True)
@@ -74,9 +78,7 @@ def fit(
     targets = {name: part[usable] for name, part in targets.items()}
     mean, std = inputs.mean(0), inputs.std(0) + 1e-3
     inputs = (inputs - mean) / std
-    order = np.random.default_rng(config.seed).permutation(len(inputs))
-    num_held = max(1, len(order) // 10)
-    held, train = order[:num_held], order[num_held:]
+    held, train = _parted(np.flatnonzero(usable) // config.rows, config.seed)
     static = Mask(*(targets[name][train].mean(0) for name in _PARTS))
     key = jax.random.key(config.seed)
     params = shadow_predictor.init(key, inputs.shape[1], config.hidden, static)
@@ -109,6 +111,15 @@ def fit(
 
 
 _PARTS = ("heads", "blocks")
+
+
+def _parted(texts: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Examples of a tenth of the texts, and all others, by each example's text, which ascend."""
+    rows = np.split(np.arange(len(texts)), np.flatnonzero(np.diff(texts)) + 1)
+    order = np.random.default_rng(seed).permutation(len(rows))
+    first = max(1, len(order) // 10)
+    held, train = order[:first], order[first:]
+    return np.concatenate([rows[i] for i in held]), np.concatenate([rows[i] for i in train])
 
 
 @functools.lru_cache(maxsize=8)

@@ -74,17 +74,18 @@ def masking(
     """Multiplies each head's context and each neuron's activation by its factor.
 
     heads_LBH: [L, B, H], neurons: [L, B, F] or, of experts, [L, B, E, F]; B is that of the tokens,
-    or 1 for one mask of all rows. dense_B: tokens at the start of each row that stay dense, as a
-    prompt does that is read before its mask is known; None: none.
+    or 1 for one mask of all rows. With a mask for every token both have T after B. dense_B: tokens
+    at the start of each row that stay dense, as of a prompt that is read before its mask is known;
+    None: none.
 
     All ones is the dense model bit for bit; of experts, whose hidden layers are computed another
     way with a function inside, up to rounding: `mask_experts` is exact there.
     """
-    layers = _of_places(config, heads_LBH, neurons)
+    layers, by_token = _of_places(config, heads_LBH, neurons), heads_LBH.ndim == 4
 
     def factor(mask, x):
-        after = (1,) * (x.ndim - mask.ndim - 1)
-        mask = mask.reshape(mask.shape[0], 1, *mask.shape[1:], *after)
+        mask = mask if by_token else mask[:, None]
+        mask = mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim))
         if dense_B is not None:
             later_BT = jnp.arange(x.shape[1]) >= jnp.asarray(dense_B)[:, None]
             mask = jnp.where(later_BT.reshape(*later_BT.shape, *(1,) * (x.ndim - 2)), mask, 1)

@@ -22,7 +22,11 @@ METHODS = (
     "random",
 )
 # One colour and marker each, the same in every plot.
-PER_TOKEN = ("dejavu_token", "dejavu_equal_token", "dejavu_token_single")  # decide at every token
+# Decide at every token.
+PER_TOKEN = (
+    *("dejavu_token", "dejavu_equal_token", "dejavu_token_single"),
+    *("predicted_each", "predicted_token", "predicted_now"),
+)
 DRAWN = (*METHODS, "griffin_single", "griffin", "cats", "teal", *PER_TOKEN)
 
 
@@ -77,7 +81,11 @@ def heldout_plot(per_layer: Mapping[str, Mapping[str, Sequence[float]]], part: s
     left.plot(static, color="#777777", linewidth=2, label="static mean")
     for name, table in per_layer.items():
         style = _style(
-            {"unified": "predicted", "per_layer_normalised": "predicted_per_layer"}.get(name, name)
+            {
+                "unified": "predicted",
+                "per_layer_normalised": "predicted_per_layer",
+                "token": "predicted_token",
+            }.get(name, name)
         )
         left.plot(table["spearman"], **style)
         right.plot(table["gain"], **style)

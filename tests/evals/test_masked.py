@@ -64,6 +64,30 @@ def test_it_is_one_pass_with_the_prompt_dense():
         np.testing.assert_allclose(got[row], want, rtol=1e-5)
 
 
+def test_a_mask_for_every_token_is_the_rows_own_where_all_are_alike():
+    mask = random_mask(4)
+    count = BATCH.rest_BR.shape[1] - 1
+    each = jax.tree.map(lambda m: jnp.repeat(m[:, None], count, 1), mask)
+    one, many = (masked.masked_nats(PARAMS, CONFIG, BATCH, READ(), m, SIZES) for m in (mask, each))
+    np.testing.assert_allclose(many, one, rtol=1e-5)
+    # Of another mask for the second token on, the first that follows is still the prompt's.
+    other = jax.tree.map(lambda m: m.at[:, 1:].set(~m[:, 1:]), each)
+    changed = masked.masked_nats(PARAMS, CONFIG, BATCH, READ(), other, SIZES)
+    longer = BATCH.length_B > 2
+    assert (np.abs(changed - one)[longer[: len(one)]] > 1e-4).all()
+
+
+def test_contexts_are_those_of_the_first_layer():
+    found = masked.contexts(PARAMS, CONFIG, BATCH, READ())
+    row = BATCH.rows.index(1)
+    tokens = jnp.array([[*PAIRS[1][0], *PAIRS[1][1]]])
+    inserted = transformer.Inserted(heads=lambda part, x: (x, x))
+    run = jax.jit(lambda p: transformer.forward(p, CONFIG, tokens, inserted=inserted).seen)
+    seen = run(PARAMS)["0"]["heads"][0, 0, len(PAIRS[1][0]) :].reshape(len(PAIRS[1][1]), -1)
+    count = len(PAIRS[1][1]) - 1
+    np.testing.assert_allclose(found[row, :count], seen[:count], rtol=1e-4, atol=1e-6)
+
+
 def test_signals_are_those_of_the_prompt():
     signal = READ().signals
     assert signal["context"].shape == (4, 32) and signal["griffin"].shape == (3, 4, 48)

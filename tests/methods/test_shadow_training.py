@@ -7,6 +7,7 @@ import pytest
 
 from moejax.core.errors import InputError
 from moejax.methods import shadow_metrics, shadow_predictor, shadow_traces
+from moejax.methods import shadow_training as training
 from moejax.methods.shadow_coactivation import coactivation_order, explained
 from moejax.methods.shadow_mask import Mask, Sizes
 from moejax.methods.shadow_training import FitConfig, fit, scaled
@@ -127,6 +128,13 @@ def test_predictor_learns_what_the_context_says(variant):
         )
         assert table["spearman"].mean() > 0.9 > table["static_spearman"].mean()
     assert sum(w.size for w in params.values()) == 10 * 16 + 16 + 17 * 2 * (4 + 6)
+
+
+def test_rows_of_a_text_are_held_out_together():
+    texts = np.repeat(np.arange(20), 3)[1:]  # one row was not usable
+    held, train = training._parted(texts, 0)
+    assert sorted([*held, *train]) == list(range(59))
+    assert len(set(texts[held])) == 2 and not set(texts[held]) & set(texts[train])
 
 
 def test_targets_and_refusals():
