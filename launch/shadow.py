@@ -19,8 +19,8 @@ bench     tokens per second under the masks that evaluate judges, beside dense d
           --peer transformers, in turns; RUN/bench.json. `launch.bench --suite=shadow` times models
           of random weights.
 report    tables, paired intervals and plots of all that is there; RUN/report.html. Beside a row of
-          RUN/bench.json stands what its mask costs in quality, where it was timed with RUN's own
-          predictor and decides by the prompt, as the masks that evaluate judges.
+          RUN/bench.json stands what its mask costs in quality, where it was timed with one of RUN's
+          own predictors that decides by the prompt or after every token, as evaluate judges.
 generate  continues prompts: the prompt dense, then with what RUN/predictor (--predictor) says that
           it needs. --audit_share of the requests are compared with the dense model, which takes
           over once their mean drift passes --audit_limit.

@@ -44,7 +44,7 @@ def main(values: dict[str, Any]) -> None:
     report["ranking"] = list(shadow_ranking.rows(workdir))
     bench = workdir / "bench.json"
     speed = atomic.read_json(bench)["rows"] if bench.exists() else []
-    report["speed"] = tables.quality_and_speed(speed, records, _own_predictor(workdir))
+    report["speed"] = tables.quality_and_speed(speed, records, _own_predictors(workdir))
     folder = workdir / "plots"
     folder.mkdir(exist_ok=True)
     figures = _figures(records, report, workdir)
@@ -66,10 +66,10 @@ def main(values: dict[str, Any]) -> None:
     print(f"written  {workdir}/report.html, report.json, plots/")
 
 
-def _own_predictor(workdir: Path) -> str:
-    """The hash of RUN/predictor; empty without one."""
-    folder = workdir / FOLDERS["unified"]
-    return hash_folder(folder) if folder.exists() else ""
+def _own_predictors(workdir: Path) -> dict[str, str]:
+    """The hash of each predictor of RUN -> its variant."""
+    folders = {variant: workdir / name for variant, name in FOLDERS.items()}
+    return {hash_folder(path): variant for variant, path in folders.items() if path.exists()}
 
 
 def _figures(records: tables.Records, report: dict[str, Any], workdir: Path) -> dict[str, Any]:

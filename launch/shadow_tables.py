@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,13 @@ RIVALS = (
 )
 AT_TOKENS = ("predicted", "predicted_each", "predicted_now", "dejavu_token", "dejavu_equal_token")
 OF = {"predicted": RIVALS, "predicted_token": (*AT_TOKENS, "static", "oracle", "random")}
+# (variant of the predictor, after how many tokens it is asked anew; 0: never) -> what was judged.
+JUDGED = {
+    ("unified", 0): "predicted",
+    ("per_layer_normalised", 0): "predicted_per_layer",
+    ("unified", 1): "predicted_each",
+    ("token", 1): "predicted_token",
+}
 Records = dict[tuple[str, str], dict[str, Any]]  # (set, arm's name) -> its record
 
 
@@ -121,19 +128,22 @@ def cause_rows(records: Records, heldout: dict[str, Any]) -> list[dict[str, Any]
 
 
 def quality_and_speed(
-    speed: list[dict[str, Any]], records: Records, predictor: str
+    speed: list[dict[str, Any]], records: Records, predictors: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """Rows of RUN/bench.json with what predicted masks of the same sparsity cost in quality.
+    """Rows of RUN/bench.json with what the same masks of the same sparsity cost in quality.
 
-    predictor: hash of the run's own. A row that was timed with another, or that decides anew on the
-    way, which no one judged, has no figures of quality.
+    predictors: hash of each of the run's own -> its variant. A row that was timed with another, or
+    that decides anew as often as no one judged, has no figures of quality.
     """
     found = []
     for row in speed:
         mine = {k: v for k, v in row.items() if not k.endswith("_rounds")}
-        if row.get("predictor") == predictor and not row["refresh_every"]:
+        variant = predictors.get(row.get("predictor", ""), "")
+        method = JUDGED.get((variant, row["refresh_every"]))
+        if method is not None:
+            mine["method"] = method
             for name in dict.fromkeys(name for name, _ in records):
-                arm = records.get((name, f"predicted-both-{row['sparsity']:g}-local"))
+                arm = records.get((name, arm_name(method, "both", row["sparsity"], "local")))
                 dense = records.get((name, "dense-both-0-local"))
                 if arm is not None and dense is not None:
                     unit = "accuracy" if "passed" in arm else "perplexity"

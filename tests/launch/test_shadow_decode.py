@@ -131,18 +131,26 @@ def test_bench_writes_rows_that_the_report_joins(asked, monkeypatch):
 
 @pytest.mark.parametrize(
     ("changes", "joined"),
-    [({}, True), ({"predictor": "another"}, False), ({"refresh_every": 4}, False)],
+    [
+        ({}, True),
+        ({"predictor": "another"}, False),
+        ({"refresh_every": 4}, False),
+        ({"predictor": "of tokens", "refresh_every": 1}, True),
+        ({"predictor": "of tokens"}, False),
+    ],
 )
 def test_speed_stands_beside_quality_of_the_same_mask_alone(changes, joined):
     record = {"nats": [1.0, 2.0], "counts": [2, 2]}
     dense = {"nats": [0.5, 0.5], "counts": [2, 2]}
+    method = "predicted_token" if "predictor" in changes else "predicted"
     records = {
-        ("wikitext", "predicted-both-0.5-local"): record,
+        ("wikitext", f"{method}-both-0.5-local"): record,
         ("wikitext", "dense-both-0-local"): dense,
     }
+    names = {"mine": "unified", "of tokens": "token"}
     row = {"model": "llama", "sparsity": 0.5, "refresh_every": 0, "predictor": "mine"}
     row |= {"against_dense": 1.5, "bound": 1.6, "against_dense_rounds": [1.5]}
-    (found,) = shadow_tables.quality_and_speed([row | changes], records, "mine")
+    (found,) = shadow_tables.quality_and_speed([row | changes], records, names)
     assert "against_dense_rounds" not in found
     if joined:
         assert found["wikitext perplexity"] == pytest.approx(np.exp(0.75))
@@ -150,8 +158,8 @@ def test_speed_stands_beside_quality_of_the_same_mask_alone(changes, joined):
     else:
         assert not any("wikitext" in name for name in found)
     axes = shadow_plots.speed_plot([row | changes]).axes[0]
-    assert axes.get_title().endswith("masks by the prompt" if joined or "predictor" in changes
-                                     else "predictor included")  # fmt: skip
+    said = "predictor included" if "refresh_every" in changes else "masks by the prompt"
+    assert axes.get_title().endswith(said)
 
 
 def test_a_bench_that_could_not_be_right_is_one_line(asked):
