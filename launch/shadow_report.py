@@ -81,21 +81,21 @@ def _figures(records: tables.Records, report: dict[str, Any], workdir: Path) -> 
             continue
         texts = name == WINDOWS
         for place in dict.fromkeys(r["place"] for (n, _), r in records.items() if n == name):
-            points = tables.lines(records, name, place, "value")
             what = "perplexity after the prompt" if texts else "accuracy"
-            but = " (griffin, cats: neurons alone)" if place == "both" and "cats" in points else ""
-            title = f"{name}, {place} pruned{but}, local budgets, mask from the prompt"
-            level = tables.value_of(dense)
-            found[f"{name}: {place}"] = (
-                f"{name}_{place}", plots.quality_plot(points, level, what, title)
-            )  # fmt: skip
+            drawn = [("value", what, tables.value_of(dense))]
             if not texts:
-                points = tables.lines(records, name, place, "gold_margin")
                 level = float(np.mean(dense["gold_margin"]))
-                what = "gold margin, nats (above 0: right)"
-                found[f"{name}: {place}, margin"] = (
-                    f"{name}_{place}_margin", plots.quality_plot(points, level, what, title)
-                )  # fmt: skip
+                drawn.append(("gold_margin", "gold margin, nats (above 0: right)", level))
+            for field, what, level in drawn:
+                points = tables.lines(records, name, place, field)
+                for when, methods in plots.WHEN.items():
+                    mine = {m: line for m, line in points.items() if m in methods}
+                    title = f"{name}, {place} pruned, local budgets, decided {when}"
+                    if place == "both" and {"griffin_single", "cats"} & mine.keys():
+                        title += " (griffin, cats: neurons alone)"
+                    key = f"{name}_{place}_{field}_{when.replace(' ', '_')}"
+                    figure = plots.quality_plot(mine, level, what, title)
+                    found[f"{name}: {place}, {field}, decided {when}"] = (key, figure)
     for part in ("heads", "blocks"):
         per_layer = {
             name: report["heldout"][name][part]["per_layer"]

@@ -27,6 +27,10 @@ PER_TOKEN = (
     *("dejavu_token", "dejavu_equal_token", "dejavu_token_single"),
     *("predicted_each", "predicted_token", "predicted_now"),
 )
+WHEN = {
+    "by the prompt": (*METHODS, "griffin", "griffin_single"),
+    "at every token": ("static", "predicted", "oracle", "cats", "teal", *PER_TOKEN),
+}
 DRAWN = (*METHODS, "griffin_single", "griffin", "cats", "teal", *PER_TOKEN)
 
 
