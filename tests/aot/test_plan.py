@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[2]
 DENSE = ["--config=configs/quickstart_sft.py", "--config.model.source=preset:smollm2-135m"]
 DENSE += ["--config.compute.dtype=bfloat16"]
 # Of the configs of DeepSeek-V2-Lite everything but its sizes.
-MIXTURE = ["--config.model.preset=smollm2-135m", "--config.model.experts=5"]
-MIXTURE += ["--config.model.top_k=3"]  # one of both is shared
+MIXTURE = ["--config.model.preset=smollm2-135m", "--config.model.experts=4"]
+MIXTURE += ["--config.model.top_k=2"]  # one of both is shared
 MIXTURE += ["--config.train.batch_size=8", "--config.train.accumulation=2"]
 MIXTURE += ["--config.data.seq_len=512", "--config.mesh.fsdp=1", "--config.mesh.expert=4"]
 
