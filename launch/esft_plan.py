@@ -78,9 +78,11 @@ def chosen_experts(source: str, model: ModelConfig) -> ExpertConfig:
         if not source:
             raise InputError("--config.method.experts is missing: a file, or spread:N to plan with")
         return expert_config.read(source)
-    routed: Any = None if model.moe is None else model.moe.num_routed
+    moe = model.moe
+    routed, first = (0, 0) if moe is None else (moe.num_routed, moe.num_shared)
     number = source.removeprefix(_SPREAD)
-    if routed is None or not number.isdigit() or not 0 < int(number) <= routed:
+    if not number.isdigit() or not 0 < int(number) <= routed:
         raise InputError(f"--config.method.experts={source}: N from 1 to {routed or 'no'} experts")
-    ids = tuple(i * routed // int(number) for i in range(int(number)))
+    # Shared ones come first, where they lie among the experts.
+    ids = tuple(first + i * routed // int(number) for i in range(int(number)))
     return ExpertConfig(dict.fromkeys(moe_layers(model), ids))

@@ -104,6 +104,8 @@ def test_a_plan_of_esft_has_state_of_the_chosen_experts_alone():
     program = esft_program(config, model, mesh)
     sizes = {path: leaf.shape for path, leaf in tree.flatten(program.state.params).items()}
     assert sizes and all("experts" in path and shape[0] == 12 for path, shape in sizes.items())
+    upcycled = dataclasses.replace(DENSE, moe=MoEConfig(4, 2))  # its first expert is shared
+    assert set(chosen_experts("spread:2", upcycled).experts.values()) == {(1, 2)}
     for source, words in (
         ("", "is missing"),
         ("spread:65", "N from 1 to 64"),
