@@ -91,8 +91,9 @@ def _figures(records: tables.Records, report: dict[str, Any], workdir: Path) -> 
                 for when, methods in plots.WHEN.items():
                     mine = {m: line for m, line in points.items() if m in methods}
                     title = f"{name}, {place} pruned, local budgets, decided {when}"
-                    if place == "both" and {"griffin_single", "cats"} & mine.keys():
-                        title += " (griffin, cats: neurons alone)"
+                    alone = [m for m in ("griffin_single", "cats") if m in mine]
+                    if place == "both" and alone:
+                        title += f" ({alone[0].replace('_', ' ')}: neurons alone)"
                     key = f"{name}_{place}_{field}_{when.replace(' ', '_')}"
                     figure = plots.quality_plot(mine, level, what, title)
                     found[f"{name}: {place}, {field}, decided {when}"] = (key, figure)
