@@ -24,6 +24,7 @@ from moejax.methods.shadow_predictor import Predictor, PredictorInfo
 from moejax.methods.shadow_scores import FOR_HEADS, FOR_NEURONS
 from moejax.methods.shadow_training import FitConfig, fit
 from moejax.models.masked import one_neuron_shape
+from moejax.ops.sparse_matmul import MIN_TPU_COPY
 
 FOLDERS = {
     "unified": "predictor",
@@ -65,7 +66,7 @@ def main(values: dict[str, Any]) -> None:
     copied = model.sizes.block * model.loaded.config.d_model * 2
     print(
         f"blocks   of {model.sizes.block} neurons, {copied / 1024:.0f} KiB of a matrix in bfloat16"
-        + (": for a TPU take 64 KiB or more (mask.block)" if copied < 64 << 10 else "")
+        + (": for a TPU take 64 KiB or more (mask.block)" if copied < MIN_TPU_COPY else "")
     )
     if values["dry_run"]:
         print("dry run: nothing trained, nothing written")

@@ -4,7 +4,7 @@ Command:  for stage in collect train evaluate report; do
               python -m launch.shadow --stage=$stage --config=configs/shadow/smollm2.py \\
                   --workdir=runs/shadow
           done
-Hardware: 2 CPU cores, 12 GiB; two and a half hours. Every stage goes on where it stopped.
+Hardware: 2 CPU cores, 12 GiB; nearly three hours. Every stage goes on where it stopped.
 Expected: predicted minus static masks, local budgets, nats per token of WikiText-2: -0.21 at 30 %
           and -0.19 at 50 % of heads and neurons, at 70 % nothing is gained; minus DejaVu's by the
           prompt -0.16 or more up to 50 %, at every token +0.22 and +0.43. On questions, which are
@@ -45,7 +45,7 @@ def get_config(size: str = "full") -> ConfigDict:
                     *("grasp", "nwot", "jacov", "epenas"),
                 ),
                 "curvature_texts": 24,  # grasp takes a second backward pass: of so many texts
-                "rows": 32,  # tokens of a text that DejaVu's predictors learn from
+                "rows": 32,  # tokens of a text that predictors learn from which decide at tokens
                 "part": 16,  # texts of a file
                 "parity": False,  # criteria as the reference computes them
             },
@@ -105,6 +105,5 @@ def _reduce(config: ConfigDict) -> None:
     config.data.texts = ConfigDict({"gsm8k": 80, "stdlib": 64, "wikitext": 56})
     config.data.update(slots=160, prompt=80)
     config.collect.curvature_texts = 6
-    config.train.update(dejavu_epochs=10)
     config.evaluate.update(windows=12, questions=40, places=("both",), sparsities=(0.3, 0.5))
     config.evaluate.static_criteria = ("l2_norm", "fisher")

@@ -18,6 +18,8 @@ from moejax.ops.sparse_matmul_ref import sparse_matmul_ref
 
 # (x, w_MPD, chosen_K) -> out.
 Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# Bytes in one piece from which on copies from a TPU's memory come at its full speed.
+MIN_TPU_COPY = 64 << 10
 _log = logging.getLogger(__name__)
 
 

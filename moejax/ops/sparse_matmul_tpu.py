@@ -19,9 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from moejax.ops.gated_ffn import Activation
+from moejax.ops.sparse_matmul import MIN_TPU_COPY
 
 Interpret = bool | pltpu.InterpretParams
-MIN_COPY = 64 << 10  # bytes in one piece from which on copies from HBM come at its full speed
 STEP_BYTES = 512 << 10  # of one matrix in a step, at least, where there are as many blocks
 _log = logging.getLogger(__name__)
 _NT = (((1,), (1,)), ((), ()))  # both by their columns
@@ -204,9 +204,9 @@ def _check(w_MPD: jax.Array) -> None:
 @functools.lru_cache
 def _warn_of_small(num_bytes: int) -> None:
     """Once for each size: blocks that a TPU reads slower than it could."""
-    if num_bytes < MIN_COPY:
+    if num_bytes < MIN_TPU_COPY:
         _log.warning(
             "blocks of %.1f KiB are copied one by one; a TPU wants %d KiB (config.mask.block)",
             num_bytes / 1024,
-            MIN_COPY >> 10,
+            MIN_TPU_COPY >> 10,
         )
