@@ -41,6 +41,7 @@ from moejax.methods.esft_delta import Delta
 from moejax.methods.shadow_audit import Audit, AuditConfig
 from moejax.methods.shadow_decode import check_plan
 from moejax.methods.shadow_mask import check_sparsity
+from moejax.models.config import ModelConfig
 from moejax.models.transformer import ForwardOptions
 from moejax.serve.prepare import context_length
 from moejax.serve.request import EngineConfig
@@ -165,10 +166,21 @@ def _read_adapters(loaded: Loaded) -> dict[str, Delta]:
     return found
 
 
+def _predictor(config: ModelConfig, sha256: str | None = None) -> shadow_predictor.Predictor:
+    """That of --shadow; InputError for one that decides where rows of a batch cannot share it."""
+    found = shadow_predictor.load(str(SHADOW.value), config, sha256)
+    if found.info.variant == shadow_predictor.PER_LAYER:
+        raise InputError(
+            f"--shadow={SHADOW.value} decides in every layer for one row alone, and rows served "
+            "together would read everything: name RUN/predictor or RUN/predictor_token, or use "
+            "launch.shadow --stage=generate"
+        )
+    return found
+
+
 def _read_sparse(loaded: Loaded) -> Sparse:
     """The model laid out by the predictor of --shadow, which must be of these very weights."""
-    sha256 = lineage.hash_params(loaded.params)
-    predictor = shadow_predictor.load(str(SHADOW.value), loaded.config, sha256)
+    predictor = _predictor(loaded.config, lineage.hash_params(loaded.params))
     share = SPARSITY.value
     policy = Policy(predictor.info.sizes, (share, share), REFRESH_EVERY.value)
     return ready(loaded.params, loaded.config, predictor, policy)
@@ -228,7 +240,7 @@ def _show_plan(loaded: Loaded) -> None:
     """Prints what would be served and what it takes."""
     config, settings, skips = loaded.config, _settings(loaded), ""
     if SHADOW.value:
-        sizes = shadow_predictor.load(SHADOW.value, config).info.sizes
+        sizes = _predictor(config).info.sizes
         check_plan(config, sizes)
         skips = (
             f"shadow   {SPARSITY.value:.0%} of {sizes.heads} heads by {sizes.unit} and of "

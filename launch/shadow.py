@@ -11,18 +11,19 @@
 collect   per example, the importance of every head and neuron under each criterion, and what the
           predictor reads; RUN/traces. Goes on where it stopped.
 train     orders neurons by co-activation, trains the unified predictor and DejaVu's, and measures
-          them on held-out examples; RUN/predictor, RUN/dejavu*, RUN/heldout.json.
+          them on held-out examples; RUN/predictor, RUN/predictor_*, RUN/heldout.json.
 evaluate  perplexity and multiple choice under masks decided from the prompt: static, predicted,
           oracle, random; and at every token: DejaVu, and rivals without training. RUN/evaluation.
           Goes on where it stopped.
 bench     tokens per second under the masks that evaluate judges, beside dense decoding and with
-          --peer transformers, in turns; RUN/bench.json. `launch.bench --suite=shadow` times models
-          of random weights.
+          --peer transformers, in turns; RUN/bench.json, where rows of another --predictor or
+          --refresh_every stay. `launch.bench --suite=shadow` times models of random weights.
 report    tables, paired intervals and plots of all that is there; RUN/report.html. Beside a row of
           RUN/bench.json stands what its mask costs in quality, where it was timed with one of RUN's
-          own predictors that decides by the prompt or after every token, as evaluate judges.
+          own predictors that decides by the prompt or at every token, as evaluate judges.
 generate  continues prompts: the prompt dense, then with what RUN/predictor (--predictor) says that
-          it needs. --audit_share of the requests are compared with the dense model, which takes
+          it needs; RUN/predictor_dejavu_equal decides in every layer at every token, for one prompt
+          at a time. --audit_share of the requests are compared with the dense model, which takes
           over once their mean drift passes --audit_limit.
 
 `configs/shadow/smollm2.py:tiny` goes through all stages in a few minutes.

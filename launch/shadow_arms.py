@@ -13,7 +13,7 @@ import numpy as np
 
 from launch.shadow_collect import pooled
 from launch.shadow_data import Model, load_samples
-from launch.shadow_train import DEJAVU, FOLDERS, load_dejavu, static_scores
+from launch.shadow_train import DEJAVU, FOLDERS, static_scores
 from moejax.core.errors import InputError
 from moejax.evals import masked
 from moejax.methods import shadow_dejavu, shadow_predictor, shadow_rivals
@@ -118,11 +118,13 @@ class Decider:
     def __init__(self, model: Model, config: Any, workdir: Path, order: np.ndarray):
         self.model, self.config, self.order = model, config, order
         loaded = model.loaded
-        self.predictors = {
-            variant: shadow_predictor.load(workdir / name, loaded.config, model.sha256)
-            for variant, name in FOLDERS.items()
-        }
-        self.dejavu = {name: load_dejavu(workdir / file) for name, file in DEJAVU.items()}
+        self.predictors, self.dejavu = (
+            {
+                name: shadow_predictor.load(workdir / folder, loaded.config, model.sha256).params
+                for name, folder in folders.items()
+            }
+            for folders in (FOLDERS, DEJAVU)
+        )
         samples = load_samples(config, model.tokenizer)
         self.pooled = pooled(workdir / "traces", samples, config.collect.part)
         self.samples = [sample.text for sample in samples if not sample.heldout]
@@ -174,7 +176,7 @@ class Decider:
         sizes, count = self.model.sizes, len(batch.length_B)
         if method in ("predicted", "predicted_per_layer"):
             variant = "unified" if method == "predicted" else "per_layer_normalised"
-            params = self.predictors[variant].params
+            params = self.predictors[variant]
             return shadow_predictor.predict(params, signal["context"], sizes)
         if method in self.dejavu:
             return shadow_dejavu.predict(self.dejavu[method], signal, self.order, sizes)
@@ -199,7 +201,7 @@ class Decider:
         if method != "predicted_now":
             before_B1E = read.signals["context"][:, None]
             context_BTE = jnp.concatenate([before_B1E, context_BTE[:, :-1]], axis=1)
-        params = self.predictors[AFTER_TOKEN[method]].params
+        params = self.predictors[AFTER_TOKEN[method]]
         return shadow_predictor.predict(params, context_BTE, self.model.sizes)
 
     def _static(self, method: str, count: int) -> Mask:

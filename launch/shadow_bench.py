@@ -1,7 +1,7 @@
 """`launch.shadow --stage=bench`: speed under the masks that --stage=evaluate judges.
 
 The same model, predictor file, block size, unit of heads and sparsities; RUN/bench.json, which
---stage=report puts beside perplexity.
+--stage=report puts beside perplexity. Rows of another predictor or interval that are there stay.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from moejax.methods.shadow_decode import check_plan, lay_out
 from moejax.methods.shadow_order import reordered
 from moejax.methods.shadow_predictor import hash_folder
 from moejax.serve.prepare import prepare
+from moejax.serve.sparse import asked_of
 
 
 def main(values: dict[str, Any]) -> None:
@@ -37,6 +38,7 @@ def main(values: dict[str, Any]) -> None:
         check_peer(model.loaded.config)
     predictor = read_predictor(values, model)
     check_interval(values["refresh_every"])
+    asked = asked_of(predictor, values["refresh_every"])
     sparsities = [float(s) for s in config.evaluate.sparsities]
     print(
         f"bench    {', '.join(f'{s:.0%}' for s in sparsities)} not computed, {NUM_ROUNDS} rounds "
@@ -50,17 +52,20 @@ def main(values: dict[str, Any]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     sizes = predictor.info.sizes
     params = reordered(model.loaded.params, model.loaded.config, predictor.order_LF)
+    often = 1 if asked is not None else values["refresh_every"]
     setup = Setup(
         model.loaded.config.family,
         model.loaded.config,
         prepare(params),
         lay_out(params, model.loaded.config, sizes),
         sizes,
-        jax.device_put(predictor.params),
+        jax.device_put(predictor.params) if asked is None else None,
         values["refresh_every"],
+        asked,
     )
     measured = measure(setup, sparsities, values["peer"])
-    about = {"predictor": hash_folder(predictor_folder(values))}
+    about = {"predictor": hash_folder(predictor_folder(values)), "refresh_every": often}
+    about["decided"] = "in every layer" if asked is not None else _when(often)
     rows: list[dict[str, Any]] = [speed.to_json() | about for speed in measured]
     for row in rows:
         theirs = row["against_transformers"]
@@ -69,8 +74,12 @@ def main(values: dict[str, Any]) -> None:
             f"{row['against_dense']:.2f}x our dense decoding (bytes allow {row['bound']:.2f}x)"
             + (f", {theirs:.2f}x transformers" if theirs else "")
         )
-    title = f"decoding, batch 1, float32, {num_threads()} threads, lists "
-    often = values["refresh_every"]
-    title += f"made anew every {often} tokens" if often else "decided by the prompt"
-    atomic.write_json(target, {"title": title, "rows": rows})
+    title = f"decoding, batch 1, float32, {num_threads()} threads"
+    before = atomic.read_json(target)["rows"] if target.exists() else []
+    others = [row for row in before if any(row.get(name) != about[name] for name in about)]
+    atomic.write_json(target, {"title": title, "rows": others + rows})
     print(f"written  {target}")
+
+
+def _when(refresh_every: int) -> str:
+    return f"every {refresh_every} tokens" if refresh_every else "by the prompt"

@@ -16,7 +16,7 @@ from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.methods import shadow_predictor as predictors
 from moejax.methods.shadow_audit import Audit, AuditConfig, compare
-from moejax.methods.shadow_decode import num_read_bytes
+from moejax.methods.shadow_decode import Asking, num_read_bytes
 from moejax.methods.shadow_mask import check_sparsity
 from moejax.serve import sparse
 from moejax.serve.sampling import SamplingConfig
@@ -86,8 +86,6 @@ def predictor_folder(values: dict[str, Any]) -> Path:
 def describe(ready: sparse.Sparse, model: Model, values: dict[str, Any]) -> list[str]:
     """What will be computed, in lines."""
     policy, sizes = ready.policy, ready.policy.sizes
-    assert ready.predictor is not None
-    predictor = tree.num_params(ready.predictor) / tree.num_params(model.loaded.params)
     lines = [
         f"model    {model.loaded.config.family}, {tree.num_params(model.loaded.params):,} "
         f"parameters; laid out {tree.num_bytes(ready.params) / 1e9:.3f} GB, as the dense one",
@@ -99,16 +97,23 @@ def describe(ready: sparse.Sparse, model: Model, values: dict[str, Any]) -> list
     assert plan is not None
     read = num_read_bytes(ready.params, ready.config, plan, sizes)
     whole = num_read_bytes(ready.params, ready.config, None, sizes)
-    kept = plan.kept
+    predictor = ready.predictor if ready.asked is None else ready.asked
+    count = sum(w.size for w in jax.tree.leaves(predictor))
+    share = count / tree.num_params(model.loaded.params)
     lines.append(
-        f"policy   {values['policy']} ({predictor:.2%} of the parameters), of each layer after the "
-        f"first {sizes.first}: {kept.heads.shape[-1]} of {sizes.heads} heads by {sizes.unit}, "
-        f"{kept.blocks.shape[-1]} of {sizes.blocks} blocks of {sizes.block} neurons"
+        f"policy   {values['policy']} ({share:.2%} of the parameters), of each layer after the "
+        f"first {sizes.first}: {plan.lengths[0]} of {sizes.heads} heads by {sizes.unit}, "
+        f"{plan.lengths[1]} of {sizes.blocks} blocks of {sizes.block} neurons"
     )
     often = policy.refresh_every
+    when = f"every {often} tokens" if often else "by the prompt"
+    if isinstance(plan, Asking):
+        when = "in every layer at every token"
+        if values["batch_size"] > 1:
+            when += ", where rows together read everything: leave out --batch_size for speed"
     lines.append(
         f"reads    {read / 1e6:.0f} MB of weights a token, dense {whole / 1e6:.0f} MB "
-        f"({whole / read:.2f}x); decided {f'every {often} tokens' if often else 'by the prompt'}"
+        f"({whole / read:.2f}x); decided {when}"
     )
     return lines
 

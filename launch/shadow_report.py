@@ -13,7 +13,7 @@ from launch import shadow_ranking
 from launch import shadow_tables as tables
 from launch.shadow_collect import POOLED
 from launch.shadow_evaluate import WINDOWS, incomplete, read
-from launch.shadow_train import FOLDERS
+from launch.shadow_train import DEJAVU, FOLDERS
 from moejax.core.errors import InputError
 from moejax.io import atomic
 from moejax.methods.shadow_predictor import hash_folder
@@ -67,8 +67,8 @@ def main(values: dict[str, Any]) -> None:
 
 
 def _own_predictors(workdir: Path) -> dict[str, str]:
-    """The hash of each predictor of RUN -> its variant."""
-    folders = {variant: workdir / name for variant, name in FOLDERS.items()}
+    """The hash of each predictor of RUN -> its variant, of DejaVu's their name."""
+    folders = {variant: workdir / name for variant, name in (FOLDERS | DEJAVU).items()}
     return {hash_folder(path): variant for variant, path in folders.items() if path.exists()}
 
 

@@ -40,7 +40,8 @@ SHARE = 0.01  # of the model's parameters, that a predictor of random weights ta
 class Setup:
     """A model to be timed.
 
-    plain: split layers, as dense decoding reads them; laid_out: by rows; predictor: its weights.
+    plain: split layers, as dense decoding reads them; laid_out: by rows; predictor: its weights;
+    asked: of DejaVu's instead, see `moejax.serve.sparse.Sparse`.
     """
 
     name: str
@@ -48,8 +49,9 @@ class Setup:
     plain: tree.Tree
     laid_out: tree.Tree
     sizes: Sizes
-    predictor: dict[str, Any]
+    predictor: dict[str, Any] | None
     refresh_every: int = 0
+    asked: tuple[dict[str, Any], ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +182,7 @@ def read_bytes(setup: Setup, sparsity: float) -> int:
     state_size = setup.config.num_heads * predictors.value_size(setup.config)
     plan = sparse.decide(_model(setup, sparsity, setup.laid_out), jnp.zeros((1, state_size)))
     read = decode.num_read_bytes(setup.laid_out, setup.config, plan, setup.sizes)
-    if setup.refresh_every:
+    if setup.refresh_every and setup.predictor is not None:
         read += tree.num_bytes(setup.predictor) // setup.refresh_every
     return read
 
@@ -210,7 +212,7 @@ def ours(
 def _model(setup: Setup, sparsity: float | None, params: tree.Tree) -> sparse.Sparse:
     shares = None if sparsity is None else (sparsity, sparsity)
     policy = sparse.Policy(setup.sizes, shares, setup.refresh_every)
-    return sparse.Sparse(setup.config, params, policy, setup.predictor)
+    return sparse.Sparse(setup.config, params, policy, setup.predictor, asked=setup.asked)
 
 
 def check_peer(config: ModelConfig) -> None:

@@ -22,6 +22,8 @@ JUDGED = {
     ("per_layer_normalised", 0): "predicted_per_layer",
     ("unified", 1): "predicted_each",
     ("token", 1): "predicted_token",
+    ("dejavu", 1): "dejavu_token",
+    ("dejavu_equal", 1): "dejavu_equal_token",
 }
 Records = dict[tuple[str, str], dict[str, Any]]  # (set, arm's name) -> its record
 
@@ -132,8 +134,8 @@ def quality_and_speed(
 ) -> list[dict[str, Any]]:
     """Rows of RUN/bench.json with what the same masks of the same sparsity cost in quality.
 
-    predictors: hash of each of the run's own -> its variant. A row that was timed with another, or
-    that decides anew as often as no one judged, has no figures of quality.
+    predictors: hash of each of the run's own -> its variant or name. A row that was timed with
+    another, or that decides anew as often as no one judged, has no figures of quality.
     """
     found = []
     for row in speed:

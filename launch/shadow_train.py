@@ -31,8 +31,9 @@ FOLDERS = {
     "per_layer_normalised": "predictor_per_layer",
     "token": "predictor_token",
 }
+# DejaVu's, as wide as published and with as many parameters in all as the unified predictor.
+DEJAVU = {"dejavu": "predictor_dejavu", "dejavu_equal": "predictor_dejavu_equal"}
 SECTIONS = (*COLLECTED, "mask", "train")
-DEJAVU = {"dejavu": "dejavu.npz", "dejavu_equal": "dejavu_equal.npz"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,15 +90,19 @@ def main(values: dict[str, Any]) -> None:
         report[variant] = {"params": count, "share": count / params}
         report[variant] |= _measured(found, targets, got, model)
         _say(variant, report[variant], began)
-    for name, file in DEJAVU.items():
+    for name, folder in DEJAVU.items():
         began = time.perf_counter()
-        if not (workdir / file).exists():
-            _fit_dejavu(workdir / file, name, got, (model, config, report["unified"]["params"]))
-        report[name] = _measured_dejavu(workdir / file, got, targets, order, model)
+        if not (workdir / folder / shadow_predictor.INFO).exists():
+            budget = report["unified"]["params"]
+            made = _fit_dejavu(name, got, order, (model, config, budget))
+            shadow_predictor.save(workdir / folder, made)
+        made = shadow_predictor.load(workdir / folder, model.loaded.config, model.sha256)
+        report[name] = _measured_dejavu(made.params, got, targets, order, model)
         report[name]["share"] = report[name]["params"] / params
         _say(name, report[name], began)
     atomic.write_json(workdir / "heldout.json", report)
-    print(f"written  {workdir}/heldout.json, {', '.join(FOLDERS.values())}, dejavu*.npz, order.npy")
+    names = ", ".join((*FOLDERS.values(), *DEJAVU.values()))
+    print(f"written  {workdir}/heldout.json, {names}, order.npy")
 
 
 def check_criteria(config) -> None:
@@ -202,14 +207,19 @@ def _fit(variant: str, got: Collected, targets: Mask, order, rest) -> Predictor:
         context = got.context_NE[got.train]
         mine = Mask(targets.heads[got.train], targets.blocks[got.train])
     params = fit(context, mine, model.sizes, variant, how, progress)
-    static = static_scores(got.pooled, (t.heads, t.neurons), order, model)
-    fields = shadow_predictor.fields_of(model.loaded.config)
     criterion = t.heads if t.heads == t.neurons else f"{t.heads}+{t.neurons}"
-    criterion = "labels of dejavu" if token else criterion
+    about = "labels of dejavu" if token else criterion, variant, hidden
+    return _predictor(params, about, got, order, (model, config))
+
+
+def _predictor(params, about: tuple[str, str, int], got: Collected, order, rest) -> Predictor:
+    """What is saved of a network. about: what it predicts, its variant, its width."""
+    model, config = rest
+    static = static_scores(got.pooled, (config.train.heads, config.train.neurons), order, model)
+    fields = shadow_predictor.fields_of(model.loaded.config)
     info = PredictorInfo(
-        model.sha256, fields, model.sizes, criterion, variant, hidden,
-        num_examples=int(got.train.sum()),
-    )  # fmt: skip
+        model.sha256, fields, model.sizes, *about, num_examples=int(got.train.sum())
+    )
     return Predictor(info, params, order, static)
 
 
@@ -265,7 +275,7 @@ def _flat(array_LNRU: np.ndarray) -> np.ndarray:
     return array_LNRU.reshape(len(array_LNRU), -1, array_LNRU.shape[-1])
 
 
-def _fit_dejavu(path: Path, name: str, got: Collected, rest) -> None:
+def _fit_dejavu(name: str, got: Collected, order: np.ndarray, rest) -> Predictor:
     model, config, budget = rest
     shape = model.loaded.config
     units = {"heads": shape.num_heads, "neurons": got.neurons_NLF.shape[-1]}
@@ -277,7 +287,7 @@ def _fit_dejavu(path: Path, name: str, got: Collected, rest) -> None:
     how = DejavuConfig(
         hidden, config.train.dejavu_epochs, config.train.dejavu_batch, seed=config.data.seed
     )
-    arrays: dict[str, Any] = {}
+    params: dict[str, Any] = {}
     for part in units:
         rows, unseen = (
             [_flat(x) for x in (_rows(got, part, held), _labels(got, part, units[part], held))]
@@ -295,25 +305,13 @@ def _fit_dejavu(path: Path, name: str, got: Collected, rest) -> None:
                     flush=True,
                 )
 
-        made = shadow_dejavu.fit(rows[0], rows[1], part, how, progress)
-        arrays |= {f"{part}/{n}": w for n, w in made.items()}
-    atomic.write_npz(path, arrays)
+        params[part] = shadow_dejavu.fit(rows[0], rows[1], part, how, progress)
+    about = "labels of dejavu", shadow_predictor.PER_LAYER, hidden
+    return _predictor(params, about, got, order, (model, config))
 
 
-def load_dejavu(path: Path) -> dict[str, dict[str, np.ndarray]]:
-    """The predictors of both parts."""
-    if not path.exists():
-        raise InputError(f"{path} is missing: run --stage=train first")
-    with np.load(path) as arrays:
-        return {
-            part: {n: arrays[f"{part}/{n}"] for n in ("w_1", "w_2")}
-            for part in ("heads", "neurons")
-        }
-
-
-def _measured_dejavu(path: Path, got: Collected, targets: Mask, order, model: Model):
+def _measured_dejavu(params, got: Collected, targets: Mask, order, model: Model):
     """Judged as the others are, by the prompt's last token: the first row of each text."""
-    params = load_dejavu(path)
     inputs = {
         place: _rows(got, part, True)[:, :, 0].astype(np.float32)
         for part, place in shadow_dejavu.INPUT.items()

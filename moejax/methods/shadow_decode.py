@@ -7,6 +7,7 @@ from can be dropped: what decodes is as large as the dense model.
 `plan` chooses units from scores, as `shadow_mask.select` with a local budget does, and where rows
 of a batch keep different ones makes their union: every unit that some row keeps is read once, and
 each row's factors leave out what it does not keep itself, so its result is that of the row alone.
+`Asking` has every layer choose at every token instead.
 """
 
 from __future__ import annotations
@@ -45,6 +46,24 @@ class Plan:
     heads_BLK: jax.Array | None = None
     blocks_BLK: jax.Array | None = None
 
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Heads and blocks that are read of a layer."""
+        return self.kept.heads.shape[-1], self.kept.blocks.shape[-1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """Every layer decides at every token, by two predictors that read what enters it.
+
+    layers: of each layer from `Sizes.first` on, {"heads": .., "neurons": ..}, each with w_1 and w_2
+    as `moejax.models.sparse` reads them. lengths: heads and blocks that one row keeps of a layer.
+    """
+
+    layers: tuple[dict[str, Any], ...]
+    lengths: tuple[int, int] = dataclasses.field(metadata={"static": True})
+
 
 def lay_out(params: tree.Tree, config: ModelConfig, sizes: Sizes) -> tree.Tree:
     """The tree as decoding with skipped parts reads it, layer by layer."""
@@ -61,7 +80,9 @@ def lay_out(params: tree.Tree, config: ModelConfig, sizes: Sizes) -> tree.Tree:
     return params | {"layers": runs}
 
 
-def with_plan(params: tree.Tree, config: ModelConfig, sizes: Sizes, plan: Plan) -> tree.Tree:
+def with_plan(
+    params: tree.Tree, config: ModelConfig, sizes: Sizes, plan: Plan | Asking
+) -> tree.Tree:
     """A laid out tree whose next token is computed with the plan's units alone."""
     runs, at = {}, -sizes.first
     for run in config.runs:
@@ -73,10 +94,15 @@ def with_plan(params: tree.Tree, config: ModelConfig, sizes: Sizes, plan: Plan) 
     return params | {"layers": runs}
 
 
-def _with_lists(layer: tree.Tree, plan: Plan, at: int) -> tree.Tree:
+def _with_lists(layer: tree.Tree, plan: Plan | Asking, at: int) -> tree.Tree:
     made = dict(layer)
-    parts = (("attn", plan.kept.heads, plan.heads_BLK),)
     feed = "mlp" if "mlp" in layer else "moe"
+    if isinstance(plan, Asking):
+        asked = plan.layers[at]["heads"], plan.layers[at]["neurons"]
+        for part, ask, length in zip(("attn", feed), asked, plan.lengths, strict=True):
+            made[part] = layer[part] | {"ask": ask, "kept": jnp.arange(length)}
+        return made
+    parts = (("attn", plan.kept.heads, plan.heads_BLK),)
     for part, kept, weight in (*parts, (feed, plan.kept.blocks, plan.blocks_BLK)):
         lists = {"kept": kept[at]}
         if weight is not None:
@@ -173,23 +199,27 @@ def check_plan(config: ModelConfig, sizes: Sizes) -> None:
         raise InputError(f"no layer is left to prune of {config.num_layers}")
 
 
-def num_read_bytes(params: tree.Tree, config: ModelConfig, plan: Plan | None, sizes: Sizes) -> int:
-    """Bytes of weights that one token reads, of a laid out or plain split tree.
+def num_read_bytes(
+    params: tree.Tree, config: ModelConfig, plan: Plan | Asking | None, sizes: Sizes
+) -> int:
+    """Bytes of weights that one token of one row reads, of a laid out or plain split tree.
 
-    Embedding tables count their one row; a tied head reads the table. Of experts those of one
-    token count, and at most the kept blocks.
+    With those of predictors that it asks. Embedding tables count their one row; a tied head reads
+    the table. Of experts those of one token count, and at most the kept blocks.
     """
     flat = tree.flatten({k: v for k, v in params.items() if k not in ("layers", "embed")})
     total: float = sum(_bytes(w) for w in flat.values())
     for name, w in params["embed"].items():
         looked_up = name == "positions" or (name == "tokens" and not config.tie_embeddings)
         total += _bytes(w) // w.shape[0] if looked_up else _bytes(w)
+    if isinstance(plan, Asking):
+        total += sum(_bytes(w) for w in jax.tree.leaves(plan.layers))
     number = -sizes.first
     for run in config.runs:
         for layer in params["layers"][run.name]:
             skips = plan is not None and number >= 0
-            heads = plan.kept.heads.shape[-1] / sizes.heads if plan and skips else 1.0
-            blocks = plan.kept.blocks.shape[-1] / sizes.blocks if plan and skips else 1.0
+            heads = plan.lengths[0] / sizes.heads if plan and skips else 1.0
+            blocks = plan.lengths[1] / sizes.blocks if plan and skips else 1.0
             for path, w in tree.flatten(layer).items():
                 share = 1.0
                 if path in _OF_HEADS:

@@ -169,6 +169,22 @@ def kept(sizes: Sizes, sparsity: tuple[float, float]) -> dict[str, int]:
     return {"heads": num_kept(sizes.heads, heads), "neurons": num_kept(sizes.blocks, neurons)}
 
 
+def in_layers(
+    params: dict[str, dict[str, Any]], order_LF: Any, sizes: Sizes
+) -> tuple[dict[str, Any], ...]:
+    """What a laid out layer asks, from `sizes.first` on (`shadow_decode.Asking.layers`).
+
+    params: as `fit` gives them per part. order_LF: the order that the model's neurons are in.
+    """
+    index_LF, found = in_order(order_LF, sizes), []
+    for layer in range(sizes.first, sizes.num_layers):
+        mine = {part: {n: jnp.asarray(w[layer]) for n, w in params[part].items()} for part in INPUT}
+        neurons = mine["neurons"]
+        neurons["w_2"] = jnp.take(neurons["w_2"], index_LF[layer], axis=-1)
+        found.append(mine)
+    return tuple(found)
+
+
 def deciding(
     params: dict[str, dict[str, Any]],
     config: ModelConfig,

@@ -8,10 +8,16 @@ token, before its output projection, min-max normalised per example;
 Heads and blocks share W_in here, and the network has outputs per block of neurons, not per neuron.
 The reference's two networks add 4 to 16 % to a model.
 
+Predictors of DejaVu (`moejax.methods.shadow_dejavu`, variant "dejavu") have the same folder with
+other weights: two networks per layer that read that layer's own input at every token.
+
 The folder:
   shadow.json             what it is of: see `PredictorInfo`
   predictor.safetensors   w_in [E, hidden], b_in, w_out_heads [hidden, L * heads], b_out_heads,
-                          w_out_blocks [hidden, L * blocks], b_out_blocks, static_heads [L, heads],
+                          w_out_blocks [hidden, L * blocks], b_out_blocks; or of DejaVu's
+                          heads/w_1 and neurons/w_1 [L, D, hidden], heads/w_2 [L, hidden, H],
+                          neurons/w_2 [L, hidden, F] or [.., E * F], of neurons in the order that
+                          the model named by the hash has; and of both static_heads [L, heads],
                           static_blocks [L, blocks]: float32; order_LF int32 [L, F] or [L, E, F]:
                           neuron j of the model that is run is neuron order[l, j] of the one named
                           by the hash (`moejax.methods.shadow_order.reordered`)
@@ -22,6 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -43,7 +50,9 @@ from moejax.models.masked import one_neuron_shape
 
 MODELING = "modeling_shadow.py"
 INFO, WEIGHTS, FORMAT_VERSION = "shadow.json", "predictor.safetensors", 1
-VARIANTS = ("unified", "per_layer_normalised", "token")
+PER_LAYER = "dejavu"  # the variant that every layer asks
+OF_FIRST_LAYER = ("unified", "per_layer_normalised", "token")  # what they read
+VARIANTS = (*OF_FIRST_LAYER, PER_LAYER)
 # What identifies a model's shape, of `ModelConfig`.
 FIELDS = ("num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_size", "vocab_size")
 
@@ -57,9 +66,10 @@ class PredictorInfo:
       fields: of its config, `FIELDS` and the number of experts.
       sizes: units per layer, block size, layers never pruned.
       criterion: which importance it predicts. variant: a name of VARIANTS, what it learned from:
-        scores of texts, scaled over all layers or in each, or what the next token uses ("token").
+        scores of texts, scaled over all layers or in each, what the next token uses ("token"), or
+        what the token itself uses of the layer ("dejavu").
       budget: the rule that K of a sparsity s follows; "local" keeps units - floor(s * units).
-      hidden: width of the network. num_examples: it was trained on.
+      hidden: width of the network, of DejaVu's each. num_examples: it was trained on.
     """
 
     model_sha256: str
@@ -74,7 +84,10 @@ class PredictorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """A predictor: its weights by the names above, without order and static scores, and those."""
+    """A predictor: its weights by the names above, without order and static scores, and those.
+
+    Of DejaVu's as `shadow_dejavu.fit` gives them per part.
+    """
 
     info: PredictorInfo
     params: dict[str, Any]
@@ -136,7 +149,8 @@ def value_size(config: ModelConfig) -> int:
 
 def save(folder: str | os.PathLike[str], predictor: Predictor, overwrite: bool = False) -> None:
     """Writes a predictor's folder: all of it, or nothing. Inverse: `load`."""
-    arrays = {name: np.asarray(w, np.float32) for name, w in predictor.params.items()}
+    flat = tree.flatten(predictor.params)
+    arrays = {name: np.asarray(w, np.float32) for name, w in flat.items()}
     arrays["static_heads"] = np.asarray(predictor.static.heads, np.float32)
     arrays["static_blocks"] = np.asarray(predictor.static.blocks, np.float32)
     for name, array in arrays.items():
@@ -171,6 +185,10 @@ def load(
         info = PredictorInfo(**about | {"sizes": Sizes(**about["sizes"])})
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder}/{INFO} is not of this version: {error}") from None
+    if info.variant not in VARIANTS:
+        raise InputError(
+            f"{folder}/{INFO}: variant {info.variant!r} is none of {', '.join(VARIANTS)}"
+        )
     own = fields_of(config)
     for name, value in own.items():
         if info.fields.get(name) != value:
@@ -186,7 +204,7 @@ def load(
     arrays = _arrays(folder, config, info)
     static = Mask(arrays.pop("static_heads"), arrays.pop("static_blocks"))
     order = checked_order(arrays.pop("order_LF"))
-    return Predictor(info, arrays, order, static)
+    return Predictor(info, tree.unflatten(arrays), order, static)
 
 
 def _arrays(folder: Path, config: ModelConfig, info: PredictorInfo) -> dict[str, np.ndarray]:
@@ -197,13 +215,9 @@ def _arrays(folder: Path, config: ModelConfig, info: PredictorInfo) -> dict[str,
     s = info.sizes
     if s != sizes_of(config, s.block, s.unit, s.first):
         raise InputError(f"{folder}: {s} are not the sizes of this model")
-    inputs, outputs = config.num_heads * value_size(config), {"heads": s.heads, "blocks": s.blocks}
-    shapes: dict[str, tuple[int, ...]] = {"w_in": (inputs, info.hidden), "b_in": (info.hidden,)}
-    for name, count in outputs.items():
-        shapes[f"w_out_{name}"] = (info.hidden, s.num_layers * count)
-        shapes[f"b_out_{name}"] = (s.num_layers * count,)
-        shapes[f"static_{name}"] = (s.num_layers, count)
-    shapes["order_LF"] = (s.num_layers, *one_neuron_shape(config))
+    neurons, shapes = one_neuron_shape(config), _shapes(config, info)
+    shapes |= {f"static_{n}": (s.num_layers, getattr(s, n)) for n in ("heads", "blocks")}
+    shapes["order_LF"] = (s.num_layers, *neurons)
     for name, shape in shapes.items():
         if name not in arrays or arrays[name].shape != shape:
             found = list(arrays[name].shape) if name in arrays else "missing"
@@ -211,6 +225,22 @@ def _arrays(folder: Path, config: ModelConfig, info: PredictorInfo) -> dict[str,
         if not np.isfinite(arrays[name]).all():
             raise InputError(f"{folder}/{WEIGHTS}: {name} holds NaN or infinity")
     return {name: arrays[name] for name in shapes}
+
+
+def _shapes(config: ModelConfig, info: PredictorInfo) -> dict[str, tuple[int, ...]]:
+    """Of the networks' weights."""
+    s, width, shapes = info.sizes, info.hidden, dict[str, tuple[int, ...]]()
+    if info.variant == PER_LAYER:
+        units = {"heads": config.num_heads, "neurons": math.prod(one_neuron_shape(config))}
+        for part, count in units.items():
+            shapes[f"{part}/w_1"] = s.num_layers, config.d_model, width
+            shapes[f"{part}/w_2"] = s.num_layers, width, count
+        return shapes
+    shapes |= {"w_in": (config.num_heads * value_size(config), width), "b_in": (width,)}
+    for name in ("heads", "blocks"):
+        count = s.num_layers * getattr(s, name)
+        shapes |= {f"w_out_{name}": (width, count), f"b_out_{name}": (count,)}
+    return shapes
 
 
 def hash_folder(folder: str | os.PathLike[str]) -> str:

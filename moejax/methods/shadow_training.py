@@ -65,8 +65,8 @@ def fit(
     drowns. Inputs are standardised while training and that is folded into W_in and b_in at the end,
     so the network that is saved reads what the paper's does. InputError: fewer than 4 texts.
     """
-    if variant not in shadow_predictor.VARIANTS:
-        known = ", ".join(shadow_predictor.VARIANTS)
+    if variant not in shadow_predictor.OF_FIRST_LAYER:
+        known = ", ".join(shadow_predictor.OF_FIRST_LAYER)
         raise InputError(f"predictor variant {variant!r} is unknown: use {known}")
     targets = {name: scaled(np.asarray(getattr(scores, name)), variant) for name in _PARTS}
     usable = np.isfinite(context_NE).all(1)

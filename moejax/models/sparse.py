@@ -7,7 +7,9 @@ experts of `moejax.moe.sparse`; latent attention is in `moejax.models.sparse_mla
 or moe also has
 
     kept    int32 [K], which units or blocks of neurons are computed; and maybe
-    weight  [B, K], factors per row, 0 for what only another row of the batch keeps
+    weight  [B, K], factors per row, 0 for what only another row of the batch keeps; or
+    ask     {"w_1" [D, hidden], "w_2" [hidden, heads or neurons]}: the list, as long as `kept`, is
+            made of what enters the layer, by sums of sigmoid(x w_1 w_2) over a unit
 
 one token per row is computed with those alone; without, any number of tokens with everything (one
 token by the same kernels). Keys and values are computed and kept for every head, so a later token
@@ -28,6 +30,7 @@ from moejax.models.mha import AttentionInputs, Extend, OnHeads, finished
 from moejax.models.sparse_mla import mla_by_rows
 from moejax.moe.sparse import rows_of_experts
 from moejax.ops.attention import Window
+from moejax.ops.deciding import decided
 from moejax.ops.gated_ffn import Activation
 from moejax.ops.rope import apply_rope
 from moejax.ops.sparse_ffn import sparse_ffn
@@ -79,6 +82,7 @@ def sparse_mha(
     than that all groups are read once, since nearly all have a kept one: 5 of 9 heads, drawn at
     random, leave 5% of three groups' keys unread.
     """
+    params = decided(params, x_BTD, params["rows_q"].shape[0])
     kept, (num_batch, num_tokens, d_model) = params.get("kept"), x_BTD.shape
     if kept is not None and num_tokens != 1:
         raise ValueError(f"heads are skipped for one token at a time, not {num_tokens}")
@@ -156,6 +160,7 @@ def sparse_feed_forward(
     on_neurons: Any = None,
 ) -> jax.Array:
     """`moejax.models.layers.feed_forward` over weights by rows, of the kept blocks if listed."""
+    params = decided(params, x_BTD, params["rows_up"].shape[0])
     kept = params.get("kept")
     if kept is None and x_BTD.shape[1] == 1 and on_neurons is None:
         kept = jnp.arange(params["rows_up"].shape[0])

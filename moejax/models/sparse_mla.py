@@ -20,6 +20,7 @@ from moejax.models.attend import attend
 from moejax.models.mha import AttentionInputs, Extend, OnHeads
 from moejax.models.mla import MLAConfig, latent, mla, query_input, scaled, turned
 from moejax.ops.attention_spec import Window
+from moejax.ops.deciding import decided
 from moejax.ops.sparse_matmul import sparse_matmul
 
 
@@ -57,10 +58,11 @@ def sparse_mla(
 ) -> tuple[jax.Array, Any]:
     """`moejax.models.mla.mla` over weights by heads, of the kept ones alone if there is a list.
 
-    params: those of `mla_by_rows`, and maybe kept int32 [K] and weight [B, K] as
+    params: those of `mla_by_rows`, and maybe kept int32 [K] with weight [B, K] or ask as
     `moejax.models.sparse` has them; then x is one token a row. Several tokens are read with every
     head, and weights are copied back first.
     """
+    params = decided(params, x_BTD, params["rows_q"].shape[0])
     kept = params.get("kept")
     if x_BTD.shape[1] > 1:
         if kept is not None:

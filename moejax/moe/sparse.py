@@ -12,6 +12,7 @@ from moejax.moe.config import MoEConfig
 from moejax.moe.layer import MoEStats, add_shared_network, layer_stats, moe_layer
 from moejax.moe.routing import route
 from moejax.moe.scores import expert_inputs
+from moejax.ops.deciding import decided
 from moejax.ops.gated_ffn import Activation
 from moejax.ops.sparse_ffn import sparse_ffn
 
@@ -59,14 +60,15 @@ def sparse_moe(
     """`moe_layer` over experts by rows; of the kept blocks alone where params have a list.
 
     params: those of `moe_layer`, with `rows_of_experts`' experts, and maybe kept int32 [K], blocks
-    of all experts together in their order, with weight [B, K]. Then x is one token a row, and only
-    kept blocks of experts that some row chose are read: at most what the rows' experts have, and
-    what is over of that length reads one block again. Without a list (prompts) gate and up are
-    copied back first.
+    of all experts together in their order, with weight [B, K] or ask (`moejax.models.sparse`). Then
+    x is one token a row, and only kept blocks of experts that some row chose are read: at most what
+    the rows' experts have, and what is over of that length reads one block again. Without a list
+    (prompts) gate and up are copied back first.
     """
     if parallel is not None:
         raise InputError("experts laid out by rows run on one device")
     rows = params["experts"]
+    params = decided(params, x_BTD, rows["rows_up"].shape[0])
     how: dict[str, Any] = {"activation": activation, "mask_BT": mask_BT, "rng": rng, "trace": trace}
     if "kept" not in params:
         whole = params | {"experts": experts_of_rows(rows, config.num_experts)}

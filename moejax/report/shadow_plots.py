@@ -147,18 +147,23 @@ def maps_plot(maps: Mapping[str, Any], units: str, scaled: bool = True) -> Figur
 def speed_plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """How many times faster than dense decoding, and the byte bound, against sparsity.
 
-    rows: "model", "sparsity", "against_dense" (a ratio), "bound", "refresh_every"; a line of each
-    model.
+    rows: "model", "sparsity", "against_dense" (a ratio), "bound", "refresh_every", and maybe
+    "decided" (when) and "method"; a line of each model and method.
     """
     figure, axes = _figure(6.8, 4.2)
-    for at, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
-        mine = sorted((r for r in rows if r["model"] == model), key=lambda r: r["sparsity"])
+
+    def name_of(row: Mapping[str, Any]) -> str:
+        said = row.get("method", row.get("decided"))
+        return f"{row['model']}, {said.replace('_', ' ')}" if said else row["model"]
+
+    for at, name in enumerate(dict.fromkeys(name_of(row) for row in rows)):
+        mine = sorted((r for r in rows if name_of(r) == name), key=lambda r: r["sparsity"])
         shares = [row["sparsity"] for row in mine]
         color = LINE_COLORS[at % len(LINE_COLORS)]
         ratios = [row["against_dense"] for row in mine]
-        axes.plot(shares, ratios, color=color, marker=MARKERS[at % len(MARKERS)], label=model)
+        axes.plot(shares, ratios, color=color, marker=MARKERS[at % len(MARKERS)], label=name)
         bounds = [row["bound"] for row in mine]
-        axes.plot(shares, bounds, color=color, linestyle=":", label=f"{model}, byte bound")
+        axes.plot(shares, bounds, color=color, linestyle=":", label=f"{name}, byte bound")
     axes.axhline(1, color="#777777", linewidth=1, label="dense")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("share of units not computed")
@@ -167,5 +172,5 @@ def speed_plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
     said = "masks by the prompt" if often == {0} else "predictor included"
     axes.set_title(f"Speed of decoding against sparsity, batch 1, {said}", fontsize=10)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moejax.core.errors import InputError
 from moejax.methods import shadow_decode
 from moejax.methods.shadow_audit import Audit, AuditConfig, compare
 from moejax.methods.shadow_mask import Mask, Sizes, num_kept
@@ -64,6 +65,8 @@ class ShadowEngine(Engine):
         decode_text: Decode | None = None,
         audit: Audit | None = None,
     ):
+        if model.asked is not None:
+            raise InputError("layers that decide themselves do so for one row: use sparse.generate")
         super().__init__(model.params, model.config, settings, decode_text)
         self.audit, self.policy = audit or Audit(AuditConfig(share=0)), model.policy
         self._predictor, self._static = model.predictor, model.static

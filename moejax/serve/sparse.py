@@ -1,8 +1,9 @@
 """Generation that skips heads and neurons: dense over the prompt, then by lists of what is kept.
 
 What layer 0's attention mixed at the last token read decides what the next tokens compute; with
-`refresh_every` it decides anew after every so many tokens. Keys and values of skipped heads are
-kept all the same, so heads may come and go.
+`refresh_every` it decides anew after every so many tokens. With DejaVu's predictors every layer
+decides at every token instead. Keys and values of skipped heads are kept all the same, so heads may
+come and go.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import numpy as np
 
 from moejax.core import tree
 from moejax.core.errors import InputError
+from moejax.methods import shadow_dejavu
 from moejax.methods.shadow_decode import (
+    Asking,
     Plan,
     check_plan,
     kept_by_scores,
@@ -26,9 +29,9 @@ from moejax.methods.shadow_decode import (
     plan_of,
     with_plan,
 )
-from moejax.methods.shadow_mask import Kept, Mask, Sizes
+from moejax.methods.shadow_mask import Kept, Mask, Sizes, num_kept
 from moejax.methods.shadow_order import reordered
-from moejax.methods.shadow_predictor import Predictor, predict
+from moejax.methods.shadow_predictor import PER_LAYER, Predictor, predict
 from moejax.models.cache import KVCache, init_cache
 from moejax.models.config import ModelConfig
 from moejax.models.options import ForwardOptions
@@ -63,7 +66,11 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True)
 class Sparse:
-    """A model ready to generate: laid out params, the predictor's weights, its static scores."""
+    """A model ready to generate: laid out params, what decides, and static scores.
+
+    predictor: the weights of the one that reads layer 0. asked: what every layer asks instead, see
+      `moejax.methods.shadow_decode.Asking`.
+    """
 
     config: ModelConfig
     params: tree.Tree
@@ -71,6 +78,7 @@ class Sparse:
     predictor: dict[str, Any] | None = None
     static: Mask | None = None
     options: ForwardOptions = ForwardOptions()
+    asked: tuple[dict[str, Any], ...] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -95,11 +103,23 @@ class Answer:
 def ready(params: tree.Tree, config: ModelConfig, predictor: Predictor, policy: Policy) -> Sparse:
     """The model with its neurons in the predictor's order, laid out; policy.sizes: the predictor's.
 
-    InputError for a model whose decoding cannot skip anything.
+    InputError for a model whose decoding cannot skip anything, and for DejaVu's predictors, which
+    decide at every token, with a policy that says when.
     """
     check_plan(config, policy.sizes)
+    asked = asked_of(predictor, policy.refresh_every)
     laid_out = lay_out(reordered(params, config, predictor.order_LF), config, policy.sizes)
-    return Sparse(config, laid_out, policy, jax.device_put(predictor.params), predictor.static)
+    unified = jax.device_put(predictor.params) if asked is None else None
+    return Sparse(config, laid_out, policy, unified, predictor.static, asked=asked)
+
+
+def asked_of(predictor: Predictor, refresh_every: int = 0) -> tuple[dict[str, Any], ...] | None:
+    """`Sparse.asked` of DejaVu's predictors, None of others; InputError: an interval for those."""
+    if predictor.info.variant != PER_LAYER:
+        return None
+    if refresh_every:
+        raise InputError("DejaVu's predictors decide at every token: leave out refresh_every")
+    return shadow_dejavu.in_layers(predictor.params, predictor.order_LF, predictor.info.sizes)
 
 
 def start(model: Sparse, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> State:
@@ -114,7 +134,7 @@ def start(model: Sparse, prompts: Sequence[Sequence[int]], max_new_tokens: int) 
     return _prefill(model.config, model.options, num_slots, model.params, tokens_BT, start_B)
 
 
-def decide(model: Sparse, context_BE: jax.Array) -> Plan | None:
+def decide(model: Sparse, context_BE: jax.Array) -> Plan | Asking | None:
     """What the next tokens compute; None: everything."""
     if model.policy.sparsity is None:
         return None
@@ -123,6 +143,10 @@ def decide(model: Sparse, context_BE: jax.Array) -> Plan | None:
         assert model.static is not None
         kept = kept_by_scores(jax.tree.map(jnp.asarray, model.static), sizes, shares)
         return Plan(kept)
+    if model.asked is not None:
+        units = zip((sizes.heads, sizes.blocks), shares, strict=True)
+        heads, blocks = (num_kept(count, share) for count, share in units)
+        return Asking(model.asked, (heads, blocks))
     assert model.predictor is not None
     return plan_of(_predicted(sizes, shares, model.predictor, context_BE), sizes)
 
@@ -130,7 +154,7 @@ def decide(model: Sparse, context_BE: jax.Array) -> Plan | None:
 def advance(
     model: Sparse,
     state: State,
-    plan: Plan | None,
+    plan: Plan | Asking | None,
     keys: jax.Array,
     sampling: SamplingConfig = SamplingConfig(temperature=0),
 ) -> tuple[State, jax.Array, jax.Array]:
@@ -221,7 +245,7 @@ def _read(config, options, params, cache: KVCache, tokens_BT) -> State:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _advance(static, params, plan: Plan | None, state: State, keys):
+def _advance(static, params, plan: Plan | Asking | None, state: State, keys):
     config, options, sizes, sampling = static
     params = params if plan is None else with_plan(params, config, sizes, plan)
 

@@ -13,6 +13,7 @@ import pytest
 
 from launch import shadow_bench, shadow_generate, shadow_speed, shadow_tables
 from launch.shadow_data import load_model
+from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.methods import shadow_decode as decode
 from moejax.methods import shadow_predictor as predictors
@@ -60,7 +61,18 @@ def asked(tmp_path_factory):
     fields = predictors.fields_of(config)
     info = predictors.PredictorInfo(model.sha256, fields, sizes, "plainact", "unified", 8)
     predictors.save(folder / "run" / "predictor", predictors.Predictor(info, params, order, static))
+    shapes = {"heads/w_2": (3, 5, 4), "neurons/w_2": (3, 5, 64)}
+    shapes |= {f"{part}/w_1": (3, 32, 5) for part in ("heads", "neurons")}
+    drawn = {name: draw.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    info = dataclasses.replace(info, variant="dejavu", hidden=5)
+    dejavu = predictors.Predictor(info, tree.unflatten(drawn), order, static)
+    predictors.save(folder / "run" / "predictor_dejavu", dejavu)
     return flags
+
+
+def dejavu_of(asked):
+    """Flags that name the predictors that every layer asks."""
+    return {"predictor": f"{asked['workdir']}/predictor_dejavu"}
 
 
 def said(asked, capsys, **changes):
@@ -84,6 +96,18 @@ def test_nothing_skipped_is_dense_and_half_is_not(asked, capsys):
     assert answers(said(asked, capsys, batch_size=2)) == answers(half)
 
 
+def test_layers_that_decide(asked, capsys):
+    """With DejaVu's predictors: nothing skipped is dense, rows together are rows alone."""
+    dense = answers(said(asked, capsys, policy="dense"))
+    assert answers(said(asked, capsys, **dejavu_of(asked), sparsity=0.0)) == dense
+    half = said(asked, capsys, **dejavu_of(asked))
+    assert answers(half) != dense and "2 of 4 heads by query, 4 of 8 blocks" in half
+    assert "decided in every layer at every token\n" in half
+    pair = said(asked, capsys, **dejavu_of(asked), batch_size=2, audit_share=1.0)
+    assert answers(pair) == answers(half) and "2 of 2 requests run dense as well" in pair
+    assert "at every token, where rows together read everything" in pair
+
+
 def test_an_audit_past_the_limit_turns_to_the_dense_model(asked, capsys):
     prompts = ["hello ab", "count", "say 1", "say 2", "hello ab"]
     changes = {"audit_share": 1.0, "audit_limit": 1e-9, "prompt": prompts}
@@ -103,9 +127,11 @@ def test_an_audit_past_the_limit_turns_to_the_dense_model(asked, capsys):
         ({"refresh_every": -1}, "refresh_every must be 0"),
         ({"predictor": "nowhere"}, "nowhere has no shadow.json"),
         ({"workdir": None}, "--predictor is missing"),
+        ({"predictor": "dejavu", "refresh_every": 2}, "decide at every token: leave out refresh"),
     ],
 )
 def test_what_cannot_be_is_one_line(asked, changes, message):
+    changes = changes | (dejavu_of(asked) if changes.get("predictor") == "dejavu" else {})
     with pytest.raises(InputError, match=message) as caught:
         shadow_generate.main(asked | changes)
     assert "\n" not in str(caught.value)
@@ -121,8 +147,15 @@ def test_a_predictor_of_other_weights_is_refused(asked, tmp_path):
 def test_bench_writes_rows_that_the_report_joins(asked, monkeypatch):
     monkeypatch.setattr(shadow_bench, "measure", functools.partial(shadow_speed.measure, rounds=1))
     shadow_bench.main(asked | {"refresh_every": 4})
+    shadow_bench.main(asked | {"refresh_every": 4})  # again: its row takes the place of the first
+    shadow_bench.main(asked | dejavu_of(asked))
+    with pytest.raises(InputError, match="leave out refresh_every"):
+        shadow_bench.main(asked | dejavu_of(asked) | {"refresh_every": 1})
     with open(f"{asked['workdir']}/bench.json") as file:
-        (row,) = json.load(file)["rows"]
+        row, other = json.load(file)["rows"]
+    assert (row["refresh_every"], row["decided"]) == (4, "every 4 tokens")
+    assert (other["refresh_every"], other["decided"]) == (1, "in every layer")
+    assert other["predictor"] == predictors.hash_folder(f"{asked['workdir']}/predictor_dejavu")
     assert row["sparsity"] == 0.5 and row["block"] == 8
     assert row["predictor"] == predictors.hash_folder(f"{asked['workdir']}/predictor")
     assert row["against_dense"] > 0 and row["tokens_per_s"] > 0
@@ -137,17 +170,19 @@ def test_bench_writes_rows_that_the_report_joins(asked, monkeypatch):
         ({"refresh_every": 4}, False),
         ({"predictor": "of tokens", "refresh_every": 1}, True),
         ({"predictor": "of tokens"}, False),
+        ({"predictor": "of layers", "refresh_every": 1}, True),
     ],
 )
 def test_speed_stands_beside_quality_of_the_same_mask_alone(changes, joined):
     record = {"nats": [1.0, 2.0], "counts": [2, 2]}
     dense = {"nats": [0.5, 0.5], "counts": [2, 2]}
-    method = "predicted_token" if "predictor" in changes else "predicted"
+    methods = {"of tokens": "predicted_token", "of layers": "dejavu_equal_token"}
+    method = methods.get(changes.get("predictor"), "predicted")
     records = {
         ("wikitext", f"{method}-both-0.5-local"): record,
         ("wikitext", "dense-both-0-local"): dense,
     }
-    names = {"mine": "unified", "of tokens": "token"}
+    names = {"mine": "unified", "of tokens": "token", "of layers": "dejavu_equal"}
     row = {"model": "llama", "sparsity": 0.5, "refresh_every": 0, "predictor": "mine"}
     row |= {"against_dense": 1.5, "bound": 1.6, "against_dense_rounds": [1.5]}
     (found,) = shadow_tables.quality_and_speed([row | changes], records, names)

@@ -8,14 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.core.errors import InputError
 from moejax.core.precision import TOLERANCE
 from moejax.methods import shadow_decode as decode
+from moejax.methods import shadow_dejavu
 from moejax.methods import shadow_mask as masks
 from moejax.methods import shadow_predictor as predictors
+from moejax.methods.shadow_order import reordered
 from moejax.models import transformer
 from moejax.models.cache import init_cache
 from moejax.models.config import AttentionConfig, ModelConfig
 from moejax.models.inserted import Inserted
+from moejax.models.masked import one_neuron_shape
 from moejax.models.mla import MLAConfig
 from moejax.moe.config import MoEConfig
 from moejax.serve import sparse
@@ -77,6 +81,33 @@ def model_of(case, refresh_every=0, sparsity=HALF):
     return params, sparse.Sparse(config, laid_out, policy, predictor, static)
 
 
+@functools.cache
+def asking(case):
+    """(params in the order of blocks, a model whose layers decide, the masked way to do so)."""
+    params, model = model_of(case)
+    config, sizes, draw = model.config, model.policy.sizes, np.random.default_rng(2)
+    shape = one_neuron_shape(config)
+    rows = [draw.permutation(shape[-1]) for _ in range(sizes.num_layers * int(np.prod(shape[:-1])))]
+    order = np.stack(rows).reshape(sizes.num_layers, *shape).astype(np.int32)
+
+    def drawn(units):
+        shapes = {"w_1": (config.d_model, 5), "w_2": (5, units)}
+        made = {n: draw.standard_normal((sizes.num_layers, *s)) for n, s in shapes.items()}
+        return {n: 0.5 * w.astype(np.float32) for n, w in made.items()}
+
+    dejavu = {"heads": drawn(config.num_heads), "neurons": drawn(int(np.prod(shape)))}
+    info = predictors.PredictorInfo(
+        "ab" * 32, predictors.fields_of(config), sizes, "labels", "dejavu", 5
+    )
+    predictor = predictors.Predictor(info, dejavu, order, model.static)
+    ready = sparse.ready(params, config, predictor, model.policy)
+    index = shadow_dejavu.in_order(order, sizes)
+    masking = shadow_dejavu.deciding(
+        dejavu, config, index, sizes, shadow_dejavu.kept(sizes, HALF)
+    )
+    return reordered(params, config, order), ready, masking, predictor
+
+
 def masked_text(params, model, prompt, num_tokens):
     """Greedy text of the masked path: the prompt dense, then a mask, made anew where asked for."""
     config, policy = model.config, model.policy
@@ -134,6 +165,60 @@ def test_the_fast_path_is_the_masked_model(case, refresh):
     dense = dataclasses.replace(model, policy=dataclasses.replace(model.policy, sparsity=None))
     (whole,) = sparse.generate(dense, PROMPTS[:1], 6, with_logits=True)
     assert np.abs(whole.logits_TV[1:] - answer.logits_TV[1:]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "opt",
+        "deepseek",
+        pytest.param("gqa_groups", marks=pytest.mark.slow),
+        pytest.param("gqa_heads", marks=pytest.mark.slow),
+        pytest.param("latent", marks=pytest.mark.slow),
+        pytest.param("norm_of_all_heads", marks=pytest.mark.slow),
+        pytest.param("experts", marks=pytest.mark.slow),
+    ],
+)
+def test_layers_that_decide_are_the_masked_model(case):
+    """DejaVu's predictors, one row and two: each reads what it keeps, at every token anew."""
+    params, model, masking, _ = asking(case)
+    together = sparse.generate(model, PROMPTS, 6, with_logits=True)
+    split = transformer.split_layers(params)
+    for prompt, row in zip(PROMPTS, together, strict=True):
+        (answer,) = sparse.generate(model, [prompt], 6, with_logits=True)
+        cache = init_cache(model.config, jnp.zeros(1, jnp.int32), len(prompt) + 6, split=True)
+        tokens, found = prompt, []
+        for step in range(6):
+            inserted = masking if step else None
+            new = jnp.asarray([tokens])
+            out = transformer.forward(split, model.config, new, cache=cache, inserted=inserted)
+            cache = out.cache
+            found.append(transformer.unembed(split, model.config, out.hidden_BTD[0, -1]))
+            tokens = answer.ids[step : step + 1]
+        assert answer.ids == np.stack(found).argmax(-1).tolist() == row.ids
+        close(answer.logits_TV, np.stack(found))
+        close(row.logits_TV, np.stack(found))
+    dense = dataclasses.replace(model, policy=dataclasses.replace(model.policy, sparsity=None))
+    (whole,) = sparse.generate(dense, PROMPTS[:1], 6, with_logits=True)
+    (answer,) = sparse.generate(model, PROMPTS[:1], 6, with_logits=True)
+    assert np.abs(whole.logits_TV[1:] - answer.logits_TV[1:]).max() > 0.1
+
+
+def test_layers_that_decide_read_less_and_need_no_interval():
+    _, model, _, predictor = asking("opt")
+    sizes, config = model.policy.sizes, model.config
+    plan = sparse.decide(model, jnp.zeros((1, 32)))
+    asked = sum(w.nbytes for w in jax.tree.leaves(model.asked))
+    # w_1 and w_2 of both predictors, of the layers after the first
+    assert asked == (sizes.num_layers - sizes.first) * 4 * 5 * (2 * 32 + 4 + 48)
+    listed = dataclasses.replace(model, policy=dataclasses.replace(model.policy, predicted=False))
+    static = sparse.decide(listed, jnp.zeros((1, 32)))
+    assert plan.lengths == static.lengths == (2, 3)
+    bytes_of = functools.partial(decode.num_read_bytes, model.params, config)
+    assert bytes_of(plan, sizes=sizes) == bytes_of(static, sizes=sizes) + asked
+    often = dataclasses.replace(model.policy, refresh_every=2)
+    with pytest.raises(InputError, match="decide at every token: leave out refresh_every"):
+        sparse.ready(model.params, config, predictor, often)
 
 
 def test_a_refresh_after_more_tokens_than_are_drawn_at_a_time(monkeypatch):
