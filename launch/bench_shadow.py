@@ -1,9 +1,9 @@
 """Rows of contextual sparsity: decoding that skips heads and neurons, on CPUs and counted for TPUs.
 
 Models of OPT-1.3B's and Llama-3.2-1B's shapes with random weights decode one text in float32, with
-lists from a predictor of random weights that runs again for every token. The weights are far larger
-than any cache; layers repeat two distinct ones, so that all candidates fit in memory side by side.
-`launch.shadow_speed` says how times are taken.
+lists from a predictor of random weights that runs again for every token, or from two of every layer
+(DejaVu's). The weights are far larger than any cache; layers repeat two distinct ones, so that all
+candidates fit in memory side by side. `launch.shadow_speed` says how times are taken.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 
 from launch.bench_row import Row, Wanted, measure_in_process
-from launch.shadow_speed import NUM_TOKENS, Speed, measure, num_threads, random_setup
+from launch.shadow_speed import NUM_TOKENS, Speed, asking, measure, num_threads, random_setup
 from moejax.aot import cycles, topology
 from moejax.core.chips import chip_of
 from moejax.models.families import by_name
@@ -38,10 +38,12 @@ def rows(peer: bool, wanted: Wanted) -> Iterator[Row]:
         setup = random_setup(shape, by_name(family).presets[shape], DISTINCT, BLOCK, 1)
         for speed in measure(setup, list(GOALS), peer and can):
             yield from _of(name, speed, "transformers + torch" if peer else "")
+        for speed in measure(asking(setup), list(GOALS), False):
+            yield from _of(name, speed, "", ", decided in every layer")
 
 
-def _of(name: str, speed: Speed, peer: str) -> Iterator[Row]:
-    figure, one = f"{name}, {1 - speed.sparsity:.0%} kept", speed.to_json()
+def _of(name: str, speed: Speed, peer: str, when: str = "") -> Iterator[Row]:
+    figure, one = f"{name}, {1 - speed.sparsity:.0%} kept{when}", speed.to_json()
     share_goal, ratio_goal = GOALS[speed.sparsity]
     rounds = speed.against_dense
     how = (

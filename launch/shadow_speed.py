@@ -24,6 +24,7 @@ import numpy as np
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.methods import shadow_decode as decode
+from moejax.methods import shadow_dejavu
 from moejax.methods import shadow_predictor as predictors
 from moejax.methods.shadow_mask import Mask, Sizes, sizes_of
 from moejax.models.config import ModelConfig
@@ -89,7 +90,8 @@ def random_setup(
 ) -> Setup:
     """A model of random weights whose layers repeat `distinct` ones: as much is read, less kept.
 
-    The distinct layers have to be far larger than the processor's cache.
+    The distinct layers have to be far larger than the processor's cache. It decides by one
+    predictor; `asking` has the same model decide in every layer.
     """
     few = init_params(few_config(config, distinct), jax.random.key(0))
     unit = "query" if config.num_kv_heads == config.num_heads else "group"
@@ -114,6 +116,24 @@ def random_setup(
 def few_config(config: ModelConfig, num_layers: int) -> ModelConfig:
     """The same model with so many layers."""
     return dataclasses.replace(config, num_layers=num_layers)
+
+
+def asking(setup: Setup) -> Setup:
+    """The setup whose layers decide at every token, by predictors of as many random weights."""
+    config, sizes = setup.config, setup.sizes
+    assert setup.predictor is not None
+    units = {"heads": config.num_heads, "neurons": sizes.blocks * sizes.block}
+    outputs = config.d_model, sum(units.values())
+    count = tree.num_params(setup.predictor)
+    hidden = shadow_dejavu.hidden_within(count, config.num_layers, *outputs)
+
+    def drawn(units: int) -> dict[str, jax.Array]:
+        shapes = {"w_1": (config.d_model, hidden), "w_2": (hidden, units)}
+        return {n: 0.1 * jax.random.normal(jax.random.key(2), s) for n, s in shapes.items()}
+
+    num_later = config.num_layers - sizes.first
+    layers = tuple({part: drawn(n) for part, n in units.items()} for _ in range(num_later))
+    return dataclasses.replace(setup, predictor=None, refresh_every=1, asked=layers)
 
 
 def random_predictor(config: ModelConfig, sizes: Sizes) -> dict[str, Any]:

@@ -219,6 +219,12 @@ def test_bytes_of_a_token_are_those_of_what_is_kept(monkeypatch):
     refreshed = dataclasses.replace(setup, refresh_every=2)
     half = sum(w.size for w in jax.tree.leaves(setup.predictor)) * 4 // 2
     assert shadow_speed.read_bytes(refreshed, 0.5) == wanted + half
+    deciding = shadow_speed.asking(setup)
+    asked = sum(w.size for w in jax.tree.leaves(deciding.asked))
+    width = deciding.asked[0]["heads"]["w_1"].shape[1]
+    assert len(deciding.asked) == 3 and asked == 3 * width * (2 * 32 + 4 + 64)
+    assert asked * 4 / 3 <= sum(w.size for w in jax.tree.leaves(setup.predictor))
+    assert shadow_speed.read_bytes(deciding, 0.5) == wanted + 4 * asked
     dense = decode.num_read_bytes(setup.plain, config, None, setup.sizes)
     assert dense == 4 * (4 * whole_layer + rest + norms)
     logits = [

@@ -115,7 +115,7 @@ def planted(count: int):
     return context, Mask(*(t[kind] * n for t, n in zip(truth, noise, strict=True)))
 
 
-@pytest.mark.parametrize("variant", shadow_predictor.VARIANTS)
+@pytest.mark.parametrize("variant", shadow_predictor.OF_FIRST_LAYER)
 def test_predictor_learns_what_the_context_says(variant):
     context, scores = planted(80)
     train = Mask(scores.heads[:64], scores.blocks[:64])
