@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from launch import cli
+from launch import cli, out_of_memory, stage_memory
 from launch.settings import (
     BEFORE,
     check_heldout,
@@ -38,6 +38,7 @@ from launch.settings import (
     forward_options,
     heldout_nll,
     load_rows,
+    plan_step,
     train_config,
 )
 from moejax.core import tree
@@ -53,8 +54,7 @@ from moejax.models import flops
 from moejax.models.config import ModelConfig
 from moejax.train.loop import FitResult, RunInfo, TrainConfig, fit, load_best
 from moejax.train.loss import lm_loss
-from moejax.train.memory import step_memory
-from moejax.train.optim import make_optimizer
+from moejax.train.memory import StepMemory
 from moejax.train.peak import measure_gemm_peak
 
 SOURCE = flags.DEFINE_string("source", None, "Folder of a mixture of experts.", required=True)
@@ -146,20 +146,19 @@ def learn(config: ConfigDict, loaded: Loaded, merge: MergeConfig) -> Merged | No
             f"train.freeze {config.train.freeze!r} is not read here: merging trains its "
             "coefficients alone, leave it empty"
         )
-    dense_loss = functools.partial(
-        lm_loss,
-        options=forward_options(config),
-        max_logit_bytes=config.compute.max_logit_mib * 2**20,
-        z_weight=config.train.z_loss,
-    )
-    loss = merging.merge_loss(model, merge, dense_loss)
+    loss = _loss(config, model, merge)
     start = merging.init_coefficients(model, merge)
     check_update_patterns(config, start)
     for line in describe(config, model, settings, rows)[:2]:
         print(line)
-    print(describe_stage(config, loaded, settings, (loss, start)), flush=True)
+    print(describe_stage(config, loaded, settings, merge), flush=True)
     if cli.DRY_RUN.value:
         return None
+
+    def memory_of(changed: ConfigDict):
+        return plan(changed, loaded, train_config(changed, len(rows.train)), merge)
+
+    out_of_memory.explain_with(stage_memory.explainer(config, memory_of))
     frozen = jax.device_put(loaded.params)
     result = run(config, (model, merge, rows), settings, (loss, start, frozen))
     best = settings.best_metric and result.best_step != result.step
@@ -207,15 +206,28 @@ def run(config: ConfigDict, job: tuple, settings: TrainConfig, trees: tuple) -> 
     )
 
 
-def describe_stage(config: ConfigDict, loaded: Loaded, settings: TrainConfig, job: tuple) -> str:
+def plan(
+    config: ConfigDict, loaded: Loaded, settings: TrainConfig, merge: MergeConfig
+) -> StepMemory:
+    """Memory of a step of the merge stage, from shapes alone."""
+
+    def at_rest(w):
+        floating = jnp.issubdtype(w.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(w.shape, config.model.dtype if floating else w.dtype)
+
+    start = merging.init_coefficients(loaded.config, merge)
+    frozen = jax.tree.map(at_rest, loaded.params)
+    loss = _loss(config, loaded.config, merge)
+    return plan_step(config, settings, loss, start, frozen)
+
+
+def describe_stage(
+    config: ConfigDict, loaded: Loaded, settings: TrainConfig, merge: MergeConfig
+) -> str:
     """Steps, FLOPs and memory of the merge stage in two lines."""
-    loss, start = job
     shape = (config.train.batch_size, config.data.seq_len)
-    names = ("tokens", "segment_ids", "positions", "loss_mask")
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
-    optimizer = make_optimizer(settings.optim, settings.steps)
-    parts = settings.accumulation, settings.accumulation_dtype
-    memory = step_memory(loss, optimizer, start, loaded.params, batch, *parts)
+    memory = plan(config, loaded, settings, merge)
+    start = merging.init_coefficients(loaded.config, merge)
     step_flops = _step_flops(config, loaded.config)
     return (
         f"steps    {settings.steps} of {shape[0]} x {shape[1]} tokens, {step_flops:.3g} FLOPs "
@@ -241,6 +253,16 @@ def save(loaded: Loaded, merged: Merged, merge: MergeConfig) -> None:
     )
     save_any(dense, TARGET.value, FORMAT.value, overwrite=OVERWRITE.value)
     print(f"written  {TARGET.value} ({FORMAT.value})")
+
+
+def _loss(config: ConfigDict, model: ModelConfig, merge: MergeConfig):
+    dense_loss = functools.partial(
+        lm_loss,
+        options=forward_options(config),
+        max_logit_bytes=config.compute.max_logit_mib * 2**20,
+        z_weight=config.train.z_loss,
+    )
+    return merging.merge_loss(model, merge, dense_loss)
 
 
 def _step_flops(config: ConfigDict, model: ModelConfig) -> float:

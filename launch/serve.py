@@ -169,11 +169,10 @@ def _read_adapters(loaded: Loaded) -> dict[str, Delta]:
 def _predictor(config: ModelConfig, sha256: str | None = None) -> shadow_predictor.Predictor:
     """That of --shadow; InputError for one that decides where rows of a batch cannot share it."""
     found = shadow_predictor.load(str(SHADOW.value), config, sha256)
-    if found.info.variant == shadow_predictor.PER_LAYER:
+    if found.info.variant in shadow_predictor.IN_STEP:
         raise InputError(
-            f"--shadow={SHADOW.value} decides in every layer for one row alone, and rows served "
-            "together would read everything: name RUN/predictor or RUN/predictor_token, or use "
-            "launch.shadow --stage=generate"
+            f"--shadow={SHADOW.value} decides at every token, and rows served together would read "
+            "everything: name RUN/predictor, or use launch.shadow --stage=generate"
         )
     return found
 

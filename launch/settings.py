@@ -232,7 +232,15 @@ def describe(
 
 
 def plan_memory(config: ConfigDict, model: ModelConfig, settings: TrainConfig, loss) -> StepMemory:
-    """Memory of a step, from shapes alone."""
+    """Memory of a training step, from shapes alone."""
+    params = transformer.abstract_params(model, config.model.dtype)
+    return plan_step(config, settings, loss, *split_frozen(config, params))
+
+
+def plan_step(
+    config: ConfigDict, settings: TrainConfig, loss, trained: tree.Tree, frozen: tree.Tree
+) -> StepMemory:
+    """Of a step that trains these parameters, arrays or shapes, on rows of the config's size."""
     shape = (config.train.batch_size, config.data.seq_len)
     if shape[0] % settings.accumulation:
         raise InputError(
@@ -242,8 +250,6 @@ def plan_memory(config: ConfigDict, model: ModelConfig, settings: TrainConfig, l
     names = ("tokens", "segment_ids", "positions", "loss_mask")
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
     optimizer = make_optimizer(settings.optim, settings.steps)
-    params = transformer.abstract_params(model, config.model.dtype)
-    trained, frozen = split_frozen(config, params)
     parts = settings.accumulation, settings.accumulation_dtype
     return step_memory(loss, optimizer, trained, frozen, batch, *parts)
 

@@ -25,9 +25,10 @@ from moejax.report.shadow_plots import METHODS
 PLACES = ("both", "heads", "neurons")
 # Neurons chosen one by one, not in blocks: GRIFFIN as published, and what blocks cost the others.
 SINGLE = ("griffin_single", "static_single", "oracle_single", "dejavu_token_single")
-# The unified predictor asked after every token, as --refresh_every=1 does, for the next one, and a
-# control that is asked for the token that it reads.
-AFTER_TOKEN = {"predicted_each": "unified", "predicted_token": "token", "predicted_now": "unified"}
+# Asked for the token that it reads: the one that learned from tokens, and the unified one. After
+# every token for the next one, as --refresh_every=1 is: both again.
+AT_TOKEN = {"predicted_token": "token", "predicted_now": "unified"}
+AFTER_TOKEN = {"predicted_each": "unified", "predicted_late": "token"}
 # DejaVu's that decide at every token, as published, and whose predictors they are.
 PER_TOKEN = {
     "dejavu_token": "dejavu",
@@ -102,6 +103,7 @@ def _rivals(sparsities: Any, places: Any, texts: bool) -> Iterator[Arm]:
         yield Arm("dejavu_token_single", "both", sparsity)
         if texts:
             yield Arm("predicted_now", "both", sparsity)
+            yield Arm("predicted_late", "both", sparsity)
             yield Arm("dejavu_token_single", "neurons", sparsity)
             for place in places:
                 yield Arm("dejavu_equal_token", place, sparsity)
@@ -159,8 +161,8 @@ class Decider:
             mask = jax.tree.map(lambda m: jnp.broadcast_to(m, (count, *m.shape)), full)
         else:
             scores = oracle if arm.method.startswith("oracle") else None
-            if arm.method in AFTER_TOKEN:
-                scores = self._after_tokens(arm.method, batch, read)
+            if arm.method in AFTER_TOKEN or arm.method in AT_TOKEN:
+                scores = self._of_tokens(arm.method, batch, read)
             elif scores is None:
                 scores = self.scores(arm.method, batch, read.signals)
             elif arm.method == "oracle":
@@ -191,17 +193,17 @@ class Decider:
             return Mask(heads, neurons if method in SINGLE else summed(neurons, sizes))
         return self._static(method, count)
 
-    def _after_tokens(self, method: str, batch: masked.Batch, read: masked.Read) -> Mask:
+    def _of_tokens(self, method: str, batch: masked.Batch, read: masked.Read) -> Mask:
         """Scores for every token that follows but the last, [B, R - 1, L, units]."""
         if self._contexts is None or self._contexts[0] is not read:
             loaded = self.model.loaded
             found = masked.contexts(loaded.params, loaded.config, batch, read)
             self._contexts = read, found
         context_BTE = self._contexts[1]
-        if method != "predicted_now":
+        if method in AFTER_TOKEN:
             before_B1E = read.signals["context"][:, None]
             context_BTE = jnp.concatenate([before_B1E, context_BTE[:, :-1]], axis=1)
-        params = self.predictors[AFTER_TOKEN[method]]
+        params = self.predictors[(AT_TOKEN | AFTER_TOKEN)[method]]
         return shadow_predictor.predict(params, context_BTE, self.model.sizes)
 
     def _static(self, method: str, count: int) -> Mask:

@@ -25,9 +25,9 @@ from launch.shadow_speed import (
 from moejax.io import atomic
 from moejax.methods.shadow_decode import check_plan, lay_out
 from moejax.methods.shadow_order import reordered
-from moejax.methods.shadow_predictor import hash_folder
+from moejax.methods.shadow_predictor import IN_STEP, hash_folder
+from moejax.serve import sparse
 from moejax.serve.prepare import prepare
-from moejax.serve.sparse import asked_of
 
 
 def main(values: dict[str, Any]) -> None:
@@ -38,7 +38,8 @@ def main(values: dict[str, Any]) -> None:
         check_peer(model.loaded.config)
     predictor = read_predictor(values, model)
     check_interval(values["refresh_every"])
-    asked = asked_of(predictor, values["refresh_every"])
+    sparse.check_interval(predictor, values["refresh_every"])
+    asked, variant = sparse.asked_of(predictor), predictor.info.variant
     sparsities = [float(s) for s in config.evaluate.sparsities]
     print(
         f"bench    {', '.join(f'{s:.0%}' for s in sparsities)} not computed, {NUM_ROUNDS} rounds "
@@ -52,7 +53,7 @@ def main(values: dict[str, Any]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     sizes = predictor.info.sizes
     params = reordered(model.loaded.params, model.loaded.config, predictor.order_LF)
-    often = 1 if asked is not None else values["refresh_every"]
+    often = 1 if variant in IN_STEP else values["refresh_every"]
     setup = Setup(
         model.loaded.config.family,
         model.loaded.config,
@@ -60,12 +61,13 @@ def main(values: dict[str, Any]) -> None:
         lay_out(params, model.loaded.config, sizes),
         sizes,
         jax.device_put(predictor.params) if asked is None else None,
-        values["refresh_every"],
+        often,
         asked,
+        variant == "token",
     )
     measured = measure(setup, sparsities, values["peer"])
     about = {"predictor": hash_folder(predictor_folder(values)), "refresh_every": often}
-    about["decided"] = "in every layer" if asked is not None else _when(often)
+    about["decided"] = "in every layer" if asked is not None else _when(often, variant)
     rows: list[dict[str, Any]] = [speed.to_json() | about for speed in measured]
     for row in rows:
         theirs = row["against_transformers"]
@@ -81,5 +83,7 @@ def main(values: dict[str, Any]) -> None:
     print(f"written  {target}")
 
 
-def _when(refresh_every: int) -> str:
+def _when(refresh_every: int, variant: str) -> str:
+    if variant == "token":
+        return "at every token"
     return f"every {refresh_every} tokens" if refresh_every else "by the prompt"

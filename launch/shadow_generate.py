@@ -16,7 +16,7 @@ from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.methods import shadow_predictor as predictors
 from moejax.methods.shadow_audit import Audit, AuditConfig, compare
-from moejax.methods.shadow_decode import Asking, num_read_bytes
+from moejax.methods.shadow_decode import Plan, num_read_bytes
 from moejax.methods.shadow_mask import check_sparsity
 from moejax.serve import sparse
 from moejax.serve.sampling import SamplingConfig
@@ -107,8 +107,8 @@ def describe(ready: sparse.Sparse, model: Model, values: dict[str, Any]) -> list
     )
     often = policy.refresh_every
     when = f"every {often} tokens" if often else "by the prompt"
-    if isinstance(plan, Asking):
-        when = "in every layer at every token"
+    if not isinstance(plan, Plan):
+        when = "in every layer at every token" if ready.asked is not None else "at every token"
         if values["batch_size"] > 1:
             when += ", where rows together read everything: leave out --batch_size for speed"
     lines.append(

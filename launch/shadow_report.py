@@ -148,8 +148,8 @@ def _page(report: dict[str, Any], paths: dict[str, Path]) -> str:
         "which is read densely; the tokens after it are computed under the mask and scored. The "
         "first of them is predicted by the prompt's last, which no mask changes. Oracle "
         "masks are this text's own scores, of a question those of its right answer. DejaVu token "
-        "decides at every token, predicted each and predicted token after every one for the next "
-        "(token: learned from tokens); TEAL and CATS look at every token, in every layer. "
+        "decides at every token in every layer, predicted token once by the first (it learned from "
+        "tokens), predicted each after every token for the next; TEAL and CATS look at every token, in every layer. "
         "Shares are of what can be kept whole: of nine heads, 30% pruned are two. "
         "Differences are paired by window or question, with 95% bootstrap intervals.</p>",
     ]

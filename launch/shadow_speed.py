@@ -42,7 +42,7 @@ class Setup:
     """A model to be timed.
 
     plain: split layers, as dense decoding reads them; laid_out: by rows; predictor: its weights;
-    asked: of DejaVu's instead, see `moejax.serve.sparse.Sparse`.
+    asked, at_token: as of `moejax.serve.sparse.Sparse`; then refresh_every is 1.
     """
 
     name: str
@@ -53,6 +53,12 @@ class Setup:
     predictor: dict[str, Any] | None
     refresh_every: int = 0
     asked: tuple[dict[str, Any], ...] | None = None
+    at_token: bool = False
+
+    @property
+    def between(self) -> int:
+        """Tokens after which lists are made anew between steps; 0: never, or inside of them."""
+        return 0 if self.asked is not None or self.at_token else self.refresh_every
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +208,8 @@ def read_bytes(setup: Setup, sparsity: float) -> int:
     state_size = setup.config.num_heads * predictors.value_size(setup.config)
     plan = sparse.decide(_model(setup, sparsity, setup.laid_out), jnp.zeros((1, state_size)))
     read = decode.num_read_bytes(setup.laid_out, setup.config, plan, setup.sizes)
-    if setup.refresh_every and setup.predictor is not None:
-        read += tree.num_bytes(setup.predictor) // setup.refresh_every
+    if setup.between:
+        read += tree.num_bytes(setup.predictor or {}) // setup.between
     return read
 
 
@@ -216,13 +222,13 @@ def ours(
     held: dict[str, Any] = {}
     held["state"] = sparse.start(model, [prompt], NUM_TOKENS * (rounds + 3))
     held["plan"] = sparse.decide(model, held["state"].context_BE)
-    every = NUM_TOKENS if sparsity is None else setup.refresh_every or NUM_TOKENS
+    every = NUM_TOKENS if sparsity is None else setup.between or NUM_TOKENS
     keys = jax.random.split(jax.random.key(0), (every, 1))
 
     def run() -> None:
         for _ in range(NUM_TOKENS // every):
             held["state"], ids, _ = sparse.advance(model, held["state"], held["plan"], keys)
-            if sparsity is not None and setup.refresh_every:
+            if sparsity is not None and setup.between:
                 held["plan"] = sparse.decide(model, held["state"].context_BE)
         ids.block_until_ready()
 
@@ -231,8 +237,9 @@ def ours(
 
 def _model(setup: Setup, sparsity: float | None, params: tree.Tree) -> sparse.Sparse:
     shares = None if sparsity is None else (sparsity, sparsity)
-    policy = sparse.Policy(setup.sizes, shares, setup.refresh_every)
-    return sparse.Sparse(setup.config, params, policy, setup.predictor, asked=setup.asked)
+    policy = sparse.Policy(setup.sizes, shares, setup.between)
+    deciding: dict[str, Any] = {"asked": setup.asked, "at_token": setup.at_token}
+    return sparse.Sparse(setup.config, params, policy, setup.predictor, **deciding)
 
 
 def check_peer(config: ModelConfig) -> None:

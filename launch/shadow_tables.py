@@ -14,7 +14,10 @@ RIVALS = (
     *("dejavu_token", "dejavu_token_single", "dejavu_equal_token"),
     *("predicted_each", "predicted_token"),
 )
-AT_TOKENS = ("predicted", "predicted_each", "predicted_now", "dejavu_token", "dejavu_equal_token")
+AT_TOKENS = (
+    *("predicted", "predicted_each", "predicted_now", "predicted_late"),
+    *("dejavu_token", "dejavu_equal_token"),
+)
 OF = {"predicted": RIVALS, "predicted_token": (*AT_TOKENS, "static", "oracle", "random")}
 # (variant of the predictor, after how many tokens it is asked anew; 0: never) -> what was judged.
 JUDGED = {
@@ -75,7 +78,7 @@ def _interval(found: bootstrap.Interval, lower_is_better: bool = False) -> dict[
 def paired_rows(records: Records) -> list[dict[str, Any]]:
     """Predicted minus every rival, at each set, place, sparsity and budget that has both.
 
-    By the prompt, and after every token ("predicted_token") minus what decides there too.
+    By the prompt, and at every token ("predicted_token") minus what decides there too.
     """
     rows = []
     for (name, _), record in records.items():

@@ -224,7 +224,7 @@ def _predictor(params, about: tuple[str, str, int], got: Collected, order, rest)
 
 
 def _token_rows(got: Collected, order: np.ndarray, model: Model) -> tuple[np.ndarray, Mask]:
-    """What "token" learns from: contexts [N * R, E], and what the token after each uses."""
+    """What "token" learns from: contexts [N * R, E], and what the token itself uses."""
     sizes = model.sizes
     context = shadow_traces.read_parts(got.folder, ["rows/context"])["rows/context"][got.train]
     heads = shadow_traces.row_labels(got.folder, "heads", model.loaded.config.num_heads)[got.train]

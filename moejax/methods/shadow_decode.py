@@ -7,7 +7,7 @@ from can be dropped: what decodes is as large as the dense model.
 `plan` chooses units from scores, as `shadow_mask.select` with a local budget does, and where rows
 of a batch keep different ones makes their union: every unit that some row keeps is read once, and
 each row's factors leave out what it does not keep itself, so its result is that of the row alone.
-`Asking` has every layer choose at every token instead.
+`Scored` chooses at every token instead, `Asking` in every layer at every token.
 """
 
 from __future__ import annotations
@@ -51,18 +51,53 @@ class Plan:
         """Heads and blocks that are read of a layer."""
         return self.kept.heads.shape[-1], self.kept.blocks.shape[-1]
 
+    weights = ()  # of predictors, that every token reads
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """One predictor decides at every token, by what layer 0's attention mixes there.
+
+    weights: its parameters. shares: sparsity of heads and of blocks.
+    """
+
+    weights: dict[str, Any]
+    sizes: Sizes = dataclasses.field(metadata={"static": True})
+    shares: tuple[float, float] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Heads and blocks that one row keeps of a layer."""
+        heads, blocks = self.shares
+        return num_kept(self.sizes.heads, heads), num_kept(self.sizes.blocks, blocks)
+
+    def plan(self, scores: Mask) -> Plan:
+        """Of a step whose rows have these scores [B, L, units]. Several rows read everything."""
+        kept_B = kept_by_scores(scores, self.sizes, self.shares)
+        if kept_B.heads.shape[0] == 1:
+            return Plan(Kept(kept_B.heads[0], kept_B.blocks[0]))
+        lists, factors = [], []
+        for kept_BLK, count in _parts(kept_B, self.sizes):
+            lists.append(jnp.broadcast_to(jnp.arange(count), (kept_BLK.shape[1], count)))
+            factors.append(jax.nn.one_hot(kept_BLK, count).sum(-2))
+        return Plan(Kept(*lists), *factors)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Asking:
     """Every layer decides at every token, by two predictors that read what enters it.
 
-    layers: of each layer from `Sizes.first` on, {"heads": .., "neurons": ..}, each with w_1 and w_2
-    as `moejax.models.sparse` reads them. lengths: heads and blocks that one row keeps of a layer.
+    weights: of each layer from `Sizes.first` on, {"heads": .., "neurons": ..}, each with w_1 and
+      w_2 as `moejax.models.sparse` reads them. lengths: heads and blocks that one row keeps.
     """
 
-    layers: tuple[dict[str, Any], ...]
+    weights: tuple[dict[str, Any], ...]
     lengths: tuple[int, int] = dataclasses.field(metadata={"static": True})
+
+
+AnyPlan = Plan | Scored | Asking
 
 
 def lay_out(params: tree.Tree, config: ModelConfig, sizes: Sizes) -> tree.Tree:
@@ -98,7 +133,7 @@ def _with_lists(layer: tree.Tree, plan: Plan | Asking, at: int) -> tree.Tree:
     made = dict(layer)
     feed = "mlp" if "mlp" in layer else "moe"
     if isinstance(plan, Asking):
-        asked = plan.layers[at]["heads"], plan.layers[at]["neurons"]
+        asked = plan.weights[at]["heads"], plan.weights[at]["neurons"]
         for part, ask, length in zip(("attn", feed), asked, plan.lengths, strict=True):
             made[part] = layer[part] | {"ask": ask, "kept": jnp.arange(length)}
         return made
@@ -200,7 +235,7 @@ def check_plan(config: ModelConfig, sizes: Sizes) -> None:
 
 
 def num_read_bytes(
-    params: tree.Tree, config: ModelConfig, plan: Plan | Asking | None, sizes: Sizes
+    params: tree.Tree, config: ModelConfig, plan: AnyPlan | None, sizes: Sizes
 ) -> int:
     """Bytes of weights that one token of one row reads, of a laid out or plain split tree.
 
@@ -212,8 +247,8 @@ def num_read_bytes(
     for name, w in params["embed"].items():
         looked_up = name == "positions" or (name == "tokens" and not config.tie_embeddings)
         total += _bytes(w) // w.shape[0] if looked_up else _bytes(w)
-    if isinstance(plan, Asking):
-        total += sum(_bytes(w) for w in jax.tree.leaves(plan.layers))
+    if plan is not None:
+        total += sum(_bytes(w) for w in jax.tree.leaves(plan.weights))
     number = -sizes.first
     for run in config.runs:
         for layer in params["layers"][run.name]:

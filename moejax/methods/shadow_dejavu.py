@@ -172,7 +172,7 @@ def kept(sizes: Sizes, sparsity: tuple[float, float]) -> dict[str, int]:
 def in_layers(
     params: dict[str, dict[str, Any]], order_LF: Any, sizes: Sizes
 ) -> tuple[dict[str, Any], ...]:
-    """What a laid out layer asks, from `sizes.first` on (`shadow_decode.Asking.layers`).
+    """What a laid out layer asks, from `sizes.first` on (`shadow_decode.Asking`).
 
     params: as `fit` gives them per part. order_LF: the order that the model's neurons are in.
     """

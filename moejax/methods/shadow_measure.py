@@ -170,7 +170,7 @@ def _measure(params, config: ModelConfig, tokens_T, scored_T, places, asked: Ask
             "mlp_in": seen["mlp_in"][:, 0, rows_R],
             "heads": jnp.linalg.norm(x_LTHC[:, rows_R], axis=-1),
             "neurons": jnp.abs(a_LTF[:, rows_R]),
-            "context": x_LTHC[0, jnp.maximum(rows_R - 1, 0)].reshape(len(rows_R), -1),
+            "context": x_LTHC[0, rows_R].reshape(len(rows_R), -1),
         }
     return found
 

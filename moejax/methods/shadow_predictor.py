@@ -53,6 +53,7 @@ INFO, WEIGHTS, FORMAT_VERSION = "shadow.json", "predictor.safetensors", 1
 PER_LAYER = "dejavu"  # the variant that every layer asks
 OF_FIRST_LAYER = ("unified", "per_layer_normalised", "token")  # what they read
 VARIANTS = (*OF_FIRST_LAYER, PER_LAYER)
+IN_STEP = ("token", PER_LAYER)  # decide at every token what that token computes
 # What identifies a model's shape, of `ModelConfig`.
 FIELDS = ("num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_size", "vocab_size")
 
@@ -66,8 +67,8 @@ class PredictorInfo:
       fields: of its config, `FIELDS` and the number of experts.
       sizes: units per layer, block size, layers never pruned.
       criterion: which importance it predicts. variant: a name of VARIANTS, what it learned from:
-        scores of texts, scaled over all layers or in each, what the next token uses ("token"), or
-        what the token itself uses of the layer ("dejavu").
+        scores of texts, scaled over all layers or in each, or what the token itself uses, of all
+        layers ("token") or of the layer that is asked ("dejavu").
       budget: the rule that K of a sparsity s follows; "local" keeps units - floor(s * units).
       hidden: width of the network, of DejaVu's each. num_examples: it was trained on.
     """

@@ -25,7 +25,7 @@ METHODS = (
 # Decide at every token.
 PER_TOKEN = (
     *("dejavu_token", "dejavu_equal_token", "dejavu_token_single"),
-    *("predicted_each", "predicted_token", "predicted_now"),
+    *("predicted_token", "predicted_each", "predicted_now", "predicted_late"),
 )
 WHEN = {
     "by the prompt": (*METHODS, "griffin", "griffin_single"),

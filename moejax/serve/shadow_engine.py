@@ -65,8 +65,8 @@ class ShadowEngine(Engine):
         decode_text: Decode | None = None,
         audit: Audit | None = None,
     ):
-        if model.asked is not None:
-            raise InputError("layers that decide themselves do so for one row: use sparse.generate")
+        if model.asked is not None or model.at_token:
+            raise InputError("a predictor that decides at every token is for sparse.generate")
         super().__init__(model.params, model.config, settings, decode_text)
         self.audit, self.policy = audit or Audit(AuditConfig(share=0)), model.policy
         self._predictor, self._static = model.predictor, model.static

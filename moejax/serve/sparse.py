@@ -1,9 +1,9 @@
 """Generation that skips heads and neurons: dense over the prompt, then by lists of what is kept.
 
 What layer 0's attention mixed at the last token read decides what the next tokens compute; with
-`refresh_every` it decides anew after every so many tokens. With DejaVu's predictors every layer
-decides at every token instead. Keys and values of skipped heads are kept all the same, so heads may
-come and go.
+`refresh_every` it decides anew after every so many tokens. A predictor that learned from tokens is
+asked at every token instead, after layer 0's attention, and with DejaVu's every layer decides at
+every token. Keys and values of skipped heads are kept all the same, so heads may come and go.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.methods import shadow_dejavu
 from moejax.methods.shadow_decode import (
+    AnyPlan,
     Asking,
     Plan,
+    Scored,
     check_plan,
     kept_by_scores,
     lay_out,
@@ -31,7 +33,7 @@ from moejax.methods.shadow_decode import (
 )
 from moejax.methods.shadow_mask import Kept, Mask, Sizes, num_kept
 from moejax.methods.shadow_order import reordered
-from moejax.methods.shadow_predictor import PER_LAYER, Predictor, predict
+from moejax.methods.shadow_predictor import IN_STEP, PER_LAYER, Predictor, predict
 from moejax.models.cache import KVCache, init_cache
 from moejax.models.config import ModelConfig
 from moejax.models.options import ForwardOptions
@@ -68,7 +70,8 @@ class Policy:
 class Sparse:
     """A model ready to generate: laid out params, what decides, and static scores.
 
-    predictor: the weights of the one that reads layer 0. asked: what every layer asks instead, see
+    predictor: the weights of the one that reads layer 0; at_token: whether it is asked at every
+      token for that token. asked: what every layer asks instead, the weights of
       `moejax.methods.shadow_decode.Asking`.
     """
 
@@ -79,6 +82,7 @@ class Sparse:
     static: Mask | None = None
     options: ForwardOptions = ForwardOptions()
     asked: tuple[dict[str, Any], ...] | None = None
+    at_token: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -103,22 +107,31 @@ class Answer:
 def ready(params: tree.Tree, config: ModelConfig, predictor: Predictor, policy: Policy) -> Sparse:
     """The model with its neurons in the predictor's order, laid out; policy.sizes: the predictor's.
 
-    InputError for a model whose decoding cannot skip anything, and for DejaVu's predictors, which
-    decide at every token, with a policy that says when.
+    InputError for a model whose decoding cannot skip anything, and for a predictor that decides at
+    every token with a policy that says when.
     """
     check_plan(config, policy.sizes)
-    asked = asked_of(predictor, policy.refresh_every)
+    check_interval(predictor, policy.refresh_every)
+    asked, at_token = asked_of(predictor), predictor.info.variant == "token"
     laid_out = lay_out(reordered(params, config, predictor.order_LF), config, policy.sizes)
     unified = jax.device_put(predictor.params) if asked is None else None
-    return Sparse(config, laid_out, policy, unified, predictor.static, asked=asked)
+    static = predictor.static
+    return Sparse(config, laid_out, policy, unified, static, asked=asked, at_token=at_token)
 
 
-def asked_of(predictor: Predictor, refresh_every: int = 0) -> tuple[dict[str, Any], ...] | None:
-    """`Sparse.asked` of DejaVu's predictors, None of others; InputError: an interval for those."""
+def check_interval(predictor: Predictor, refresh_every: int) -> None:
+    """InputError for an interval beside a predictor that decides at every token."""
+    if refresh_every and predictor.info.variant in IN_STEP:
+        raise InputError(
+            f"predictors of variant {predictor.info.variant!r} decide at every token: leave out "
+            "refresh_every"
+        )
+
+
+def asked_of(predictor: Predictor) -> tuple[dict[str, Any], ...] | None:
+    """`Sparse.asked` of DejaVu's predictors, None of others."""
     if predictor.info.variant != PER_LAYER:
         return None
-    if refresh_every:
-        raise InputError("DejaVu's predictors decide at every token: leave out refresh_every")
     return shadow_dejavu.in_layers(predictor.params, predictor.order_LF, predictor.info.sizes)
 
 
@@ -134,7 +147,7 @@ def start(model: Sparse, prompts: Sequence[Sequence[int]], max_new_tokens: int) 
     return _prefill(model.config, model.options, num_slots, model.params, tokens_BT, start_B)
 
 
-def decide(model: Sparse, context_BE: jax.Array) -> Plan | Asking | None:
+def decide(model: Sparse, context_BE: jax.Array) -> AnyPlan | None:
     """What the next tokens compute; None: everything."""
     if model.policy.sparsity is None:
         return None
@@ -148,13 +161,15 @@ def decide(model: Sparse, context_BE: jax.Array) -> Plan | Asking | None:
         heads, blocks = (num_kept(count, share) for count, share in units)
         return Asking(model.asked, (heads, blocks))
     assert model.predictor is not None
+    if model.at_token:
+        return Scored(model.predictor, sizes, shares)
     return plan_of(_predicted(sizes, shares, model.predictor, context_BE), sizes)
 
 
 def advance(
     model: Sparse,
     state: State,
-    plan: Plan | Asking | None,
+    plan: AnyPlan | None,
     keys: jax.Array,
     sampling: SamplingConfig = SamplingConfig(temperature=0),
 ) -> tuple[State, jax.Array, jax.Array]:
@@ -245,13 +260,24 @@ def _read(config, options, params, cache: KVCache, tokens_BT) -> State:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _advance(static, params, plan: Plan | Asking | None, state: State, keys):
+def _advance(static, params, plan: AnyPlan | None, state: State, keys):
     config, options, sizes, sampling = static
-    params = params if plan is None else with_plan(params, config, sizes, plan)
+
+    def planned(cache: KVCache, tokens_B1) -> tree.Tree:
+        if plan is None:
+            return params
+        if not isinstance(plan, Scored):
+            return with_plan(params, config, sizes, plan)
+        # Of this reading layer 0's attention alone is computed, and once: the next one has it too.
+        context_BE = _read(config, options, params, cache, tokens_B1).context_BE
+        scores = predict(plan.weights, context_BE, sizes)
+        return with_plan(params, config, sizes, plan.plan(scores))
 
     def step(state: State, keys_B):
         ids_B = sample(state.logits_BV, keys_B, sampling)
-        new = _read(config, options, params, state.cache, ids_B[:, None])
+        tokens_B1 = ids_B[:, None]
+        used = planned(state.cache, tokens_B1)
+        new = _read(config, options, used, state.cache, tokens_B1)
         return new, (ids_B, state.logits_BV)
 
     state, (ids_TB, logits_TBV) = jax.lax.scan(step, state, keys)

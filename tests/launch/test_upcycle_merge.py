@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -47,6 +49,42 @@ def data_flags(folder: Path) -> list[str]:
         f"--config.data.source={folder / 'data.jsonl'}",
         "--config.data.seq_len=64",
     ]
+
+
+# The command on a machine that has no memory left when it trains.
+FULL = """
+import sys
+
+from launch import cli, merge
+
+def fit(*args, **kwargs):
+    raise MemoryError("Unable to allocate 900 GiB")
+
+merge.fit = fit
+cli.run(merge.main, freed="parts")
+"""
+
+
+def test_a_merge_out_of_memory_says_what_would_make_its_step_fit(folder):
+    flags = [
+        *data_flags(folder), f"--source={folder / 'drifted'}", "--config.train.batch_size=4",
+        f"--target={folder / 'full'}", f"--workdir={folder / 'full_run'}", "--config.train.steps=3",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, *flags, "--compile_cache="],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("error: out of memory: Unable to allocate 900 GiB")
+    parts = [line for line in lines if "--config.train.accumulation=" in line]
+    assert "=2: about" in parts[0] and "=4: about" in parts[1]
+    needed = [float(line.split("about ")[1].split()[0]) for line in parts]
+    assert needed[1] <= needed[0]
+    assert any(line.startswith("memory   about") and "frozen" in line for line in lines)
+    assert "--config.model.dtype=bfloat16 --config.compute.dtype=bfloat16" in done.stderr
+    assert lines[-1].startswith("  a device with more than")
+    assert not (folder / "full").exists()
 
 
 def test_upcycled_and_merged_untouched_is_the_dense_model(folder):
