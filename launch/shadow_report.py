@@ -149,7 +149,8 @@ def _page(report: dict[str, Any], paths: dict[str, Path]) -> str:
         "first of them is predicted by the prompt's last, which no mask changes. Oracle "
         "masks are this text's own scores, of a question those of its right answer. DejaVu token "
         "decides at every token in every layer, predicted token once by the first (it learned from "
-        "tokens), predicted each after every token for the next; TEAL and CATS look at every token, in every layer. "
+        "tokens), predicted each after every token for the next; TEAL and CATS look at every "
+        "token, in every layer. "
         "Shares are of what can be kept whole: of nine heads, 30% pruned are two. "
         "Differences are paired by window or question, with 95% bootstrap intervals.</p>",
     ]

@@ -10,9 +10,10 @@ safetensors and nothing of moejax (https://arxiv.org/abs/2406.16635; Apache-2.0)
     logits = model(ids).logits                              # masked from the prompt's end on
     shadow.detach()
 
-Predictors of DejaVu (variant "dejavu") decide at every token after the prompt, by what enters each
-layer there. Works where a layer has self_attn.o_proj (or out_proj) and mlp.down_proj (or fc2):
-Llama and its kin, OPT. Dense models only. Decoding with a cache masks every step of one token.
+Of the variants "token" and "dejavu" every token after the prompt decides for itself: by what layer
+0 mixes there, or by what enters each layer. Works where a layer has self_attn.o_proj (or out_proj)
+and mlp.down_proj (or fc2): Llama and its kin, OPT. Dense models only. Decoding with a cache masks
+every step of one token.
 """
 
 import json
@@ -33,6 +34,7 @@ class Shadow:
         self.model, self.sparsity = model, sparsity
         self.context = self.mask = None  # set by `decide`
         self.per_layer = self.info["variant"] == "dejavu"
+        self.per_token = self.info["variant"] in ("token", "dejavu")
         self.num_dense, self.num_rows = 0, 1
         base = getattr(model.model, "decoder", model.model)
         if len(base.layers) != self.info["sizes"]["num_layers"]:
@@ -62,14 +64,20 @@ class Shadow:
         import torch
 
         self.mask, self.context, self.num_dense = None, None, prompt_ids.shape[1]
-        if self.per_layer:
+        if self.per_token:
             self.mask = {"heads": {}, "neurons": {}}  # layer -> of the tokens that are read now
             return
         with torch.no_grad():
             self.model(prompt_ids)
         assert self.context is not None, "the model did not call its layers' modules"
-        low, high = (getattr(self.context, f)(-1, keepdim=True).values for f in ("min", "max"))
-        x = (self.context - low) / (high - low).clamp_min(1e-30)
+        self.mask = self._masks(self.context)
+
+    def _masks(self, context):
+        """Place -> layer -> masks of the vectors that layer 0 mixed, [rows, units]."""
+        import torch
+
+        low, high = (getattr(context, f)(-1, keepdim=True).values for f in ("min", "max"))
+        x = (context - low) / (high - low).clamp_min(1e-30)
         w, sizes = self.weights, self.info["sizes"]
         hidden = torch.relu(x @ w["w_in"] + w["b_in"])
         kept = {}
@@ -79,7 +87,7 @@ class Shadow:
             kept[name][:, : sizes["first"]] = 1.0
         neurons = self._in_own_order(kept["blocks"], w["order_LF"])
         by_layer = {"heads": kept["heads"].unbind(1), "neurons": neurons.unbind(1)}
-        self.mask = {place: dict(enumerate(masks)) for place, masks in by_layer.items()}
+        return {place: dict(enumerate(masks)) for place, masks in by_layer.items()}
 
     def detach(self):
         """Takes the hooks off again."""
@@ -128,16 +136,18 @@ class Shadow:
                 if index == 0 and place == "heads":
                     self.context = x[:, -1].float()
                 return None
+            if self.per_token and not self.per_layer and index == 0 and place == "heads":
+                self.mask = self._masks(x.flatten(0, 1).float())
             if index not in self.mask[place]:
                 return None
             factor = self.mask[place][index].to(x.dtype)
             # Of every token, or one for all.
-            factor = factor.reshape(*x.shape[:2], -1) if self.per_layer else factor[:, None]
+            factor = factor.reshape(*x.shape[:2], -1) if self.per_token else factor[:, None]
             if place == "heads":
                 factor = factor.repeat_interleave(x.shape[-1] // factor.shape[-1], -1)
             x = x.clone()
             first = 0 if x.shape[1] == 1 else self.num_dense
-            x[:, first:] *= factor[:, first:] if self.per_layer else factor
+            x[:, first:] *= factor[:, first:] if self.per_token else factor
             return (x.flatten(0, 1) if flat else x, *args[1:])
 
         return masked

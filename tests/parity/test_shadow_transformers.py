@@ -17,6 +17,8 @@ from moejax.models import transformer
 from moejax.models.cache import init_cache
 from moejax.models.config import ModelConfig
 from moejax.models.families import by_name
+from moejax.models.inserted import Inserted
+from moejax.models.masked import seen_of
 
 LLAMA = ModelConfig("llama", 61, 3, 32, 48, 4, 2, 8, initializer_range=0.2)
 OPT = dataclasses.replace(
@@ -27,7 +29,7 @@ OPT = dataclasses.replace(
 CONFIGS = {"llama": LLAMA, "opt": OPT}  # OPT's fc2 sees the tokens of both rows in one dim
 
 
-@pytest.mark.parametrize("variant", ["unified", "dejavu"])
+@pytest.mark.parametrize("variant", ["unified", "token", "dejavu"])
 @pytest.mark.parametrize("family", list(CONFIGS))
 def test_masked_logits(tmp_path, family, variant):
     import torch
@@ -70,7 +72,17 @@ def test_masked_logits(tmp_path, family, variant):
     moved = reordered(params, config, order)
     prompts = np.array([7, 7], np.int32)
     pairs = [(row[:7].tolist(), row[7:].tolist()) for row in ids]
-    if variant == "dejavu":
+    if variant == "token":
+        watch = Inserted(heads=lambda _, x: (x, x))
+        whole = transformer.forward(moved, config, ids, inserted=watch)
+        context = seen_of(config, whole.seen)["heads"][0].reshape(2, 12, -1)
+        scores = shadow_predictor.predict(weights, context, sizes)
+        mask = shadow_mask.select(scores, sizes, sparsity)
+        full = jax.tree.map(np.ones_like, mask)
+        mask = jax.tree.map(lambda m, f: np.concatenate([f[:, :7], m[:, 7:]], 1), mask, full)
+        inserted = shadow_mask.inserted_of(mask, config, sizes)
+        ours = transformer.logits(moved, config, ids, inserted=inserted)
+    elif variant == "dejavu":
         index, keep = shadow_dejavu.in_order(order, sizes), shadow_dejavu.kept(sizes, sparsity)
         inserted = shadow_dejavu.deciding(weights, config, index, sizes, keep)
         # Of the answer alone, over keys and values of the prompt read densely.

@@ -204,6 +204,47 @@ def test_layers_that_decide_are_the_masked_model(case):
     assert np.abs(whole.logits_TV[1:] - answer.logits_TV[1:]).max() > 0.1
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        "gqa_heads",
+        pytest.param("opt", marks=pytest.mark.slow),
+        pytest.param("deepseek", marks=pytest.mark.slow),
+        pytest.param("experts", marks=pytest.mark.slow),
+    ],
+)
+def test_a_predictor_asked_for_the_token_itself_is_the_masked_model(case):
+    """One row and two; each token's mask is of what layer 0 mixes at that token."""
+    params, model = model_of(case)
+    config, sizes = model.config, model.policy.sizes
+    model = dataclasses.replace(model, at_token=True)
+    together = sparse.generate(model, PROMPTS, 6, with_logits=True)
+    masks_of = set()
+    for prompt, row in zip(PROMPTS, together, strict=True):
+        (answer,) = sparse.generate(model, [prompt], 6, with_logits=True)
+        text = jnp.asarray([[*prompt, *answer.ids]])
+        watch = Inserted(heads=lambda _, x: (x, x))
+        seen = transformer.forward(params, config, text, inserted=watch).seen
+        context = seen[config.runs[0].name]["heads"][0].reshape(1, text.shape[1], -1)
+        scores = predictors.predict(model.predictor, context, sizes)
+        mask = masks.select(scores, sizes, HALF)
+        masks_of |= {np.asarray(m).tobytes() for m in mask.blocks[0]}
+
+        def later(m, prompt=prompt):  # the prompt is read densely
+            return jnp.where(jnp.arange(m.shape[1])[:, None, None] < len(prompt), True, m)
+
+        inserted = masks.inserted_of(jax.tree.map(later, mask), config, sizes)
+        wanted = transformer.logits(params, config, text, inserted=inserted)
+        wanted = np.asarray(wanted)[0, len(prompt) - 1 : -1]
+        assert answer.ids == wanted.argmax(-1).tolist() == row.ids
+        close(answer.logits_TV, wanted)
+        close(row.logits_TV, wanted)
+    assert len(masks_of) > 5
+    plan = sparse.decide(model, jnp.zeros((1, 32)))
+    (listed,) = {p.lengths for p in (plan, sparse.decide(model_of(case)[1], jnp.zeros((1, 32))))}
+    assert listed == plan.lengths
+
+
 def test_layers_that_decide_read_less_and_need_no_interval():
     _, model, _, predictor = asking("opt")
     sizes, config = model.policy.sizes, model.config
