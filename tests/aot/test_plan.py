@@ -94,6 +94,7 @@ def test_esft_takes_the_state_of_its_experts_alone(tmp_path, topology, kernels):
 
 
 @pytest.mark.aot
+@pytest.mark.slow
 def test_a_sweep_compiles_its_best(tmp_path):
     out = tmp_path / "sweep.json"
     rows = ("--config.train.batch_size=8", "--config.data.seq_len=512")
