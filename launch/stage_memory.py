@@ -27,12 +27,12 @@ def explainer(
         missed = max(0, held + (asked or 0) - now.total, limit - now.total)
         lines = [describe_memory(now), "change, one after the other, until it fits (traced):"]
         for changed, text, cost in _changes(config):
-            needed = memory_of(changed).total
-            if needed >= now.total:
+            then = memory_of(changed)
+            if then.total >= now.total:
                 continue
-            now = memory_of(changed)
-            lines.append(f"  {text}: about {(needed + missed) / GIB:.2f} GiB; {cost}")
-            if needed + missed <= 0.95 * limit:
+            now, needed = then, then.total + missed
+            lines.append(f"  {text}: about {needed / GIB:.2f} GiB; {cost}")
+            if needed <= 0.95 * limit:
                 return lines
         return [*lines, f"  a device with more than {(now.total + missed) / GIB:.2f} GiB"]
 
