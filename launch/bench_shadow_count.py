@@ -26,7 +26,7 @@ from moejax.aot import compile as aot
 from moejax.aot import cycles, topology
 from moejax.core import tree
 from moejax.methods import shadow_predictor as predictors
-from moejax.methods.shadow_mask import Mask, num_kept, sizes_of
+from moejax.methods.shadow_mask import Mask, sizes_of
 from moejax.models.config import ModelConfig
 from moejax.models.families import by_name
 from moejax.models.layers import ACTIVATION, feed_forward, feed_forward_shapes
@@ -70,7 +70,7 @@ def sparse(config: ModelConfig, array: Array) -> dict[str, float]:
     d, g, c = config.d_model, config.num_kv_heads, config.head_size
     sizes = sizes_of(config, BLOCK, "query" if g == config.num_heads else "group")
     wide = config.num_heads // sizes.heads * c
-    heads, blocks = (num_kept(n, SPARSITY) for n in (sizes.heads, sizes.blocks))
+    heads, blocks = sizes.kept((SPARSITY, SPARSITY))
     x, rows, kept = array(1, d), array(sizes.heads, wide, d), array(1, heads, SLOTS, c)
     mlp = {}
     for name, shape in feed_forward_shapes(config).items():
@@ -135,8 +135,7 @@ def _predictor(config: ModelConfig, sizes, array: Array) -> dict[str, float]:
 
     def choose(params, context):
         scores = predictors.predict(params, context, sizes)
-        counts = (num_kept(n, SPARSITY) for n in (sizes.heads, sizes.blocks))
-        both = zip((scores.heads, scores.blocks), counts, strict=True)
+        both = zip((scores.heads, scores.blocks), sizes.kept((SPARSITY,) * 2), strict=True)
         return [jnp.sort(jax.lax.top_k(part, n)[1], axis=-1) for part, n in both]
 
     return _found(aot.compile_for(choose, params, array(1, size)), tree.num_bytes(params))

@@ -41,11 +41,10 @@ from moejax.methods.esft_delta import Delta
 from moejax.methods.shadow_audit import Audit, AuditConfig
 from moejax.methods.shadow_decode import check_plan
 from moejax.methods.shadow_mask import check_sparsity
-from moejax.models.config import ModelConfig
 from moejax.models.transformer import ForwardOptions
 from moejax.serve.prepare import context_length
 from moejax.serve.request import EngineConfig
-from moejax.serve.sparse import Policy, Sparse, ready
+from moejax.serve.sparse import Policy, Sparse, check_interval, ready
 
 MODEL = flags.DEFINE_string("model", None, "Model folder, .gguf file or hub id.")
 SERVED_NAME = flags.DEFINE_string("served_name", None, "Name in the API; None: MODEL's last part.")
@@ -57,10 +56,10 @@ DTYPE = flags.DEFINE_enum(
 )
 ADAPTERS = flags.DEFINE_list("adapters", [], "Deltas that calls can name, as law=DIR,code=DIR.")
 BRIDGES = flags.DEFINE_list("bridges", [], "Bridges to sources, as maths=DIR,law=DIR.")
-SHADOW = flags.DEFINE_string("shadow", None, "Folder of MODEL's predictor, RUN/predictor.")
+SHADOW = flags.DEFINE_string("shadow", None, "Folder of MODEL's predictor, as RUN/predictor.")
 SPARSITY = flags.DEFINE_float("sparsity", 0.5, "--shadow: heads and neurons skipped, [0, 1).")
 REFRESH_EVERY = flags.DEFINE_integer(
-    "refresh_every", 0, "--shadow: decide anew after so many tokens; 0: by the prompt alone.", 0
+    "refresh_every", 0, "--shadow: RUN/predictor decides anew after so many tokens; 0: once.", 0
 )
 AUDIT_SHARE = flags.DEFINE_float("audit_share", 0.01, "--shadow: answers also read by the dense.")
 AUDIT_LIMIT = flags.DEFINE_float(
@@ -166,20 +165,11 @@ def _read_adapters(loaded: Loaded) -> dict[str, Delta]:
     return found
 
 
-def _predictor(config: ModelConfig, sha256: str | None = None) -> shadow_predictor.Predictor:
-    """That of --shadow; InputError for one that decides where rows of a batch cannot share it."""
-    found = shadow_predictor.load(str(SHADOW.value), config, sha256)
-    if found.info.variant in shadow_predictor.IN_STEP:
-        raise InputError(
-            f"--shadow={SHADOW.value} decides at every token, and rows served together would read "
-            "everything: name RUN/predictor, or use launch.shadow --stage=generate"
-        )
-    return found
-
-
 def _read_sparse(loaded: Loaded) -> Sparse:
     """The model laid out by the predictor of --shadow, which must be of these very weights."""
-    predictor = _predictor(loaded.config, lineage.hash_params(loaded.params))
+    predictor = shadow_predictor.load(
+        str(SHADOW.value), loaded.config, lineage.hash_params(loaded.params)
+    )
     share = SPARSITY.value
     policy = Policy(predictor.info.sizes, (share, share), REFRESH_EVERY.value)
     return ready(loaded.params, loaded.config, predictor, policy)
@@ -239,8 +229,10 @@ def _show_plan(loaded: Loaded) -> None:
     """Prints what would be served and what it takes."""
     config, settings, skips = loaded.config, _settings(loaded), ""
     if SHADOW.value:
-        sizes = _predictor(config).info.sizes
+        predictor = shadow_predictor.load(str(SHADOW.value), config)
+        sizes = predictor.info.sizes
         check_plan(config, sizes)
+        check_interval(predictor, REFRESH_EVERY.value)
         skips = (
             f"shadow   {SPARSITY.value:.0%} of {sizes.heads} heads by {sizes.unit} and of "
             f"{sizes.blocks} blocks of {sizes.block} neurons, after layer {sizes.first - 1}\n"

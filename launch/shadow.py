@@ -23,8 +23,8 @@ report    tables, paired intervals and plots of all that is there; RUN/report.ht
           own predictors that decides by the prompt or at every token, as evaluate judges.
 generate  continues prompts: the prompt dense, then with what RUN/predictor (--predictor) says that
           it needs; RUN/predictor_token decides at every token, RUN/predictor_dejavu* in every layer
-          at every token, for one prompt at a time. --audit_share of the requests are compared with
-          the dense model, which takes over once their mean drift passes --audit_limit.
+          at every token. --audit_share of the requests are compared with the dense model, which
+          takes over once their mean drift passes --audit_limit.
 
 `configs/shadow/smollm2.py:tiny` goes through all stages in a few minutes.
 """

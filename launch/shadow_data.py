@@ -24,6 +24,7 @@ from moejax.evals.text_likelihood import Encoding
 from moejax.io import lineage
 from moejax.io.load import Loaded, load_any
 from moejax.io.tokenizer import Tokenizer
+from moejax.methods import shadow_traces
 from moejax.methods.shadow_mask import Sizes, sizes_of
 from moejax.methods.shadow_measure import Text
 from moejax.train.folder import claim_folder
@@ -169,15 +170,16 @@ def encoding(model: Model) -> Encoding:
 
 
 def identity(config: ConfigDict, sections: tuple[str, ...], model: Model) -> dict[str, Any]:
-    """What a stage's folder belongs to: these sections of the config, and the model."""
+    """What a stage's folder belongs to: these sections of the config, the model, the format."""
     plain = json.loads(json.dumps(config.to_dict()))
-    return {name: plain[name] for name in sections} | {"model_sha256": model.sha256}
+    about = {"model_sha256": model.sha256, "traces_format": shadow_traces.FORMAT}
+    return {name: plain[name] for name in sections} | about
 
 
 def claim(folder: Path, name: str, mine: dict[str, Any], samples: Iterable[Sample]) -> None:
     """`claim_folder` of collected texts too: the standard library is another in another Python."""
     texts = {TEXTS: hash_pairs(pairs_of(sample.text for sample in samples))}
-    claim_folder(folder, mine | texts, name, before={TEXTS: None})
+    claim_folder(folder, mine | texts, name, before={TEXTS: None, "traces_format": 1})
 
 
 def hash_pairs(pairs: Sequence[Pair]) -> str:

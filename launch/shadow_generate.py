@@ -110,7 +110,7 @@ def describe(ready: sparse.Sparse, model: Model, values: dict[str, Any]) -> list
     if not isinstance(plan, Plan):
         when = "in every layer at every token" if ready.asked is not None else "at every token"
         if values["batch_size"] > 1:
-            when += ", where rows together read everything: leave out --batch_size for speed"
+            when += "; rows together read what any of them needs"
     lines.append(
         f"reads    {read / 1e6:.0f} MB of weights a token, dense {whole / 1e6:.0f} MB "
         f"({whole / read:.2f}x); decided {when}"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,9 +24,11 @@ import numpy as np
 from moejax.core import tree
 from moejax.core.errors import InputError
 from moejax.methods.shadow_mask import Kept, Mask, Sizes, num_kept
+from moejax.methods.shadow_predictor import predict
 from moejax.models.config import ModelConfig
 from moejax.models.sparse import by_rows
 from moejax.models.transformer import split_layers
+from moejax.ops.deciding import best_of_rows
 
 # Leaves of which the kept heads alone are read.
 _OF_HEADS = tuple(f"attn/rows_{name}" for name in ("q", "o", "k_up", "v_up"))
@@ -59,28 +61,24 @@ class Plan:
 class Scored:
     """One predictor decides at every token, by what layer 0's attention mixes there.
 
-    weights: its parameters. shares: sparsity of heads and of blocks.
+    weights: its parameters. keep_B2: int32 [B, 2], heads and blocks of a layer that each row keeps.
+    lengths: of the lists, with room for what all rows keep together.
     """
 
     weights: dict[str, Any]
+    keep_B2: Any
     sizes: Sizes = dataclasses.field(metadata={"static": True})
-    shares: tuple[float, float] = dataclasses.field(metadata={"static": True})
+    lengths: tuple[int, int] = dataclasses.field(metadata={"static": True})
 
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """Heads and blocks that one row keeps of a layer."""
-        heads, blocks = self.shares
-        return num_kept(self.sizes.heads, heads), num_kept(self.sizes.blocks, blocks)
-
-    def plan(self, scores: Mask) -> Plan:
-        """Of a step whose rows have these scores [B, L, units]. Several rows read everything."""
-        kept_B = kept_by_scores(scores, self.sizes, self.shares)
-        if kept_B.heads.shape[0] == 1:
-            return Plan(Kept(kept_B.heads[0], kept_B.blocks[0]))
-        lists, factors = [], []
-        for kept_BLK, count in _parts(kept_B, self.sizes):
-            lists.append(jnp.broadcast_to(jnp.arange(count), (kept_BLK.shape[1], count)))
-            factors.append(jax.nn.one_hot(kept_BLK, count).sum(-2))
+    def plan(self, context_BE: jax.Array) -> Plan:
+        """Of a step in which layer 0's heads mixed this."""
+        scores, lists, factors = predict(self.weights, context_BE, self.sizes), [], []
+        for part, scores_BLU in enumerate((scores.heads, scores.blocks)):
+            best = functools.partial(best_of_rows, length=self.lengths[part])
+            each_layer = jax.vmap(best, in_axes=(1, None), out_axes=(0, 1))
+            kept, factor = each_layer(scores_BLU[:, self.sizes.first :], self.keep_B2[:, part])
+            lists.append(kept)
+            factors.append(factor)
         return Plan(Kept(*lists), *factors)
 
 
@@ -90,10 +88,11 @@ class Asking:
     """Every layer decides at every token, by two predictors that read what enters it.
 
     weights: of each layer from `Sizes.first` on, {"heads": .., "neurons": ..}, each with w_1 and
-      w_2 as `moejax.models.sparse` reads them. lengths: heads and blocks that one row keeps.
+      w_2 as `moejax.models.sparse` reads them. keep_B2, lengths: as of `Scored`.
     """
 
     weights: tuple[dict[str, Any], ...]
+    keep_B2: Any
     lengths: tuple[int, int] = dataclasses.field(metadata={"static": True})
 
 
@@ -116,9 +115,22 @@ def lay_out(params: tree.Tree, config: ModelConfig, sizes: Sizes) -> tree.Tree:
 
 
 def with_plan(
-    params: tree.Tree, config: ModelConfig, sizes: Sizes, plan: Plan | Asking
+    params: tree.Tree,
+    config: ModelConfig,
+    sizes: Sizes,
+    plan: AnyPlan | None,
+    context: Callable[[], jax.Array],
 ) -> tree.Tree:
-    """A laid out tree whose next token is computed with the plan's units alone."""
+    """A laid out tree whose next token is computed with the plan's units alone; None: everything.
+
+    context: gives what layer 0's heads mix at this token, [B, E], where the plan asks for it. Of a
+    reading of the model made for that, layer 0's attention alone is computed when jitted, and once:
+    the reading with the plan has it too.
+    """
+    if plan is None:
+        return params
+    if isinstance(plan, Scored):
+        plan = plan.plan(context())
     runs, at = {}, -sizes.first
     for run in config.runs:
         made = []
@@ -134,8 +146,9 @@ def _with_lists(layer: tree.Tree, plan: Plan | Asking, at: int) -> tree.Tree:
     feed = "mlp" if "mlp" in layer else "moe"
     if isinstance(plan, Asking):
         asked = plan.weights[at]["heads"], plan.weights[at]["neurons"]
-        for part, ask, length in zip(("attn", feed), asked, plan.lengths, strict=True):
-            made[part] = layer[part] | {"ask": ask, "kept": jnp.arange(length)}
+        for at_part, (part, ask) in enumerate(zip(("attn", feed), asked, strict=True)):
+            ask = ask | {"keep_B": plan.keep_B2[:, at_part]}
+            made[part] = layer[part] | {"ask": ask, "kept": jnp.arange(plan.lengths[at_part])}
         return made
     parts = (("attn", plan.kept.heads, plan.heads_BLK),)
     for part, kept, weight in (*parts, (feed, plan.kept.blocks, plan.blocks_BLK)):
@@ -199,7 +212,7 @@ def lengths(sizes: Sizes, sparsity: tuple[float, float] | None = None) -> list[t
         tuple(-(-n * step // UNION_STEPS) for n in units) for step in range(1, UNION_STEPS + 1)
     }
     if sparsity is not None:
-        found.add(tuple(num_kept(n, s) for n, s in zip(units, sparsity, strict=True)))
+        found.add(sizes.kept(sparsity))
     return sorted(((heads, blocks) for heads, blocks in found), key=lambda pair: (pair[1], pair[0]))
 
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from moejax.methods.shadow_mask import Mask, Sizes, num_kept
+from moejax.methods.shadow_mask import Mask, Sizes
 from moejax.models.config import ModelConfig
 from moejax.models.inserted import Inserted, OnPlace
 from moejax.models.masked import by_run, is_masked
@@ -165,8 +165,7 @@ def predict(
 
 def kept(sizes: Sizes, sparsity: tuple[float, float]) -> dict[str, int]:
     """How many heads and blocks of a layer are kept, as `deciding` takes them."""
-    heads, neurons = sparsity
-    return {"heads": num_kept(sizes.heads, heads), "neurons": num_kept(sizes.blocks, neurons)}
+    return dict(zip(("heads", "neurons"), sizes.kept(sparsity), strict=True))
 
 
 def in_layers(

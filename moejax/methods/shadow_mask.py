@@ -43,6 +43,10 @@ class Sizes:
     unit: str = "query"
     first: int = 1
 
+    def kept(self, sparsity: tuple[float, float]) -> tuple[int, int]:
+        """How many heads and blocks of a layer are kept."""
+        return num_kept(self.heads, sparsity[0]), num_kept(self.blocks, sparsity[1])
+
 
 def sizes_of(config: ModelConfig, block: int, unit: str = "query", first: int = 1) -> Sizes:
     """Sizes for a model; InputError where the block does not divide or a name is unknown."""

@@ -49,7 +49,7 @@ from moejax.models.config import ModelConfig
 from moejax.models.masked import one_neuron_shape
 
 MODELING = "modeling_shadow.py"
-INFO, WEIGHTS, FORMAT_VERSION = "shadow.json", "predictor.safetensors", 1
+INFO, WEIGHTS, FORMAT_VERSION = "shadow.json", "predictor.safetensors", 2
 PER_LAYER = "dejavu"  # the variant that every layer asks
 OF_FIRST_LAYER = ("unified", "per_layer_normalised", "token")  # what they read
 VARIANTS = (*OF_FIRST_LAYER, PER_LAYER)
@@ -181,7 +181,10 @@ def load(
     about = atomic.read_json(folder / INFO)
     version = about.pop("format_version", None)
     if version != FORMAT_VERSION:
-        raise InputError(f"{folder}: format version {version!r}, this reads {FORMAT_VERSION}")
+        raise InputError(
+            f"{folder}: format version {version!r}, this reads {FORMAT_VERSION}: train it anew "
+            "(--stage=collect and --stage=train into another --workdir)"
+        )
     try:
         info = PredictorInfo(**about | {"sizes": Sizes(**about["sizes"])})
     except (KeyError, TypeError) as error:

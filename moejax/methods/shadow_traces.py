@@ -9,8 +9,8 @@ folder/part_00000.npz  of consecutive texts: "text" (which), "context" [N, E], "
                        "largest/NAME" float32 [N, L]; of R tokens per text what
                        `moejax.methods.shadow_dejavu` learns from: "rows/attn_in" and "rows/mlp_in"
                        float16 [N, L, R, D], and labels, 8 of them a byte: "rows/heads",
-                       "rows/neurons" uint8; and "rows/context" float16 [N, R, E] of the token
-                       before, from which the unified predictor learns the same labels
+                       "rows/neurons" uint8; and "rows/context" float16 [N, R, E] of the same
+                       token, from which the unified predictor learns the same labels
 folder/pooled_00000.npz  of the same texts: float64 sums of the unrounded scores of every criterion
                        and how many texts had it, held-out texts apart
 """
@@ -28,6 +28,8 @@ from moejax.core.errors import InputError
 from moejax.io import atomic
 from moejax.methods.shadow_dejavu import labels
 
+# 2: "rows/context" is of the row's own token; in 1 it was of the one before.
+FORMAT = 2
 _LEVELS, _PER_OCTAVE = 127, 8
 
 

@@ -66,7 +66,7 @@ def choose(load: Load, chip: str = "v5p") -> Choice:
 
     Time is latency + bytes received / link + bytes of rows written and read / memory speed. Of
     N tokens, K choices, P shards, with r = P N min(K, experts per shard) rows at worst:
-      all_gather  receives (P - 1) N rows and as many partial sums, handles P N K rows
+      all_gather  receives (P - 1) N rows and as many partial sums, handles r
       ragged      receives N K (P - 1) / P rows each way, handles r
       chunked     receives 1.25 times that, handles 1.25 N K, and has 2 of 6 parts at a time
     Memory counts 2 D + 3 F numbers a row, for the backward pass; a strategy may take 1/32 of the
@@ -88,7 +88,7 @@ def choose(load: Load, chip: str = "v5p") -> Choice:
         "ragged": round(both_ways),
         "chunked": round(1.25 * both_ways),
     }
-    rows = {"all_gather": load.shards * pairs, "ragged": worst, "chunked": 1.25 * pairs}
+    rows = {"all_gather": worst, "ragged": worst, "chunked": 1.25 * pairs}
     calls = {"all_gather": 4, "ragged": 5, "chunked": 6}
     per_row = (2 * load.d_model + 3 * load.d_ff) * load.bytes_per_number
     held = {"all_gather": 1.0, "ragged": 1.0, "chunked": 2 / 6}

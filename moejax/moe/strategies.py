@@ -44,20 +44,36 @@ def local(context, x_ND, experts_NK, weights_NK, experts):
 
 
 def all_gather(context, x_ND, experts_NK, weights_NK, experts):
-    """Every shard sees the tokens of all P and adds its experts' share: P N K rows in memory."""
+    """Every shard sees the tokens of all P and adds its experts' share: P N min(K, E / P) rows."""
     x_ND, experts_NK, weights_NK = (
         jax.lax.all_gather(a, AXIS, tiled=True) for a in (x_ND, experts_NK, weights_NK)
     )
     num_local = context.num_experts // context.shards
     mine_NK = experts_NK - jax.lax.axis_index(AXIS) * num_local
-    # What is another shard's comes last, in a group that no expert has.
-    mine_NK = jnp.where((mine_NK >= 0) & (mine_NK < num_local), mine_NK, num_local)
-    moves = plan(mine_NK, num_local + 1)
+    mine_NM, weights_NM = _of_range(mine_NK, weights_NK, num_local)
+    moves = plan(mine_NM, num_local + 1)
     rows_RD = _ffn(context, experts, dispatch(x_ND, moves), moves.group_sizes_E[:num_local])
-    weights_NK = jnp.where(mine_NK < num_local, weights_NK, 0.0)
-    y_ND = combine(rows_RD, weights_NK, moves).astype(jnp.float32)
+    y_ND = combine(rows_RD, weights_NM, moves).astype(jnp.float32)
     y_ND = jax.lax.psum_scatter(y_ND, AXIS, tiled=True)
     return y_ND, jnp.zeros((), jnp.float32)
+
+
+def _of_range(
+    experts_NK: jax.Array, weights_NK: jax.Array, num_experts: int
+) -> tuple[jax.Array, jax.Array]:
+    """A token's choices among experts 0 .. num_experts - 1, [N, M] with M = min(K, num_experts).
+
+    Where it has fewer: weight 0 and expert num_experts, which there is none of.
+    """
+    here_NK = (experts_NK >= 0) & (experts_NK < num_experts)
+    experts_NK = jnp.where(here_NK, experts_NK, num_experts)
+    weights_NK = jnp.where(here_NK, weights_NK, 0.0)
+    if experts_NK.shape[1] <= num_experts:
+        return experts_NK, weights_NK
+    nth_NK = jnp.where(here_NK, jnp.cumsum(here_NK, axis=1), 0)
+    which_NMK = nth_NK[:, None] == jnp.arange(1, num_experts + 1)[:, None]
+    experts_NM = jnp.min(jnp.where(which_NMK, experts_NK[:, None], num_experts), axis=-1)
+    return experts_NM, jnp.sum(jnp.where(which_NMK, weights_NK[:, None], 0.0), axis=-1)
 
 
 def capacity(context, x_ND, experts_NK, weights_NK, experts):

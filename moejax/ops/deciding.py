@@ -1,4 +1,4 @@
-"""Lists of what is kept that a layer makes itself, of what enters it, at every token."""
+"""Lists of what is kept that are made inside a step, of each row's scores, at every token."""
 
 from __future__ import annotations
 
@@ -11,17 +11,39 @@ import jax.numpy as jnp
 def decided(params: dict[str, Any], x_BTD: jax.Array, num_units: int) -> dict[str, Any]:
     """Weights with the list that their `ask` makes of this token; without one what was given.
 
-    One row reads what it keeps. Several keep different units: all are read, under factors.
+    ask: w_1, w_2, and keep_B, how many units each row keeps. The list is as long as `kept` was.
     """
     if "ask" not in params:
         return params
-    ask, keep = params["ask"], params["kept"].shape[0]
+    ask, length = params["ask"], params["kept"].shape[0]
     logits = (x_BTD[:, 0] @ ask["w_1"] @ ask["w_2"]).astype(jnp.float32)
     scores_BU = jax.nn.sigmoid(logits).reshape(len(x_BTD), num_units, -1).sum(-1)
-    best_BK = jnp.sort(jax.lax.top_k(scores_BU, keep)[1], axis=-1).astype(jnp.int32)
-    made = {name: value for name, value in params.items() if name != "ask"}
-    if len(x_BTD) == 1:
-        return made | {"kept": best_BK[0]}
-    rows = jnp.arange(len(x_BTD))[:, None]
-    weight_BU = jnp.zeros(scores_BU.shape).at[rows, best_BK].set(1)
-    return made | {"kept": jnp.arange(num_units), "weight": weight_BU}
+    kept_K, weight_BK = best_of_rows(scores_BU, ask["keep_B"], length)
+    made = {name: value for name, value in params.items() if name != "ask"} | {"kept": kept_K}
+    return made if weight_BK is None else made | {"weight": weight_BK}
+
+
+def best_of_rows(
+    scores_BU: jax.Array, keep_B: jax.Array, length: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """The units that some row keeps, each once, and each row's factors, 1 where it keeps one.
+
+    Row b keeps its keep_B[b] best; all together may be no more than `length` (or all units). What
+    is over of the list's length names a unit beside it again, under factors 0. A list of all units
+    has each kept one at its own place. One row keeps `length` and has no factors.
+    """
+    num_rows, num_units = scores_BU.shape
+    if num_rows == 1:
+        return jnp.sort(jax.lax.top_k(scores_BU[0], length)[1]).astype(jnp.int32), None
+    order_BU = jnp.argsort(-scores_BU, axis=-1, stable=True)
+    wanted_BU = jnp.arange(num_units) < keep_B[:, None]
+    has_BU = jnp.zeros(scores_BU.shape, bool)
+    has_BU = has_BU.at[jnp.arange(num_rows)[:, None], order_BU].set(wanted_BU)
+    any_U, units_U = jnp.any(has_BU, axis=0), jnp.arange(num_units, dtype=jnp.int32)
+    if length == num_units:
+        return jax.lax.cummax(jnp.where(any_U, units_U, 0)), has_BU.astype(jnp.float32)
+    first_K = jnp.argsort(~any_U, stable=True)[:length].astype(jnp.int32)
+    count = jnp.sum(any_U)
+    kept_K = jnp.where(jnp.arange(length) < count, first_K, first_K[jnp.maximum(count - 1, 0)])
+    weight_BK = jnp.where(jnp.arange(length) < count, has_BU[:, kept_K], False)
+    return kept_K, weight_BK.astype(jnp.float32)

@@ -1,7 +1,8 @@
 // Products with chosen blocks of rows, float32, for CPUs: see sparse_matmul.py for the equations.
 //
 // Decoding is bound by what is read from memory. Every chosen block is read once, in order, straight
-// from where it lies. Work is cut into pieces that do not depend on the number of threads, so the
+// from where it lies; one that is named several times in a row is read once, too, and rows that all
+// of x multiplies by 0 are not read at all (a union's list is filled up with both). Work is cut into pieces that do not depend on the number of threads, so the
 // sums are the same bits on any machine with the same instructions.
 
 #include <algorithm>
@@ -69,19 +70,35 @@ using Floats = ffi::Buffer<ffi::F32>;
 using Indices = ffi::Buffer<ffi::S32>;
 using Result = ffi::ResultBuffer<ffi::F32>;
 
+bool AllZero(const float* times, int64_t rows, int64_t batch, int64_t stride) {
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t i = 0; i < rows; ++i) {
+      if (times[b * stride + i] != 0) return false;
+    }
+  }
+  return true;
+}
+
 // x [B, D], w [M, P, D], chosen [K] -> [B, K, P]
 ffi::Error Into(ffi::ThreadPool pool, Floats x, Floats w, Indices chosen, Result out) {
   const int64_t batch = x.dimensions()[0], size = x.dimensions()[1];
   const int64_t blocks = w.dimensions()[0], rows = w.dimensions()[1];
-  const int64_t all = chosen.dimensions()[0] * rows;
+  const int64_t count = chosen.dimensions()[0], all = count * rows;
   const float *px = x.typed_data(), *pw = w.typed_data();
   const int32_t* pc = chosen.typed_data();
   float* po = out->typed_data();
   InParallel(pool, (all + kRows - 1) / kRows, [=](int64_t piece) {
     const int64_t end = std::min(all, (piece + 1) * kRows);
     for (int64_t row = piece * kRows; row < end; ++row) {
+      const int64_t block = row / rows;
+      if (block > 0 && pc[block] == pc[block - 1]) continue;  // the first of them writes all
       const float* from = Row(pw, pc, row, blocks, rows, size);
-      for (int64_t b = 0; b < batch; ++b) po[b * all + row] = Dot(px + b * size, from, size);
+      for (int64_t b = 0; b < batch; ++b) {
+        const float sum = Dot(px + b * size, from, size);
+        float* to = po + b * all + row;
+        *to = sum;
+        for (int64_t k = block + 1; k < count && pc[k] == pc[block]; ++k) *(to += rows) = sum;
+      }
     }
   });
   return ffi::Error::Success();
@@ -103,7 +120,8 @@ ffi::Error OutOf(ffi::ThreadPool pool, Floats x, Floats w, Indices chosen, Resul
     for (int64_t row = piece * step; row < end;) {
       const float* from = Row(pw, pc, row, blocks, rows, size);
       const bool four = row + 4 <= end && row % rows + 4 <= rows;
-      for (int64_t b = 0; b < batch; ++b) {
+      const bool nothing = AllZero(px + row, four ? 4 : 1, batch, all);
+      for (int64_t b = 0; b < (nothing ? 0 : batch); ++b) {
         const float* times = px + b * all + row;
         if (four) {
           AddFourRows(sum + b * size, from, times, size);

@@ -124,7 +124,7 @@ def decode(
     rows: Rows,
     num_steps,
     most_ended,
-    lists: shadow_decode.Plan | None = None,
+    lists: shadow_decode.AnyPlan | None = None,
 ) -> tuple[Pool, Drawn]:
     """Draws up to `num_steps` tokens for every row that is not finished.
 
@@ -132,9 +132,6 @@ def decode(
     slots can be filled again. lists: what is computed, of parameters laid out for that
     (`plan.sizes`).
     """
-    if lists is not None:
-        assert plan.sizes is not None
-        params = shadow_decode.with_plan(params, plan.config, plan.sizes, lists)
     num_rows = rows.last_B.shape[0]
     rows = jax.tree.map(jnp.asarray, rows)
     keys_B = jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))(
@@ -158,7 +155,7 @@ def decode(
         return (step < num_steps) & ~jnp.all(rows.finished_B) & (num_ended < most_ended)
 
     def draw(carry):
-        return _step(plan, params, keys_B, carry)
+        return _step(plan, params, lists, keys_B, carry)
 
     pool, _, drawn, _ = jax.lax.while_loop(unfinished, draw, (pool, rows, drawn, 0))
     if plan.place is not None:
@@ -191,30 +188,36 @@ def _context_size(config: ModelConfig) -> int:
     return config.num_heads * (config.head_size if config.mla is None else config.mla.v_size)
 
 
-def _step(plan: Plan, params, keys_B, carry):
+def _step(plan: Plan, params, lists: shadow_decode.AnyPlan | None, keys_B, carry):
     """Reads every row's newest token and draws the one that follows it."""
     pool, rows, drawn, step = carry
     active_B = ~rows.finished_B
     valid_B = active_B.astype(jnp.int32)
     k, v = pool
     cache = PagedCache(k, v, rows.pages_BP, rows.length_B, valid_B, rows.rope_length_B)
-    contexts: list[jax.Array] = []
-    out = forward(
-        params,
-        plan.config,
-        rows.last_B[:, None],
-        cache=cache,
-        options=plan.options,
-        inserted=None if plan.sizes is None else seeing(contexts),
-    )
-    assert isinstance(out.cache, PagedCache)
+
+    def read(used: tree.Tree) -> tuple[Any, Any]:
+        """What `forward` gives, and what layer 0's heads mixed, [B, E], of laid out parameters."""
+        contexts: list[jax.Array] = []
+        inserted = None if plan.sizes is None else seeing(contexts)
+        tokens_B1, options = rows.last_B[:, None], plan.options
+        out = forward(
+            used, plan.config, tokens_B1, cache=cache, options=options, inserted=inserted
+        )
+        return out, contexts[0].reshape(len(tokens_B1), -1) if contexts else None
+
+    used = params
+    if plan.sizes is not None:
+        used = shadow_decode.with_plan(
+            params, plan.config, plan.sizes, lists, lambda: read(params)[1]
+        )
+    out, context_BE = read(used)
     logits_BV = unembed(params, plan.config, out.hidden_BTD[:, 0])
     step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, rows.count_B)
     ids_B = sample(logits_BV, step_keys_B, rows.sampling)
     drawn = _write(plan, drawn, step, logits_BV, jnp.where(active_B, ids_B, -1), rows.wants_B)
-    if contexts:
-        context_BE = contexts[0].reshape(drawn.context_BE.shape).astype(jnp.float32)
-        drawn = dataclasses.replace(drawn, context_BE=context_BE)
+    if context_BE is not None:
+        drawn = dataclasses.replace(drawn, context_BE=context_BE.astype(jnp.float32))
     stopped_B = jnp.any(ids_B[:, None] == rows.stop_ids_BZ, axis=-1)
     count_B = rows.count_B + valid_B
     rows = dataclasses.replace(

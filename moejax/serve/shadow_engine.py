@@ -1,10 +1,10 @@
 """ShadowLLM behind the server: rows of one batch, each computing the heads and neurons it needs.
 
 A row's prompt and its first step, which reads the prompt's last token, are dense; what layer 0
-mixed there decides what the next steps compute (and anew every `refresh_every` tokens). All rows of
-a step share lists of units, the union of what they keep, and each has factors that leave out what
-it does not keep itself. A dense row, or one before its first step, keeps everything: while it is in
-the batch every unit is read.
+mixed there decides what the next steps compute (and anew every `refresh_every` tokens), or every
+step decides for itself (`Sparse.in_step`). All rows of a step share lists of units, the union of
+what they keep, and each has factors that leave out what it does not keep itself. A dense row, or
+one before its first step, keeps everything: while it is in the batch every unit is read.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax.core.errors import InputError
 from moejax.methods import shadow_decode
 from moejax.methods.shadow_audit import Audit, AuditConfig, compare
-from moejax.methods.shadow_mask import Mask, Sizes, num_kept
+from moejax.methods.shadow_mask import Mask, Sizes
 from moejax.methods.shadow_predictor import predict
 from moejax.serve.engine import Engine
 from moejax.serve.engine_programs import Drawn, decode, reread
 from moejax.serve.engine_rows import Row
 from moejax.serve.request import EngineConfig
-from moejax.serve.sparse import Sparse
+from moejax.serve.sparse import Sparse, deciding
 from moejax.serve.text import Decode
 
 # An audit looks at the first tokens of an answer: logits of all would not fit beside long ones.
@@ -65,20 +64,16 @@ class ShadowEngine(Engine):
         decode_text: Decode | None = None,
         audit: Audit | None = None,
     ):
-        if model.asked is not None or model.at_token:
-            raise InputError("a predictor that decides at every token is for sparse.generate")
         super().__init__(model.params, model.config, settings, decode_text)
         self.audit, self.policy = audit or Audit(AuditConfig(share=0)), model.policy
-        self._predictor, self._static = model.predictor, model.static
+        self._model = dataclasses.replace(model, params=None)
         keeps_logits = self.audit.config.share > 0
         sizes, num_slots = self.policy.sizes, settings.num_slots
         self._plan = dataclasses.replace(self._plan, sizes=sizes, keeps_logits=keeps_logits)
         self._seats: list[_Seat | None] = [None] * num_slots
         self._num_sparse = 0
-        self._lengths = shadow_decode.lengths(sizes, self.policy.sparsity)
-        shape = num_slots, sizes.num_layers - sizes.first
-        self._has_B = Mask(*(np.zeros((*shape, n), bool) for n in (sizes.heads, sizes.blocks)))
-        self._lists: shadow_decode.Plan | None = None  # made when they are needed next
+        kind = _InStep if model.in_step else _BetweenSteps
+        self._kept = kind(self._model, num_slots)
 
     def report(self) -> dict[str, Any]:
         """What is skipped, and what the audit has seen so far."""
@@ -88,12 +83,8 @@ class ShadowEngine(Engine):
     def warm(self) -> None:
         """Compiles what requests of the engine's own sparsity need, in whatever company."""
         super().warm()
-        sizes, own = self.policy.sizes, self.policy.sparsity or (0.0, 0.0)
-        kept = [num_kept(n, s) for n, s in zip((sizes.heads, sizes.blocks), own, strict=True)]
-        for pair in self._lengths:
-            if pair[0] >= kept[0] and pair[1] >= kept[1]:
-                lists = shadow_decode.empty_lists(pair, self.settings.num_slots, sizes)
-                self._run(1, lists)  # nobody is there: nothing is computed
+        for lists in self._kept.of_nobody():
+            self._run(1, lists)  # nothing is computed
         if self._plan.keeps_logits:
             self._reread(0, [0], 0)
 
@@ -103,13 +94,11 @@ class ShadowEngine(Engine):
         seats = list(self._seated())
         for _, seat in seats:
             num_steps = min(num_steps, self._num_until_due(seat))
-        if self._lists is None:
-            self._lists = shadow_decode.union(self._has_B, self._lengths)
-        drawn = self._run(num_steps, self._lists)
+        drawn = self._run(num_steps, self._kept.lists())
         self._look(seats, drawn)
         return jax.device_get(dataclasses.replace(drawn, context_BE=None, logits_BNV=None))
 
-    def _run(self, num_steps: int, lists: shadow_decode.Plan) -> Drawn:
+    def _run(self, num_steps: int, lists: shadow_decode.AnyPlan) -> Drawn:
         rows = self._state, num_steps, self.settings.most_ended(bool(self._waiting))
         self._pool, drawn = decode(self._plan, self.params, self._pool, *rows, lists)
         return drawn
@@ -122,7 +111,7 @@ class ShadowEngine(Engine):
             seat = self._seats[slot]
             if seat is None:
                 seat = self._seats[slot] = self._new_seat(row)
-                self._keep(slot, None)
+                self._kept.keep(slot, None)
             yield slot, seat
 
     def _new_seat(self, row: Row) -> _Seat:
@@ -133,12 +122,6 @@ class ShadowEngine(Engine):
         audited = self.audit.wants(self._num_sparse)
         self._num_sparse += 1
         return _Seat(row, share, audited)
-
-    def _keep(self, slot: int, kept: Mask | None) -> None:
-        """Sets what a slot's row computes: units [L - first, U], or everything."""
-        for name in ("heads", "blocks"):
-            getattr(self._has_B, name)[slot] = True if kept is None else getattr(kept, name)
-        self._lists = None
 
     def _num_until_due(self, seat: _Seat) -> int:
         """Tokens until what a row computes is decided (anew)."""
@@ -160,33 +143,15 @@ class ShadowEngine(Engine):
         due = [(slot, seat) for slot, seat in due if seat.sparsity is not None]
         if not due:
             return
-        scores = self._scores(drawn.context_BE)
+        scores = self._kept.scores(drawn.context_BE)
         for slot, seat in due:
-            self._decide(slot, seat, jax.tree.map(lambda x, at=slot: x[at], scores))
-
-    def _scores(self, context_BE: jax.Array) -> Mask:
-        """[B, L, units] of all slots."""
-        if self.policy.predicted:
-            assert self._predictor is not None
-            scores = _predicted(self.policy.sizes, self._predictor, context_BE)
-            return jax.device_get(scores)
-        static = jax.tree.map(np.asarray, self._static)
-        return jax.tree.map(lambda x: np.broadcast_to(x, (len(self._rows), *x.shape)), static)
-
-    def _decide(self, slot: int, seat: _Seat, scores: Mask) -> None:
-        assert seat.sparsity is not None
-        found, first = [], self.policy.sizes.first
-        for scores_LU, share in zip((scores.heads, scores.blocks), seat.sparsity, strict=True):
-            if not np.isfinite(scores_LU).all():
-                number = seat.row.group.request_id
-                _log.warning("request %d: NaN among its scores, it runs dense", number)
-                seat.sparsity, seat.audited = None, False
-                self._keep(slot, None)
-                return
-            best = np.argsort(-scores_LU[first:], axis=-1, kind="stable")
-            best = best[:, : num_kept(scores_LU.shape[-1], share)]
-            found.append(shadow_decode.kept_units(best, scores_LU.shape[-1]))
-        self._keep(slot, Mask(*found))
+            assert seat.sparsity is not None
+            if self._kept.decide(slot, seat.sparsity, scores):
+                continue
+            number = seat.row.group.request_id
+            _log.warning("request %d: NaN among its scores, it runs dense", number)
+            seat.sparsity, seat.audited = None, False
+            self._kept.keep(slot, None)
 
     def _free(self, slot: int) -> None:
         seat = self._seats[slot]
@@ -194,9 +159,8 @@ class ShadowEngine(Engine):
             # The first token is drawn after the prompt, which both read densely.
             if seat.audited and len(seat.ids) > 1:
                 self._compare(slot, seat)
-            self._seats[slot], self._lists = None, None
-            for has_BLU in (self._has_B.heads, self._has_B.blocks):
-                has_BLU[slot] = False
+            self._seats[slot] = None
+            self._kept.leave(slot)
         super()._free(slot)
 
     def _compare(self, slot: int, seat: _Seat) -> None:
@@ -225,6 +189,102 @@ class ShadowEngine(Engine):
             self._pool, logits_1TV = reread(self._plan, self.params, self._pool, tokens_1T, rows)
             found.append(np.asarray(logits_1TV)[0, : len(part)])
         return np.concatenate(found)
+
+
+class _BetweenSteps:
+    """What every slot's row computes, decided between steps from scores on the host."""
+
+    def __init__(self, model: Sparse, num_slots: int):
+        self._model, sizes = model, model.policy.sizes
+        self._lengths = shadow_decode.lengths(sizes, model.policy.sparsity)
+        shape = num_slots, sizes.num_layers - sizes.first
+        self._has_B = Mask(*(np.zeros((*shape, n), bool) for n in (sizes.heads, sizes.blocks)))
+        self._lists: shadow_decode.Plan | None = None  # made when they are needed next
+
+    def lists(self) -> shadow_decode.AnyPlan:
+        """For the next steps."""
+        if self._lists is None:
+            self._lists = shadow_decode.union(self._has_B, self._lengths)
+        return self._lists
+
+    def of_nobody(self) -> Iterator[shadow_decode.AnyPlan]:
+        """Of all shapes that rows of the model's own sparsity may need; no row keeps anything."""
+        sizes, num_slots = self._model.policy.sizes, len(self._has_B.heads)
+        for pair in _needed(self._model, self._lengths):
+            yield shadow_decode.empty_lists(pair, num_slots, sizes)
+
+    def keep(self, slot: int, kept: Mask | None) -> None:
+        """Sets what a slot's row computes: units [L - first, U], or everything."""
+        for name in ("heads", "blocks"):
+            getattr(self._has_B, name)[slot] = True if kept is None else getattr(kept, name)
+        self._lists = None
+
+    def leave(self, slot: int) -> None:
+        """Nobody is there."""
+        for has_BLU in (self._has_B.heads, self._has_B.blocks):
+            has_BLU[slot] = False
+        self._lists = None
+
+    def scores(self, context_BE: jax.Array) -> Mask:
+        """[B, L, units] of all slots, from what layer 0's heads mixed at their newest tokens."""
+        model = self._model
+        if model.policy.predicted:
+            assert model.predictor is not None
+            return jax.device_get(_predicted(model.policy.sizes, model.predictor, context_BE))
+        static = jax.tree.map(np.asarray, model.static)
+        return jax.tree.map(lambda x: np.broadcast_to(x, (len(context_BE), *x.shape)), static)
+
+    def decide(self, slot: int, sparsity: tuple[float, float], scores: Any) -> bool:
+        """Keeps the slot's best; False where its scores are not finite."""
+        sizes, found = self._model.policy.sizes, []
+        both = zip((scores.heads, scores.blocks), sizes.kept(sparsity), strict=True)
+        for scores_BLU, count in both:
+            scores_LU = scores_BLU[slot]
+            if not np.isfinite(scores_LU).all():
+                return False
+            best = np.argsort(-scores_LU[sizes.first :], axis=-1, kind="stable")[:, :count]
+            found.append(shadow_decode.kept_units(best, scores_LU.shape[-1]))
+        self.keep(slot, Mask(*found))
+        return True
+
+
+class _InStep:
+    """How much every slot's row computes, where each step decides what: as `_BetweenSteps`."""
+
+    def __init__(self, model: Sparse, num_slots: int):
+        self._model, sizes = model, model.policy.sizes
+        self._lengths = shadow_decode.lengths(sizes, model.policy.sparsity)
+        self._whole_2 = sizes.heads, sizes.blocks
+        self._keep_B2 = np.zeros((num_slots, 2), np.int32)
+
+    def lists(self) -> shadow_decode.AnyPlan:
+        return deciding(self._model, self._keep_B2.copy(), self._lengths)
+
+    def of_nobody(self) -> Iterator[shadow_decode.AnyPlan]:
+        nothing_B2 = np.zeros_like(self._keep_B2)
+        for pair in _needed(self._model, self._lengths):
+            yield deciding(self._model, nothing_B2, [pair])
+
+    def keep(self, slot: int, kept: tuple[int, int] | None) -> None:
+        """Sets how many heads and blocks a slot's row computes; None: everything."""
+        self._keep_B2[slot] = self._whole_2 if kept is None else kept
+
+    def leave(self, slot: int) -> None:
+        self._keep_B2[slot] = 0
+
+    def scores(self, context_BE: jax.Array) -> np.ndarray:
+        """What they will be made from."""
+        return np.asarray(context_BE)
+
+    def decide(self, slot: int, sparsity: tuple[float, float], context_BE: Any) -> bool:
+        self.keep(slot, self._model.policy.sizes.kept(sparsity))
+        return bool(np.isfinite(context_BE[slot]).all())
+
+
+def _needed(model: Sparse, lengths: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The lengths that hold what one row of the model's own sparsity keeps."""
+    heads, blocks = model.policy.sizes.kept(model.policy.sparsity or (0.0, 0.0))
+    return [pair for pair in lengths if pair[0] >= heads and pair[1] >= blocks]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -31,7 +31,7 @@ from moejax.methods.shadow_decode import (
     plan_of,
     with_plan,
 )
-from moejax.methods.shadow_mask import Kept, Mask, Sizes, num_kept
+from moejax.methods.shadow_mask import Kept, Mask, Sizes
 from moejax.methods.shadow_order import reordered
 from moejax.methods.shadow_predictor import IN_STEP, PER_LAYER, Predictor, predict
 from moejax.models.cache import KVCache, init_cache
@@ -83,6 +83,11 @@ class Sparse:
     options: ForwardOptions = ForwardOptions()
     asked: tuple[dict[str, Any], ...] | None = None
     at_token: bool = False
+
+    @property
+    def in_step(self) -> bool:
+        """Whether every step decides for itself."""
+        return self.policy.predicted and (self.at_token or self.asked is not None)
 
 
 @jax.tree_util.register_dataclass
@@ -156,14 +161,29 @@ def decide(model: Sparse, context_BE: jax.Array) -> AnyPlan | None:
         assert model.static is not None
         kept = kept_by_scores(jax.tree.map(jnp.asarray, model.static), sizes, shares)
         return Plan(kept)
-    if model.asked is not None:
-        units = zip((sizes.heads, sizes.blocks), shares, strict=True)
-        heads, blocks = (num_kept(count, share) for count, share in units)
-        return Asking(model.asked, (heads, blocks))
-    assert model.predictor is not None
-    if model.at_token:
-        return Scored(model.predictor, sizes, shares)
+    if model.in_step:
+        keep_2 = np.array(sizes.kept(shares), np.int32)
+        return deciding(model, np.tile(keep_2, (len(context_BE), 1)))
     return plan_of(_predicted(sizes, shares, model.predictor, context_BE), sizes)
+
+
+def deciding(
+    model: Sparse, keep_B2: np.ndarray, allowed: Sequence[tuple[int, int]] | None = None
+) -> Scored | Asking:
+    """What a model whose predictor decides inside each step computes of rows that keep so much.
+
+    keep_B2: int32 [B, 2], heads and blocks of a layer. allowed: lengths of lists as
+    `moejax.methods.shadow_decode.lengths` gives them, the first with room is taken; None: any.
+    """
+    sizes = model.policy.sizes
+    most = np.minimum(keep_B2.sum(axis=0), (sizes.heads, sizes.blocks)).tolist()
+    heads, blocks = next(
+        pair for pair in allowed or [tuple(most)] if pair[0] >= most[0] and pair[1] >= most[1]
+    )
+    if model.asked is not None:
+        return Asking(model.asked, keep_B2, (heads, blocks))
+    assert model.predictor is not None
+    return Scored(model.predictor, keep_B2, sizes, (heads, blocks))
 
 
 def advance(
@@ -263,21 +283,14 @@ def _read(config, options, params, cache: KVCache, tokens_BT) -> State:
 def _advance(static, params, plan: AnyPlan | None, state: State, keys):
     config, options, sizes, sampling = static
 
-    def planned(cache: KVCache, tokens_B1) -> tree.Tree:
-        if plan is None:
-            return params
-        if not isinstance(plan, Scored):
-            return with_plan(params, config, sizes, plan)
-        # Of this reading layer 0's attention alone is computed, and once: the next one has it too.
-        context_BE = _read(config, options, params, cache, tokens_B1).context_BE
-        scores = predict(plan.weights, context_BE, sizes)
-        return with_plan(params, config, sizes, plan.plan(scores))
-
     def step(state: State, keys_B):
         ids_B = sample(state.logits_BV, keys_B, sampling)
         tokens_B1 = ids_B[:, None]
-        used = planned(state.cache, tokens_B1)
-        new = _read(config, options, used, state.cache, tokens_B1)
+
+        def read(used: tree.Tree) -> State:
+            return _read(config, options, used, state.cache, tokens_B1)
+
+        new = read(with_plan(params, config, sizes, plan, lambda: read(params).context_BE))
         return new, (ids_B, state.logits_BV)
 
     state, (ids_TB, logits_TBV) = jax.lax.scan(step, state, keys)

@@ -113,6 +113,13 @@ def test_all_stages_and_going_on(tmp_path, capsys):
     other["config"].mask.block = 16
     with pytest.raises(InputError, match=r"another config: mask\.block"):
         shadow_evaluate.main(other)
+    (tmp_path / "data/gsm8k_train.jsonl").write_text(texts)
+    claim = run / "traces/collect.json"
+    made = json.loads(claim.read_text())
+    assert made.pop("traces_format") == 2  # as before there was one: contexts of other tokens
+    claim.write_text(json.dumps(made))
+    with pytest.raises(InputError, match=r"traces_format \(1 there, 2 here\)"):
+        shadow_train.main(flags)
 
 
 def test_bad_input_is_one_line(tmp_path):

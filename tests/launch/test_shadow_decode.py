@@ -105,7 +105,7 @@ def test_layers_that_decide(asked, capsys):
     assert "decided in every layer at every token\n" in half
     pair = said(asked, capsys, **dejavu_of(asked), batch_size=2, audit_share=1.0)
     assert answers(pair) == answers(half) and "2 of 2 requests run dense as well" in pair
-    assert "at every token, where rows together read everything" in pair
+    assert "at every token; rows together read what any of them needs" in pair
 
 
 def test_an_audit_past_the_limit_turns_to_the_dense_model(asked, capsys):

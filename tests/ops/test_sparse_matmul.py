@@ -21,7 +21,7 @@ from moejax.ops.sparse_matmul_tpu import sparse_ffn_tpu, sparse_matmul_tpu
 from tests.aot.test_topology import run_for
 
 M, P, D = 6, 16, 96
-CHOSEN = {"some": [4, 0, 5, 1], "one": [3], "twice": [2, 2, 0]}
+CHOSEN = {"some": [4, 0, 5, 1], "one": [3], "twice": [2, 2, 0], "over": [1, 4, 4, 4]}
 
 
 def skip_without_compiler(name):
@@ -56,6 +56,7 @@ def close(got, wanted, dtype="float32"):
     [
         *[(name, "some", 3) for name in IMPLEMENTATIONS],
         *[(name, "twice", 1) for name in ("cpu", "native")],
+        ("native", "over", 2),
         *[pytest.param("tpu", case, 1, marks=pytest.mark.slow) for case in ("one", "twice")],
         *[("gpu", case, batch) for case, batch in (("one", 1), ("twice", 6), ("some", 70))],
     ],
@@ -63,6 +64,8 @@ def close(got, wanted, dtype="float32"):
 def test_both_directions_equal_the_definition(name, case, batch):
     chosen = np.asarray(CHOSEN[case])
     w, x, h = draw(M, P, D), draw(batch, D, seed=1), draw(batch, len(chosen), P, seed=2)
+    if case == "over":  # rows under zeros of all of x, and of one
+        h = h.at[:, 2:].set(0).at[0, 1].set(0)
     rows = np.asarray(w, np.float64)[chosen]
     into = run(name, x, w, jnp.asarray(chosen))
     assert into.shape == (batch, len(chosen), P)
