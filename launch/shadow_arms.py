@@ -32,8 +32,8 @@ AFTER_TOKEN = {"predicted_each": "unified", "predicted_late": "token"}
 # DejaVu's that decide at every token, as published, and whose predictors they are.
 PER_TOKEN = {
     "dejavu_token": "dejavu",
-    "dejavu_token_single": "dejavu",
     "dejavu_equal_token": "dejavu_equal",
+    "dejavu_token_single": "dejavu",
 }
 
 
@@ -96,17 +96,16 @@ def arms_of(config: Any, texts: bool) -> Iterator[Arm]:
 
 def _rivals(sparsities: Any, places: Any, texts: bool) -> Iterator[Arm]:
     """What decides in another way: at every token, or by thresholds and statistics."""
+    everywhere = "predicted_each", "predicted_token", "dejavu_token", "dejavu_equal_token"
     for sparsity in sparsities:
         for place in places:
-            for method in ("predicted_each", "predicted_token", "dejavu_token"):
+            for method in everywhere:
                 yield Arm(method, place, sparsity)
         yield Arm("dejavu_token_single", "both", sparsity)
         if texts:
             yield Arm("predicted_now", "both", sparsity)
             yield Arm("predicted_late", "both", sparsity)
             yield Arm("dejavu_token_single", "neurons", sparsity)
-            for place in places:
-                yield Arm("dejavu_equal_token", place, sparsity)
         if texts or sparsity == 0.5:
             yield Arm("griffin", "neurons", sparsity)
             yield Arm("griffin_single", "neurons", sparsity)

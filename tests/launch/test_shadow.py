@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -20,9 +18,8 @@ from moejax.io.tokenizer import Tokenizer
 from moejax.methods import shadow_traces
 from moejax.models import transformer
 from moejax.models.config import ModelConfig
+from tests import commands
 from tests.tiny_tokenizer import gguf_fields
-
-ROOT = Path(__file__).parents[2]
 
 
 def write(folder: Path, seed: int = 0, layers: int = 3) -> None:
@@ -124,10 +121,7 @@ def test_all_stages_and_going_on(tmp_path, capsys):
 
 def test_bad_input_is_one_line(tmp_path):
     def said(*flags: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "launch.shadow", *flags],
-            cwd=ROOT, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+        done = commands.run("shadow", *flags)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         return done.stderr
 

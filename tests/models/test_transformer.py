@@ -124,7 +124,7 @@ def test_later_tokens_never_move_an_earlier_state(model):
     assert float(jnp.max(jnp.abs(a[:, 6:] - b[:, 6:]))) > 1e-3
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "offload"])
+@pytest.mark.parametrize("remat", ["full", "dots", pytest.param("offload", marks=pytest.mark.slow)])
 def test_remat_changes_no_gradient(model, remat):
     config, params = model
 
@@ -203,7 +203,9 @@ def test_layers_of_one_shape_are_one_run_whatever_their_windows():
     assert run.windows == (3, 0, 3)
 
 
-@pytest.mark.parametrize("name", ["windows-caps-sandwich", "learned-post-plain"])
+@pytest.mark.parametrize(
+    "name", ["windows-caps-sandwich", pytest.param("learned-post-plain", marks=pytest.mark.slow)]
+)
 def test_attention_in_blocks_changes_nothing(name):
     config = dataclasses.replace(CONFIGS[name], initializer_range=0.3)
     params = tf.init_params(config, jax.random.key(0))

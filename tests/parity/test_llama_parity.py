@@ -73,6 +73,7 @@ def test_bfloat16_arrives_as_it_left(tmp_path):
         assert torch.equal(again.state_dict()[name], value), name
 
 
+@pytest.mark.slow
 def test_smollm2_from_gguf_is_what_transformers_reads_from_it(tmp_path):
     import torch
 
