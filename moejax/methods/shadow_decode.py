@@ -61,8 +61,8 @@ class Plan:
 class Scored:
     """One predictor decides at every token, by what layer 0's attention mixes there.
 
-    weights: its parameters. keep_B2: int32 [B, 2], heads and blocks of a layer that each row keeps.
-    lengths: of the lists, with room for what all rows keep together.
+    weights: its parameters. keep_B2: int32 [B, 2], heads and blocks of a layer that each row keeps;
+    None: one row, which keeps whole lists. lengths: of these, with room for what all rows keep.
     """
 
     weights: dict[str, Any]
@@ -76,7 +76,8 @@ class Scored:
         for part, scores_BLU in enumerate((scores.heads, scores.blocks)):
             best = functools.partial(best_of_rows, length=self.lengths[part])
             each_layer = jax.vmap(best, in_axes=(1, None), out_axes=(0, 1))
-            kept, factor = each_layer(scores_BLU[:, self.sizes.first :], self.keep_B2[:, part])
+            keep_B = None if self.keep_B2 is None else self.keep_B2[:, part]
+            kept, factor = each_layer(scores_BLU[:, self.sizes.first :], keep_B)
             lists.append(kept)
             factors.append(factor)
         return Plan(Kept(*lists), *factors)
@@ -147,7 +148,8 @@ def _with_lists(layer: tree.Tree, plan: Plan | Asking, at: int) -> tree.Tree:
     if isinstance(plan, Asking):
         asked = plan.weights[at]["heads"], plan.weights[at]["neurons"]
         for at_part, (part, ask) in enumerate(zip(("attn", feed), asked, strict=True)):
-            ask = ask | {"keep_B": plan.keep_B2[:, at_part]}
+            if plan.keep_B2 is not None:
+                ask = ask | {"keep_B": plan.keep_B2[:, at_part]}
             made[part] = layer[part] | {"ask": ask, "kept": jnp.arange(plan.lengths[at_part])}
         return made
     parts = (("attn", plan.kept.heads, plan.heads_BLK),)

@@ -9,7 +9,8 @@ or moe also has
     kept    int32 [K], which units or blocks of neurons are computed; and maybe
     weight  [B, K], factors per row, 0 for what only another row of the batch keeps; or
     ask     {"w_1" [D, hidden], "w_2" [hidden, heads or neurons]}: the list, as long as `kept`, is
-            made of what enters the layer, by sums of sigmoid(x w_1 w_2) over a unit
+            made of what enters the layer, by sums of sigmoid(x w_1 w_2) over a unit; of several
+            rows with "keep_B" (`moejax.ops.deciding`)
 
 one token per row is computed with those alone; without, any number of tokens with everything (one
 token by the same kernels). Keys and values are computed and kept for every head, so a later token

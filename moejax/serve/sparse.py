@@ -162,8 +162,9 @@ def decide(model: Sparse, context_BE: jax.Array) -> AnyPlan | None:
         kept = kept_by_scores(jax.tree.map(jnp.asarray, model.static), sizes, shares)
         return Plan(kept)
     if model.in_step:
-        keep_2 = np.array(sizes.kept(shares), np.int32)
-        return deciding(model, np.tile(keep_2, (len(context_BE), 1)))
+        keep_B2 = np.tile(np.array(sizes.kept(shares), np.int32), (len(context_BE), 1))
+        plan = deciding(model, keep_B2)
+        return dataclasses.replace(plan, keep_B2=None) if len(keep_B2) == 1 else plan
     return plan_of(_predicted(sizes, shares, model.predictor, context_BE), sizes)
 
 

@@ -18,6 +18,7 @@ UNITS = 9
         ((3, 2), 9),  # all units' places
         ((9, 4), 9),  # a dense row
         ((0, 0), 4),  # nobody at all
+        ((3,), 5),  # one row in a longer list
     ],
 )
 def test_each_row_has_its_best_and_nothing_else(keep, length):
@@ -43,5 +44,5 @@ def test_each_row_has_its_best_and_nothing_else(keep, length):
 
 def test_one_row_keeps_the_whole_list():
     scores = jnp.asarray([[0.1, 3.0, 2.0, 3.0, -1.0]])
-    kept, weight = best_of_rows(scores, jnp.asarray([3]), 3)
+    kept, weight = best_of_rows(scores, None, 3)
     assert weight is None and kept.tolist() == [1, 2, 3]

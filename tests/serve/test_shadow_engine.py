@@ -98,6 +98,21 @@ def test_rows_together_are_the_rows_alone_and_the_dense_model(case, decides):
         assert engine.run([requests[1]])[0][0].logprobs == answers[1].logprobs
 
 
+@pytest.mark.parametrize("num_slots", [1, 2])
+def test_a_request_s_own_sparsity_is_kept_where_lists_are_longer(num_slots):
+    """A step's lists have one of few lengths; a row keeps what it asked for, no more."""
+    model = ready("gqa_heads", "token")[1]
+    settings = dataclasses.replace(SETTINGS, num_slots=num_slots)
+    (answer,) = ShadowEngine(model, settings).run([asked(PROMPTS[1], 0.4)])[0]
+    policy = dataclasses.replace(model.policy, sparsity=(0.4, 0.4))
+    (alone,) = sparse.generate(
+        dataclasses.replace(model, policy=policy), PROMPTS[1:], NEW, with_logits=True
+    )
+    log_probs = alone.logits_TV - np.log(np.exp(alone.logits_TV).sum(-1, keepdims=True))
+    assert answer.ids == alone.ids
+    np.testing.assert_allclose(ln_p(answer), log_probs[np.arange(NEW), alone.ids], atol=2e-5)
+
+
 def test_an_audit_past_the_limit_turns_later_answers_dense(caplog):
     engine = engine_of("gqa_heads", 3, drift_limit=1e-9, least=2)
     requests = [asked(PROMPTS[0], 0.5), asked(PROMPTS[1])]
