@@ -55,7 +55,7 @@ def get_config(size: str = "full") -> ConfigDict:
                 "neurons": "plainact",
                 "share": 0.01,  # of the model's parameters, that a predictor may add
                 "epochs": 60,
-                "token_epochs": 30,  # of the predictor that learns from tokens, not texts
+                "token_epochs": 10,  # of the predictor that learns from tokens, not texts
                 "batch_size": 32,
                 "lr": 1e-3,
                 "weight_decay": 0.01,
