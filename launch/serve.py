@@ -56,7 +56,7 @@ DTYPE = flags.DEFINE_enum(
 )
 ADAPTERS = flags.DEFINE_list("adapters", [], "Deltas that calls can name, as law=DIR,code=DIR.")
 BRIDGES = flags.DEFINE_list("bridges", [], "Bridges to sources, as maths=DIR,law=DIR.")
-SHADOW = flags.DEFINE_string("shadow", None, "Folder of MODEL's predictor, as RUN/predictor.")
+SHADOW = flags.DEFINE_string("shadow", None, "Folder of MODEL's predictor: RUN/predictor_token.")
 SPARSITY = flags.DEFINE_float("sparsity", 0.5, "--shadow: heads and neurons skipped, [0, 1).")
 REFRESH_EVERY = flags.DEFINE_integer(
     "refresh_every", 0, "--shadow: RUN/predictor decides anew after so many tokens; 0: once.", 0

@@ -49,6 +49,7 @@ from moejax.models.config import ModelConfig
 from moejax.models.masked import one_neuron_shape
 
 MODELING = "modeling_shadow.py"
+# 2: variant "token" scores the token that it reads; in 1 it scored the next one.
 INFO, WEIGHTS, FORMAT_VERSION = "shadow.json", "predictor.safetensors", 2
 PER_LAYER = "dejavu"  # the variant that every layer asks
 OF_FIRST_LAYER = ("unified", "per_layer_normalised", "token")  # what they read
