@@ -10,9 +10,9 @@ that speak to one: completions (echo, logprobs, n, stop, seed), chat completions
 models. --adapters=NAME=DIR,... lays deltas of launch.esft over MODEL for calls that say
 "adapter": "NAME", or that name one as their model. --bridges=NAME=DIR,... joins sources to MODEL by
 bridges of launch.graft (DIR: a run's folder `bridge`); a call's "sources": ["NAME"] says who lends,
-[] that nobody does. --shadow=DIR (RUN/predictor of launch.shadow) skips the heads and neurons that
-a prompt needs least, --sparsity of them; a call's "sparsity": 0.3 says its own share, 0 asks for
-the dense model, and /health tells what the audit has seen. Requests share the model's slots; a
+[] that nobody does. --shadow=DIR (RUN/predictor_token of launch.shadow) skips the heads and neurons
+that a token needs least, --sparsity of them; a call's "sparsity": 0.3 says its own share, 0 asks
+for the dense model, and /health tells what the audit has seen. Requests share the model's slots; a
 client that hangs up frees its own. The server listens on this machine only unless --host says
 otherwise; then give --api_key_file.
 """
