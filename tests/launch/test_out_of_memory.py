@@ -81,6 +81,7 @@ def test_a_training_run_is_explained_in_terms_of_its_config():
     assert "fits" in lines[-1]
 
 
+@pytest.mark.slow
 def test_of_a_run_that_trains_a_tenth_only_that_has_state():
     """As of ESFT's experts."""
     config = base.get_config()

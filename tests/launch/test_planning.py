@@ -39,6 +39,7 @@ def settings(**train):
     return config
 
 
+@pytest.mark.slow
 def test_candidates_of_a_mixture():
     found = candidates(settings(), MOE, "v5p:2x2x1", 4)
     keys = [tuple(sorted(keys.items())) for keys, _ in found]

@@ -235,7 +235,10 @@ for dtype, (m, k, n, e) in [("bfloat16", (4096, 2048, 1408, 8)), ("float32", (30
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize(
+    "name",
+    ["v6e:2x2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("v5e:2x2", "v5p:2x2x1"))],
+)
 def test_forward_and_gradient_compile(name):
     done = run_for(name, _COMPILE, name)
     assert done.returncode == 0, done.stderr[-3000:]
