@@ -208,5 +208,10 @@ def check_counts(config: ConfigDict) -> None:
         for name in names:
             if config[section][name] < 1:
                 raise InputError(f"{section}.{name} {config[section][name]}: give at least 1")
+    if not 2 <= config.data.prompt < config.data.slots:
+        raise InputError(
+            f"data.prompt {config.data.prompt} of data.slots {config.data.slots}: a prompt is of 2 "
+            "tokens at least, and tokens after it are scored, so give it fewer than all slots"
+        )
     if not 0 < config.data.heldout_share < 1:
         raise InputError(f"data.heldout_share {config.data.heldout_share:g} lies outside (0, 1)")

@@ -130,5 +130,7 @@ def test_bad_input_is_one_line(tmp_path):
     assert "needs --workdir" in said("--stage=collect", config)
     none = f"{config}", "--config.evaluate.questions=0", "--workdir=nowhere"
     assert "evaluate.questions 0: give at least 1" in said("--stage=evaluate", *none)
+    unscored = f"{config}", "--config.data.slots=32", "--workdir=nowhere"
+    assert "data.prompt 32 of data.slots 32" in said("--stage=collect", *unscored)
     with pytest.raises(InputError, match="nothing to report"):
         shadow_report.main({"workdir": str(tmp_path), "dry_run": False})
