@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
@@ -118,7 +117,7 @@ def before(lab: Lab, say) -> None:
 def _all_ids(lab: Lab, setup: Setup, heldout, states: States, first: int) -> dict[str, Any]:
     """The source's bits with its head as it came, all of its ids possible."""
     whole = load_any(source_name(lab.config), "float32").params
-    kept = np.load(lab.workdir / "kept_ids.npy")
+    kept = atomic.read_npy(lab.workdir / "kept_ids.npy")
     head = jax.device_put({n: v for n, v in whole.items() if n in ("embed", "lm_head")})
     predict = source_predictor(setup, head)
     scores = score(

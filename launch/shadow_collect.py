@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from launch.shadow_data import Model, Sample, claim, identity, load_model, load_samples
 from moejax.core.errors import InputError
@@ -61,14 +60,13 @@ def main(values: dict[str, Any]) -> None:
 
 def pooled(folder: Path, samples: list[Sample], part: int, heldout: bool = False):
     """Exact sums of scores over all texts that are held out, or over those that are not."""
-    total = shadow_traces.Pooled()
+    total, prefix = shadow_traces.Pooled(), "heldout/" if heldout else "train/"
     for number in range(-(-len(samples) // part)):
         path = folder / POOLED.format(number)
         if not path.exists():
             raise InputError(f"{folder} is not complete: run --stage=collect to its end")
-        with np.load(path) as arrays:
-            prefix = "heldout/" if heldout else "train/"
-            mine = {n.removeprefix(prefix): arrays[n] for n in arrays.files if n.startswith(prefix)}
+        arrays = atomic.read_npz(path, lambda name: name.startswith(prefix))
+        mine = {name.removeprefix(prefix): array for name, array in arrays.items()}
         total.merge(shadow_traces.Pooled.of_arrays(mine))
     return total
 
@@ -103,12 +101,11 @@ def _collect_part(model: Model, part, folder: Path, number: int, config) -> int:
 
 def _report(folder: Path, model: Model) -> None:
     files = list(shadow_traces.parts(folder))
-    with np.load(files[0]) as arrays:
-        names = [n for n in arrays.files if n.startswith(("heads/", "neurons/", "largest/"))]
-        traces = sum(arrays[n].nbytes for n in names) / len(arrays["text"])
-        rows = sum(arrays[n].nbytes for n in arrays.files if n.startswith("rows/"))
-        rows /= len(arrays["text"])
-        plain = sum(4 * arrays[n][0].size for n in names if not n.startswith("largest/"))
+    arrays = atomic.read_npz(files[0])
+    names = [n for n in arrays if n.startswith(("heads/", "neurons/", "largest/"))]
+    traces = sum(arrays[n].nbytes for n in names) / len(arrays["text"])
+    rows = sum(arrays[n].nbytes for n in arrays if n.startswith("rows/")) / len(arrays["text"])
+    plain = sum(4 * arrays[n][0].size for n in names if not n.startswith("largest/"))
     total = sum(path.stat().st_size for path in files)
     kept = len([n for n in names if n.startswith("heads/")])
     print(

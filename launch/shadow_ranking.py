@@ -53,9 +53,8 @@ def rows(workdir: Path) -> Iterator[dict[str, Any]]:
     for folder in sorted((workdir / "evaluation").glob("*")):
         found: dict[str, list[np.ndarray]] = {}
         for path in sorted(folder.glob(FILE.format(0).replace("00000", "*"))):
-            with np.load(path) as arrays:
-                for name in arrays.files:
-                    found.setdefault(name, []).append(arrays[name])
+            for name, array in atomic.read_npz(path).items():
+                found.setdefault(name, []).append(array)
         whole = {name: np.concatenate(parts) for name, parts in found.items()}
         for name in PREDICTORS if whole else ():
             row: dict[str, Any] = {"set": folder.name, "predictor": name}

@@ -122,9 +122,8 @@ def _maps(workdir: Path) -> dict[str, Any]:
     """Static importance of heads and neurons under every criterion, of the training texts."""
     total = Pooled()
     for path in sorted((workdir / "traces").glob(POOLED.format(0).replace("00000", "*"))):
-        with np.load(path) as arrays:
-            names = [n for n in arrays.files if n.startswith("train/")]
-            total.merge(Pooled.of_arrays({n.removeprefix("train/"): arrays[n] for n in names}))
+        arrays = atomic.read_npz(path, lambda name: name.startswith("train/"))
+        total.merge(Pooled.of_arrays({n.removeprefix("train/"): a for n, a in arrays.items()}))
     if not total.sums:
         return {}
     heads = {n.removeprefix("heads/"): total.mean(n) for n in total.sums if n.startswith("heads/")}

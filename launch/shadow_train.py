@@ -142,7 +142,7 @@ def _order(path: Path, got: Collected, model: Model, config) -> np.ndarray:
     if config.train.order != "coactivation":
         raise InputError(f"train.order {config.train.order!r} is unknown: coactivation or none")
     if path.exists():
-        return np.load(path)
+        return atomic.read_npy(path)
     began, block = time.perf_counter(), model.sizes.block
     scores = got.neurons_NLF[got.train].reshape(-1, *plain.shape)
     order, share, before = plain.copy(), [], []
@@ -169,7 +169,7 @@ def read_order(workdir: Path, config, model: Model) -> np.ndarray:
         return np.broadcast_to(plain, (model.sizes.num_layers, *shape)).copy()
     if not (workdir / "order.npy").exists():
         raise InputError(f"{workdir}/order.npy is missing: run --stage=train first")
-    return np.load(workdir / "order.npy")
+    return atomic.read_npy(workdir / "order.npy")
 
 
 def in_units(got: Collected, order: np.ndarray, model: Model) -> Mask:

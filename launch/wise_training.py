@@ -272,8 +272,7 @@ def load_tree(path: Path, like: tree.Tree) -> tree.Tree:
     """Inverse of `save_tree`; InputError where the file is missing or of another model."""
     if not path.is_file():
         raise InputError(f"{path} is missing: remove its folder to tune again")
-    with np.load(path) as file:
-        found = tree.unflatten({name: file[name] for name in file.files})
+    found = tree.unflatten(atomic.read_npz(path))
     if tree.diff(tree.abstract(found), tree.abstract(like)):
         raise InputError(f"{path} holds the parameters of another model")
     return jax.tree.map(jax.numpy.asarray, found)

@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,6 +63,32 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise InputError(f"{path} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not JSON: {error}; fetch the file again") from None
+
+
+def read_npz(
+    path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, np.ndarray]:
+    """The wanted arrays of an .npz file; InputError where it is missing or broken."""
+    with _reading(path), np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files if wanted(name)}
+
+
+def read_npy(path: str | os.PathLike[str]) -> np.ndarray:
+    """The array of an .npy file; InputError where it is missing or broken."""
+    with _reading(path):
+        return np.load(path, allow_pickle=False)
+
+
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
+        raise InputError(
+            f"{path} is broken ({error}): remove it and run what made it again"
+        ) from None
 
 
 @contextlib.contextmanager

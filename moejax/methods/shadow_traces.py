@@ -99,17 +99,26 @@ def write_part(folder: str | os.PathLike[str], number: int, arrays: dict[str, np
 
 
 def read_parts(folder: str | os.PathLike[str], names: Sequence[str]) -> dict[str, np.ndarray]:
-    """These arrays of all parts, joined over texts; InputError if there is none of a name."""
+    """These arrays of all parts, joined over texts; InputError if there is none of a name, and for
+    NaN or infinity in one."""
     found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for part in parts(folder):
-        with np.load(part) as arrays:
-            for name in names:
-                if name in arrays:
-                    found[name].append(arrays[name])
+        for name, array in atomic.read_npz(part, names.__contains__).items():
+            found[name].append(_finite(array, part, name))
     for name, pieces in found.items():
         if not pieces:
             raise InputError(f"{folder} has no {name}: collect it (collect.criteria)")
     return {name: np.concatenate(pieces) for name, pieces in found.items()}
+
+
+def _finite(array: np.ndarray, path: Path, name: str) -> np.ndarray:
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        bad = np.argwhere(~np.isfinite(array))[0].tolist()
+        raise InputError(
+            f"{path}: NaN or infinity in {name}, the first at {bad}: remove the file and run "
+            "--stage=collect"
+        )
+    return array
 
 
 def parts(folder: str | os.PathLike[str]) -> Iterator[Path]:

@@ -214,8 +214,7 @@ class OnPolicy:
     def _read(self, iteration: int) -> dict[str, np.ndarray]:
         path = self._folder / "drawn.npz"
         if path.is_file():
-            with np.load(path) as file:
-                rows = {name: file[name] for name in file.files}
+            rows = atomic.read_npz(path)
             if int(rows.pop("iteration")) == iteration:
                 return rows
         raise InputError(

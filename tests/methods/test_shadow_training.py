@@ -1,6 +1,7 @@
 """Traces, order, metrics and predictors: against numpy, scipy, and data with a known answer."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -55,6 +56,13 @@ def test_parts_and_sums(tmp_path):
     np.testing.assert_allclose(again.mean("neurons/snip"), want.mean(0))
     with pytest.raises(InputError, match="was not collected"):
         again.mean("heads/fisher")
+    arrays["heads/snip"][1, 0, 2] = np.nan
+    shadow_traces.write_part(tmp_path, 1, arrays)
+    with pytest.raises(InputError, match=r"NaN or infinity in heads/snip.* at \[1, 0, 2\]"):
+        shadow_traces.read_parts(tmp_path, ["heads/snip"])
+    os.truncate(shadow_traces.part_path(tmp_path, 0), 100)
+    with pytest.raises(InputError, match="part_00000.npz is broken .* remove it and run"):
+        shadow_traces.read_parts(tmp_path, ["heads/snip"])
 
 
 def test_order_puts_together_what_moves_together():
