@@ -83,7 +83,7 @@ def _rows(params, config, tokens_BT, segments_BT) -> dict[str, jax.Array]:
 
 
 def collect(model: data.Model, config: Any, out: Path) -> None:
-    """Writes OUT/rows_LL.npz-like arrays of every layer, one .npy for each place."""
+    """Writes OUT/PLACE_LL.npy, [tokens, ...] of every place and layer, as RUN/traces has them."""
     texts, shape = texts_of(config, model), model.loaded.config
     total = sum(len(text.tokens) - 1 for text in texts)
     widths = {"attn_in": (np.float16, shape.d_model), "mlp_in": (np.float16, shape.d_model)}
