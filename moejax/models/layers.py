@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from moejax.models.config import ModelConfig
 from moejax.models.sparse import sparse_feed_forward
+from moejax.ops import by_rows
 from moejax.ops.gated_ffn import Activation, ffn_shapes, gated_ffn
 from moejax.ops.norm import layer_norm, rms_norm, rms_norm_delta
 from moejax.ops.wide_product import wide_product
@@ -66,7 +66,7 @@ def feed_forward(
         return gated_ffn(params, x, activation, on_neurons)
 
     def affine(x: jax.Array, name: str) -> jax.Array:
-        y = wide_product(jnp.matmul, x, params[f"w_{name}"]).astype(x.dtype)
+        y = wide_product(by_rows.matmul, x, params[f"w_{name}"]).astype(x.dtype)
         return y + params[f"b_{name}"] if f"b_{name}" in params else y
 
     hidden = activation(affine(x, "up"))

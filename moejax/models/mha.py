@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moejax.models.attend import attend
+from moejax.ops import by_rows
 from moejax.ops.attention import AttentionSpec
 from moejax.ops.attention_spec import Visible, Window
 from moejax.ops.norm import rms_norm
@@ -81,7 +82,7 @@ def mha(
     mixed_BTHC = mixed_BTHC if on_heads is None else on_heads(mixed_BTHC)
     # One product over H * C: for an einsum over two dims XLA transposes the weights first.
     w_o = params["w_o"].reshape(-1, x_BTD.shape[-1])
-    out_BTD = mixed_BTHC.reshape(*x_BTD.shape[:2], -1) @ w_o
+    out_BTD = by_rows.matmul(mixed_BTHC.reshape(*x_BTD.shape[:2], -1), w_o)
     return (out_BTD + params["b_o"] if "b_o" in params else out_BTD), state
 
 
@@ -89,7 +90,7 @@ def project(
     params: dict[str, Any], name: str, x_BTD: jax.Array, inputs: AttentionInputs
 ) -> jax.Array:
     """Queries "q", keys "k" or values "v" of x, [B, T, heads, C], before rope."""
-    y = jnp.einsum("btd,dhc->bthc", x_BTD, params[f"w_{name}"])
+    y = by_rows.einsum("...d,dhc->...hc", x_BTD, params[f"w_{name}"])
     y = y + params[f"b_{name}"] if f"b_{name}" in params else y
     return finished(params, name, y, inputs)
 

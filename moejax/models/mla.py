@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from moejax.core.errors import InputError
 from moejax.models.attend import attend
 from moejax.models.mha import AttentionInputs, Extend, OnHeads
+from moejax.ops import by_rows
 from moejax.ops.attention import AttentionSpec
 from moejax.ops.attention_spec import Window
 from moejax.ops.norm import rms_norm
@@ -147,14 +148,14 @@ def mla(
     mixed_BTHC = attend(config, params["w_kv_up"], q_BTHC, latent_B1SK, (inputs, window, spec))
     mixed_BTHC = mixed_BTHC if on_heads is None else on_heads(mixed_BTHC)
     w_o = params["w_o"].reshape(-1, x_BTD.shape[-1])
-    out_BTD = mixed_BTHC.reshape(*x_BTD.shape[:2], -1) @ w_o
+    out_BTD = by_rows.matmul(mixed_BTHC.reshape(*x_BTD.shape[:2], -1), w_o)
     return (out_BTD + params["b_o"] if "b_o" in params else out_BTD), state
 
 
 def _queries(config: MLAConfig, params, x_BTD, inputs: AttentionInputs) -> jax.Array:
     """[B, T, H, N + P], the last P channels turned."""
     w = params["w_q" if config.q_rank is None else "w_q_up"]
-    q_BTHC = jnp.einsum("btx,xhc->bthc", query_input(config, params, x_BTD), w)
+    q_BTHC = by_rows.einsum("...x,xhc->...hc", query_input(config, params, x_BTD), w)
     still, turning = jnp.split(q_BTHC, [config.nope_size], axis=-1)
     return jnp.concatenate([still, turned(config, turning, inputs)], axis=-1)
 
@@ -185,7 +186,7 @@ def latent(config: MLAConfig, params, x_BTD, inputs: AttentionInputs) -> jax.Arr
 
 def affine(params, name: str, x: jax.Array) -> jax.Array:
     """x w_NAME + b_NAME, if there is a bias."""
-    y = x @ params[f"w_{name}"]
+    y = by_rows.matmul(x, params[f"w_{name}"])
     return y + params[f"b_{name}"] if f"b_{name}" in params else y
 
 

@@ -33,6 +33,7 @@ from moejax.moe.expert_parallel import split_rows, whole_columns
 from moejax.moe.layer import MoEStats, moe_layer
 from moejax.moe.losses import pooled_balance
 from moejax.moe.sparse import sparse_moe
+from moejax.ops import by_rows
 from moejax.ops.attention import AttentionSpec, Visible, Window, cudnn_can, shared_mask, soft_capped
 from moejax.ops.rope import frequencies, rotation
 from moejax.ops.wide_product import wide_product
@@ -136,7 +137,6 @@ def outer_at_use(params: tree.Tree, options: ForwardOptions) -> tree.Tree:
     """On a mesh, the weights that belong to no block as they are used; else what was given."""
     if options.parallel is None:
         return params
-
     return tree.map_with_path(
         lambda path, w: w if path.startswith("layers/") else _cast(path, w, options), params
     )
@@ -151,8 +151,8 @@ def unembed(params: tree.Tree, config: ModelConfig, hidden: jax.Array) -> jax.Ar
         head, form = embed["tokens"], "...d,vd->...v"
     else:
         head, form = params["lm_head"]["w"], "...d,dv->...v"
-    einsum = functools.partial(jnp.einsum, form)
-    found = wide_product(einsum, hidden, head.astype(hidden.dtype))
+    product = functools.partial(by_rows.einsum, form)
+    found = wide_product(product, hidden, head.astype(hidden.dtype))
     return soft_capped(found, config.embedding.logit_soft_cap)
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from moejax.ops import by_rows
 from moejax.ops.wide_product import wide_product
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -26,7 +26,7 @@ def gated_ffn(
 
     def affine(x: jax.Array, name: str) -> jax.Array:
         weight = params[f"w_{name}"].astype(x.dtype)
-        y = wide_product(jnp.matmul, x, weight).astype(x.dtype)
+        y = wide_product(by_rows.matmul, x, weight).astype(x.dtype)
         return y + params[f"b_{name}"].astype(x.dtype) if f"b_{name}" in params else y
 
     hidden = activation(affine(x, "gate")) * affine(x, "up")
