@@ -200,7 +200,7 @@ def check_counts(config: ConfigDict) -> None:
         "collect": ("part", "rows"),
         "train": (
             *("epochs", "token_epochs", "batch_size"),
-            *("dejavu_hidden", "dejavu_epochs", "dejavu_batch"),
+            *("dejavu_hidden", "dejavu_epochs", "dejavu_equal_epochs", "dejavu_batch"),
         ),
         "evaluate": ("windows", "questions", "batch_tokens", "calibration_texts"),
     }

@@ -279,14 +279,13 @@ def _fit_dejavu(name: str, got: Collected, order: np.ndarray, rest) -> Predictor
     model, config, budget = rest
     shape = model.loaded.config
     units = {"heads": shape.num_heads, "neurons": got.neurons_NLF.shape[-1]}
-    hidden = config.train.dejavu_hidden
+    hidden, epochs = config.train.dejavu_hidden, config.train.dejavu_epochs
     if name == "dejavu_equal":
+        epochs = config.train.dejavu_equal_epochs
         hidden = shadow_dejavu.hidden_within(
             budget, shape.num_layers, shape.d_model, sum(units.values())
         )
-    how = DejavuConfig(
-        hidden, config.train.dejavu_epochs, config.train.dejavu_batch, seed=config.data.seed
-    )
+    how = DejavuConfig(hidden, epochs, config.train.dejavu_batch, seed=config.data.seed)
     params: dict[str, Any] = {}
     for part in units:
         rows, unseen = (
