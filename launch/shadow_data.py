@@ -200,7 +200,7 @@ def check_counts(config: ConfigDict) -> None:
         "collect": ("part", "rows"),
         "train": (
             *("epochs", "token_epochs", "batch_size"),
-            *("dejavu_hidden", "dejavu_epochs", "dejavu_equal_epochs", "dejavu_batch"),
+            *("dejavu_hidden", "dejavu_epochs", "dejavu_batch"),
         ),
         "evaluate": ("windows", "questions", "batch_tokens", "calibration_texts"),
     }
@@ -208,6 +208,8 @@ def check_counts(config: ConfigDict) -> None:
         for name in names:
             if config[section][name] < 1:
                 raise InputError(f"{section}.{name} {config[section][name]}: give at least 1")
+    if len(equal := config.train.dejavu_equal_epochs) != 2 or min(equal) < 1:
+        raise InputError(f"train.dejavu_equal_epochs {equal}: of heads and of neurons, at least 1")
     if not 2 <= config.data.prompt < config.data.slots:
         raise InputError(
             f"data.prompt {config.data.prompt} of data.slots {config.data.slots}: a prompt is of 2 "

@@ -279,22 +279,22 @@ def _fit_dejavu(name: str, got: Collected, order: np.ndarray, rest) -> Predictor
     model, config, budget = rest
     shape = model.loaded.config
     units = {"heads": shape.num_heads, "neurons": got.neurons_NLF.shape[-1]}
-    hidden, epochs = config.train.dejavu_hidden, config.train.dejavu_epochs
+    hidden, epochs = config.train.dejavu_hidden, (config.train.dejavu_epochs,) * 2
     if name == "dejavu_equal":
         epochs = config.train.dejavu_equal_epochs
         hidden = shadow_dejavu.hidden_within(
             budget, shape.num_layers, shape.d_model, sum(units.values())
         )
-    how = DejavuConfig(hidden, epochs, config.train.dejavu_batch, seed=config.data.seed)
     params: dict[str, Any] = {}
-    for part in units:
+    for part, num_epochs in zip(units, epochs, strict=True):
+        how = DejavuConfig(hidden, num_epochs, config.train.dejavu_batch, seed=config.data.seed)
         rows, unseen = (
             [_flat(x) for x in (_rows(got, part, held), _labels(got, part, units[part], held))]
             for held in (False, True)
         )
         began = time.perf_counter()
 
-        def progress(epoch, loss, params, part=part, unseen=unseen, began=began):
+        def progress(epoch, loss, params, part=part, how=how, unseen=unseen, began=began):
             if (epoch + 1) % max(1, how.epochs // 5) == 0:
                 held = shadow_dejavu.loss_of(params, unseen[0], unseen[1], part)
                 each = (time.perf_counter() - began) / (epoch + 1)

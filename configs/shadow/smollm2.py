@@ -62,7 +62,8 @@ def get_config(size: str = "full") -> ConfigDict:
                 "order": "coactivation",  # of neurons before they are cut into blocks; or "none"
                 "dejavu_hidden": 1000,
                 "dejavu_epochs": 10,
-                "dejavu_equal_epochs": 60,  # as many steps as published: so narrow it learns slowly
+                # Of heads, neurons. So narrow the first learn slowly: as many steps as published.
+                "dejavu_equal_epochs": (60, 10),
                 "dejavu_batch": 256,
             },
             "evaluate": {
@@ -97,9 +98,8 @@ def _make_tiny(config: ConfigDict) -> None:
     config.data.update(slots=96, prompt=32, heldout_share=0.25)
     config.collect.update(curvature_texts=2, part=8)
     config.train.update(epochs=4, token_epochs=2, batch_size=8)
-    config.train.update(
-        dejavu_hidden=32, dejavu_epochs=2, dejavu_equal_epochs=4, dejavu_batch=32
-    )
+    config.train.update(dejavu_hidden=32, dejavu_epochs=2, dejavu_batch=32)
+    config.train.dejavu_equal_epochs = (4, 2)
     config.evaluate.update(windows=4, window=96, window_prompt=32, questions=6)
     config.evaluate.update(sparsities=(0.5,), budgets=(), places=("both",), tasks=("piqa",))
     config.evaluate.update(calibration_texts=2, static_criteria=("fisher", "jacov"))
