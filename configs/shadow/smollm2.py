@@ -8,9 +8,10 @@ Hardware: 2 CPU cores, 12 GiB; nearly three hours. Every stage goes on where it 
 Expected: predicted minus static masks, local budgets, nats per token of WikiText-2: -0.21 at 30 %
           and -0.19 at 50 % of heads and neurons, at 70 % nothing is gained; minus DejaVu's by the
           prompt -0.27 or more up to 50 %. At every token the token predictor minus static -0.43 and
-          -0.58, minus DejaVu's of equal size +0.02 and +0.10. On questions, which are unlike the texts
-          collected, the prompt's is no better than static. Norms of heads do not compare between
-          layers: with budgets "global" and "hybrid" take train.heads "plainact", as the paper does.
+          -0.58, minus DejaVu's of equal size +0.02 and +0.10. On questions, which are unlike the
+          texts collected, the prompt's is no better than static. Norms of heads do not compare
+          between layers: with budgets "global" and "hybrid" take train.heads "plainact", as the
+          paper does.
           BUILD.md, "Contextual sparsity", has all of it.
           `:tiny` goes through every stage on the model's first layers in a few minutes and
           shows nothing but that they work; `:reduced` is a part of the study of about an hour.
