@@ -90,6 +90,8 @@ def _figures(records: tables.Records, report: dict[str, Any], workdir: Path) -> 
                 points = tables.lines(records, name, place, field)
                 for when, methods in plots.WHEN.items():
                     mine = {m: line for m, line in points.items() if m in methods}
+                    if sum(map(len, mine.values())) < 3:
+                        continue  # a point or two: the tables say it
                     title = f"{name}, {place} pruned, local budgets, decided {when}"
                     alone = [m for m in ("griffin_single", "cats") if m in mine]
                     if place == "both" and alone:
@@ -111,7 +113,9 @@ def _figures(records: tables.Records, report: dict[str, Any], workdir: Path) -> 
         record = records.get((WINDOWS, f"{method}-both-0.5-local"), {})
         if "kept_maps" in record:
             title = f"How often each is kept, {method}, half of a layer (WikiText)"
-            found[title] = (f"kept_{method}", plots.maps_plot(record["kept_maps"], "unit", False))
+            first = atomic.read_json(workdir / "train.json")["mask"]["first"]
+            figure = plots.maps_plot(record["kept_maps"], "unit", False, first)
+            found[title] = (f"kept_{method}", figure)
     found |= _maps(workdir)
     if report["speed"]:
         found["Speed"] = ("speed", plots.speed_plot(report["speed"]))

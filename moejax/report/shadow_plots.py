@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 
 from moejax.report.plots import LINE_COLORS, MARKERS, _figure
 
@@ -65,6 +65,8 @@ def quality_plot(
     axes.axhline(dense, color="#777777", linewidth=1, label="dense")
     if is_perplexity:
         axes.set_yscale("log")
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which(LogFormatter(minor_thresholds=(2, 0.5)))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("share of units pruned after the prompt, rounded down to whole ones")
     axes.set_ylabel(what)
@@ -107,8 +109,13 @@ def heldout_plot(per_layer: Mapping[str, Mapping[str, Sequence[float]]], part: s
     return figure
 
 
-def maps_plot(maps: Mapping[str, Any], units: str, scaled: bool = True) -> Figure:
-    """One heat map per name, layer x unit, each layer scaled to its range or shares as they are."""
+def maps_plot(
+    maps: Mapping[str, Any], units: str, scaled: bool = True, first: int = 0
+) -> Figure:
+    """One heat map per name, layer x unit, each layer scaled to its range or shares as they are.
+
+    first: the number of the first layer.
+    """
     names = list(maps)
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
@@ -127,6 +134,7 @@ def maps_plot(maps: Mapping[str, Any], units: str, scaled: bool = True) -> Figur
             vmin=0,
             vmax=1,
             interpolation="none",
+            extent=(-0.5, values.shape[1] - 0.5, first + len(values) - 0.5, first - 0.5),
         )
         axes.set_title(name, fontsize=9)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
