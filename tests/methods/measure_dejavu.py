@@ -237,7 +237,7 @@ def judge(model: data.Model, config: Any, run: Path, out: Path) -> None:
             perplexity = [float(np.exp(x.sum() / counts.sum())) for x in (b, a)]
             print(
                 f"  {sparsity:.0%}: perplexity {perplexity[0]:.3f} as in the study, "
-                f"{perplexity[1]:.3f} as published; nats {d.value:+.4f} "
+                f"{perplexity[1]:.3f} as published; nats {d.mean:+.4f} "
                 f"[{d.low:+.4f}, {d.high:+.4f}]",
                 flush=True,
             )
