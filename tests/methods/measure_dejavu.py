@@ -4,14 +4,14 @@
     python -m tests.methods.measure_dejavu train RUN OUT LAYER [LAYER ...]
     python -m tests.methods.measure_dejavu judge RUN OUT
 
-RUN is one of configs/shadow/smollm2.py that is trained: its predictors learnt from 32,640 tokens in
-batches of 256 for 10 epochs, all that a study of three hours has room for. Published are 400,000
+RUN is one of configs/shadow/smollm2.py that is trained: its predictors learned from 32,640 tokens
+in batches of 256 for 10 epochs, narrow ones' heads for 60, in three hours. Published are 400,000
 tokens (here all but the first of each text, of the same sources in the same shares; never of texts
 that RUN held out), batches of 1,024 and 20 epochs: a quarter of an hour for each layer on two
 cores. Layers' predictors do not depend on each other, so some layers tell what all would. They are
 held against RUN's own on the tokens of RUN's held-out texts (what the network lowers, and which
 share of the units that a token uses is in the better half that it names), and on the windows of
-WikiText-2 test with these layers alone pruned. Every command goes on where it stopped.
+WikiText-2 test with these layers alone pruned. The first two go on where they stopped.
 """
 
 from __future__ import annotations
@@ -159,9 +159,8 @@ def train(model: data.Model, config: Any, run: Path, out: Path, layers: list[int
             found = shadow_dejavu.fit(inputs, labels, part, how, say)
             found["unseen"] = np.array(held)
             atomic.write_npz(path, found)
-        with np.load(path) as arrays:
-            mine = {n: arrays[n] for n in ("w_1", "w_2")}
-            first = arrays["unseen"][0]
+        mine = atomic.read_npz(path)
+        first = mine.pop("unseen")[0]
         theirs = {n: w[layer][None] for n, w in of_run.params[part].items()}
         figures = [_worth(p, unseen, part, layer, of_run, model) for p in (theirs, mine)]
         print(
@@ -181,10 +180,11 @@ def _heldout(run: Path, heldout: np.ndarray, part: str, layer: int, model: data.
     units = shape.num_heads if part == "heads" else shape.d_ff
     found: dict[str, list[np.ndarray]] = {"in": [], "labels": []}
     for path in shadow_traces.parts(run / "traces"):
-        with np.load(path) as arrays:
-            mine = heldout[arrays["text"]]
-            found["in"].append(arrays[f"rows/{shadow_dejavu.INPUT[part]}"][mine, layer])
-            found["labels"].append(arrays[f"rows/{part}"][mine, layer])
+        wanted = ("text", f"rows/{shadow_dejavu.INPUT[part]}", f"rows/{part}")
+        arrays = atomic.read_npz(path, wanted.__contains__)
+        mine = heldout[arrays["text"]]
+        for of, place in zip(found.values(), wanted[1:], strict=True):
+            of.append(arrays[place][mine, layer])
     inputs, bits = (np.concatenate(x).reshape(1, -1, x[0].shape[-1]) for x in found.values())
     return inputs, np.unpackbits(bits, axis=-1, count=units).view(bool)
 
@@ -251,9 +251,9 @@ def _with(params: Any, out: Path, name: str, layers: list[int]) -> Any:
     """RUN's parameters with those of OUT at these layers."""
     found = {part: {n: np.array(w) for n, w in params[part].items()} for part in PARTS}
     for part, layer in itertools.product(PARTS, layers):
-        with np.load(out / f"{name}_{part}_{layer:02d}.npz") as arrays:
-            for n, w in found[part].items():
-                w[layer] = arrays[n][0]
+        arrays = atomic.read_npz(out / f"{name}_{part}_{layer:02d}.npz")
+        for n, w in found[part].items():
+            w[layer] = arrays[n][0]
     return found
 
 
