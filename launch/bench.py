@@ -12,7 +12,8 @@
                                                            pipeline alone
   python -m launch.bench --suite=serve --peer              tokens per second beside transformers
   python -m launch.bench --suite=shadow --peer             decoding that skips heads and neurons:
-                                                           timed on the CPU, counted for a TPU v5e
+                                                           timed on the CPU and on an NVIDIA GPU,
+                                                           counted for a TPU v5e
   python -m launch.bench --suite=graft                     LLM Modules: an epoch from states on disk
                                                            and a token with the bridge on the CPU;
                                                            memory and time for a v5e, v5p and H100
@@ -65,7 +66,11 @@ SUITES: dict[str, dict[str, Rows]] = {
     "train": {"step": bench_train.rows},
     "data": {"cpu": bench_data.rows},
     "serve": {"cpu": bench_serve.rows},
-    "shadow": {"cpu": bench_shadow.rows, "tpu": bench_shadow.tpu_rows},
+    "shadow": {
+        "cpu": bench_shadow.rows,
+        "gpu": bench_shadow.gpu_rows,
+        "tpu": bench_shadow.tpu_rows,
+    },
     "graft": {"cpu": bench_graft.rows, "chips": bench_graft_plan.rows},
     "sandbox": {"cpu": bench_sandbox.rows},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch.shadow_collect import pooled
-from launch.shadow_data import Model, load_samples
+from launch.shadow_data import Model, Sample, load_samples
 from launch.shadow_train import DEJAVU, FOLDERS, static_scores
 from moejax.core.errors import InputError
 from moejax.evals import masked
@@ -20,6 +21,7 @@ from moejax.methods import shadow_dejavu, shadow_predictor, shadow_rivals
 from moejax.methods.shadow_mask import BUDGETS, Mask, Sizes, check_sparsity, full_mask, select
 from moejax.methods.shadow_measure import Asked, Text, measure, slots_for
 from moejax.methods.shadow_scores import CRITERIA, FOR_HEADS, FOR_NEURONS
+from moejax.methods.shadow_traces import Pooled
 from moejax.report.shadow_plots import METHODS
 
 PLACES = ("both", "heads", "neurons")
@@ -117,24 +119,38 @@ class Decider:
     """Scores and masks of every method for batches of rows; neurons are in the order of blocks."""
 
     def __init__(self, model: Model, config: Any, workdir: Path, order: np.ndarray):
-        self.model, self.config, self.order = model, config, order
-        loaded = model.loaded
-        self.predictors, self.dejavu = (
-            {
-                name: shadow_predictor.load(workdir / folder, loaded.config, model.sha256).params
-                for name, folder in folders.items()
-            }
-            for folders in (FOLDERS, DEJAVU)
-        )
-        samples = load_samples(config, model.tokenizer)
-        self.pooled = pooled(workdir / "traces", samples, config.collect.part)
-        self.samples = [sample.text for sample in samples if not sample.heldout]
+        self.model, self.config, self.workdir, self.order = model, config, workdir, order
+        self._weights: dict[str, dict[str, Any]] = {}
         self._limits: dict[tuple[str, float], Any] = {}
         self._values: dict[str, Any] = {}
         self._contexts: tuple[masked.Read, jax.Array] | None = None  # of the batch judged last
         self.single = dataclasses.replace(
             model.sizes, block=1, blocks=model.sizes.blocks * model.sizes.block
         )
+
+    @functools.cached_property
+    def samples(self) -> list[Sample]:
+        """What was collected on."""
+        return load_samples(self.config, self.model.tokenizer)
+
+    @functools.cached_property
+    def pooled(self) -> Pooled:
+        """Sums of scores over training texts."""
+        return pooled(self.workdir / "traces", self.samples, self.config.collect.part)
+
+    def load(self) -> None:
+        """Reads what any arm may ask for; InputError for what is missing."""
+        for name in FOLDERS | DEJAVU:
+            self.weights(name)
+        assert self.pooled is not None
+
+    def weights(self, name: str) -> dict[str, Any]:
+        """Of a predictor of FOLDERS or DEJAVU, read when it is first asked."""
+        if name not in self._weights:
+            folder, loaded = self.workdir / (FOLDERS | DEJAVU)[name], self.model.loaded
+            read = shadow_predictor.load(folder, loaded.config, self.model.sha256)
+            self._weights[name] = read.params
+        return self._weights[name]
 
     def read(self, batch: masked.Batch) -> masked.Read:
         """A batch's prompts, read densely."""
@@ -151,7 +167,7 @@ class Decider:
         count = len(batch.length_B)
         sizes = self.single if arm.method in SINGLE else self.model.sizes
         if arm.method in PER_TOKEN:
-            how = self.dejavu[PER_TOKEN[arm.method]], self.order, sizes, arm.shares
+            how = self.weights(PER_TOKEN[arm.method]), self.order, sizes, arm.shares
             keep = shadow_dejavu.kept(sizes, arm.shares)
             kept = [np.array(keep["heads"] / sizes.heads), np.array(keep["neurons"] / sizes.blocks)]
             return masked.deciding_nats(params, config, batch, read, how), kept
@@ -177,10 +193,10 @@ class Decider:
         sizes, count = self.model.sizes, len(batch.length_B)
         if method in ("predicted", "predicted_per_layer"):
             variant = "unified" if method == "predicted" else "per_layer_normalised"
-            params = self.predictors[variant]
+            params = self.weights(variant)
             return shadow_predictor.predict(params, signal["context"], sizes)
-        if method in self.dejavu:
-            return shadow_dejavu.predict(self.dejavu[method], signal, self.order, sizes)
+        if method in DEJAVU:
+            return shadow_dejavu.predict(self.weights(method), signal, self.order, sizes)
         if method == "random":
             rows = [*batch.rows, *range(count)][:count]
             draws = [np.random.default_rng([7, row]) for row in rows]
@@ -202,7 +218,7 @@ class Decider:
         if method in AFTER_TOKEN:
             before_B1E = read.signals["context"][:, None]
             context_BTE = jnp.concatenate([before_B1E, context_BTE[:, :-1]], axis=1)
-        params = self.predictors[(AT_TOKEN | AFTER_TOKEN)[method]]
+        params = self.weights((AT_TOKEN | AFTER_TOKEN)[method])
         return shadow_predictor.predict(params, context_BTE, self.model.sizes)
 
     def _static(self, method: str, count: int) -> Mask:
@@ -257,7 +273,8 @@ class Decider:
     def _calibrated(self, rule: str) -> dict[str, np.ndarray]:
         """Absolute values of some training texts at a rule's places, every few tokens."""
         loaded = self.model.loaded
-        texts = self.samples[: self.config.evaluate.calibration_texts]
+        texts = [sample.text for sample in self.samples if not sample.heldout]
+        texts = texts[: self.config.evaluate.calibration_texts]
         width = min(64, *(len(text.tokens) for text in texts))
         tokens = np.stack([text.tokens[:width] for text in texts])
         values = shadow_rivals.sizes_at(loaded.params, loaded.config, jnp.asarray(tokens), rule)

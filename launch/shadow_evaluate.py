@@ -47,8 +47,7 @@ def main(values: dict[str, Any]) -> None:
     config = values["config"]
     plans = {texts: list(arms_of(config, texts)) for texts in (True, False)}
     model = load_model(config)
-    names = config.evaluate.tasks
-    sets = [_windows(config, model), *(_choices(config, model, name) for name in names)]
+    sets = sets_of(config, model)
     for one in sets:
         tokens = sum(len(a) + len(b) for a, b in one.pairs)
         arms = plans[one.gold is None]
@@ -66,12 +65,18 @@ def main(values: dict[str, Any]) -> None:
     loaded = dataclasses.replace(model.loaded, params=params)
     model = dataclasses.replace(model, loaded=loaded)
     decider = Decider(model, config, workdir, order)
+    decider.load()
     for one in sets:
-        _judge(one, plans[one.gold is None], decider, config, workdir / "evaluation" / one.name)
+        judge(one, plans[one.gold is None], decider, config, workdir / "evaluation" / one.name)
     for name, record in read(workdir):
         if record["budget"] == "local":
             print(f"{name:9} {record['arm']:36} {_figure(record)}")
     print(f"written  {workdir}/evaluation; --stage=report makes tables and plots of it")
+
+
+def sets_of(config, model: Model) -> list[Judged]:
+    """The windows, and each task's questions."""
+    return [_windows(config, model), *(_choices(config, model, n) for n in config.evaluate.tasks)]
 
 
 def _windows(config, model: Model) -> Judged:
@@ -91,8 +96,13 @@ def _choices(config, model: Model, name: str) -> Judged:
     return Judged(name, pairs, groups, gold)
 
 
-def _judge(one: Judged, arms: list[Arm], decider: Decider, config, folder: Path) -> None:
-    """All arms on a batch, then the next batch: a run cut short has all arms on the same rows."""
+def judge(
+    one: Judged, arms: list[Arm], decider: Decider, config, folder: Path, ranking: bool = True
+) -> None:
+    """All arms on a batch, then the next batch: a run cut short has all arms on the same rows.
+
+    ranking: whether scores are also held against the true ones (`shadow_ranking`).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     about = {"counts": [len(rest) for _, rest in one.pairs], "groups": one.groups}
     about |= {"gold": one.gold, data.TEXTS: data.hash_pairs(one.pairs)}
@@ -111,14 +121,15 @@ def _judge(one: Judged, arms: list[Arm], decider: Decider, config, folder: Path)
             raise InputError(f"{path} was judged in other batches: take another --workdir")
         missing = [arm for arm in arms if arm.name not in done["arms"]]
         ranked = folder / shadow_ranking.FILE.format(number)
-        if not missing and ranked.exists():
+        to_rank = ranking and not ranked.exists()
+        if not missing and not to_rank:
             left -= 1
             continue
         read = decider.read(batch)
         oracle = None
-        if not ranked.exists() or any(arm.method.startswith("oracle") for arm in missing):
+        if to_rank or any(arm.method.startswith("oracle") for arm in missing):
             oracle = decider.oracle(batch, one.pairs, gold)
-        if not ranked.exists():
+        if to_rank:
             assert oracle is not None
             shadow_ranking.write(ranked, decider, batch, read, oracle, gold)
         for arm in missing:

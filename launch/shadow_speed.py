@@ -29,6 +29,7 @@ from moejax.methods import shadow_predictor as predictors
 from moejax.methods.shadow_mask import Mask, Sizes, sizes_of
 from moejax.models.config import ModelConfig
 from moejax.models.families import by_name
+from moejax.models.options import ForwardOptions
 from moejax.models.params import init_params
 from moejax.models.transformer import split_layers
 from moejax.serve import sparse
@@ -43,6 +44,7 @@ class Setup:
 
     plain: split layers, as dense decoding reads them; laid_out: by rows; predictor: its weights;
     asked, at_token: as of `moejax.serve.sparse.Sparse`; then refresh_every is 1.
+    dtype: of the weights and of the arithmetic. num_tokens: of a round.
     """
 
     name: str
@@ -54,6 +56,8 @@ class Setup:
     refresh_every: int = 0
     asked: tuple[dict[str, Any], ...] | None = None
     at_token: bool = False
+    dtype: str = "float32"
+    num_tokens: int = NUM_TOKENS
 
     @property
     def between(self) -> int:
@@ -92,7 +96,12 @@ class Speed:
 
 
 def random_setup(
-    name: str, config: ModelConfig, distinct: int, block: int, refresh_every: int = 0
+    name: str,
+    config: ModelConfig,
+    distinct: int,
+    block: int,
+    refresh_every: int = 0,
+    dtype: str = "float32",
 ) -> Setup:
     """A model of random weights whose layers repeat `distinct` ones: as much is read, less kept.
 
@@ -102,7 +111,7 @@ def random_setup(
     few = init_params(few_config(config, distinct), jax.random.key(0))
     unit = "query" if config.num_kv_heads == config.num_heads else "group"
     sizes = sizes_of(config, block, unit)
-    few = split_layers(few)
+    few = split_layers(jax.tree.map(lambda w: w.astype(dtype), few))
     laid_out = decode.lay_out(
         few, few_config(config, distinct), dataclasses.replace(sizes, first=0)
     )
@@ -114,9 +123,8 @@ def random_setup(
         return part | {"layers": {run.name: tuple(layers)}}
 
     predictor = random_predictor(config, sizes)
-    return Setup(
-        name, config, whole(few, 0), whole(laid_out, sizes.first), sizes, predictor, refresh_every
-    )
+    trees = whole(few, 0), whole(laid_out, sizes.first)
+    return Setup(name, config, *trees, sizes, predictor, refresh_every, dtype=dtype)
 
 
 def few_config(config: ModelConfig, num_layers: int) -> ModelConfig:
@@ -191,8 +199,8 @@ def measure(
                 block=setup.sizes.block,
                 unit=setup.sizes.unit,
                 refresh_every=setup.refresh_every,
-                tokens_per_s=NUM_TOKENS / statistics.median(times[s]),
-                dense_tokens_per_s=NUM_TOKENS / statistics.median(times["dense"]),
+                tokens_per_s=setup.num_tokens / statistics.median(times[s]),
+                dense_tokens_per_s=setup.num_tokens / statistics.median(times["dense"]),
                 read_bytes=read,
                 bound=dense_bytes / read,
                 against_dense=against("dense"),
@@ -216,17 +224,17 @@ def read_bytes(setup: Setup, sparsity: float) -> int:
 def ours(
     setup: Setup, sparsity: float | None, params: tree.Tree, rounds: int
 ) -> Callable[[], None]:
-    """Decodes NUM_TOKENS more tokens of one text at each call; None: dense."""
+    """Decodes `setup.num_tokens` more tokens of one text at each call; None: dense."""
     model = _model(setup, sparsity, params)
     prompt = np.random.default_rng(0).integers(0, setup.config.vocab_size, PROMPT).tolist()
     held: dict[str, Any] = {}
-    held["state"] = sparse.start(model, [prompt], NUM_TOKENS * (rounds + 3))
+    held["state"] = sparse.start(model, [prompt], setup.num_tokens * (rounds + 3))
     held["plan"] = sparse.decide(model, held["state"].context_BE)
-    every = NUM_TOKENS if sparsity is None else setup.between or NUM_TOKENS
+    every = setup.num_tokens if sparsity is None else setup.between or setup.num_tokens
     keys = jax.random.split(jax.random.key(0), (every, 1))
 
     def run() -> None:
-        for _ in range(NUM_TOKENS // every):
+        for _ in range(setup.num_tokens // every):
             held["state"], ids, _ = sparse.advance(model, held["state"], held["plan"], keys)
             if sparsity is not None and setup.between:
                 held["plan"] = sparse.decide(model, held["state"].context_BE)
@@ -239,6 +247,7 @@ def _model(setup: Setup, sparsity: float | None, params: tree.Tree) -> sparse.Sp
     shares = None if sparsity is None else (sparsity, sparsity)
     policy = sparse.Policy(setup.sizes, shares, setup.between)
     deciding: dict[str, Any] = {"asked": setup.asked, "at_token": setup.at_token}
+    deciding |= {"options": ForwardOptions(compute_dtype=setup.dtype)}
     return sparse.Sparse(setup.config, params, policy, setup.predictor, **deciding)
 
 
@@ -294,7 +303,7 @@ def transformers_run(setup: Setup) -> Callable[[], None]:
 
     def go_on() -> None:
         with torch.no_grad():
-            for _ in range(NUM_TOKENS):
+            for _ in range(setup.num_tokens):
                 out = model(held["ids"], past_key_values=held["cache"], use_cache=True)
                 held["cache"], held["ids"] = out.past_key_values, out.logits[:, -1:].argmax(-1)
 

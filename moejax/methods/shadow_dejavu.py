@@ -117,7 +117,9 @@ def loss_of(params: Any, inputs_LRD: np.ndarray, labels_LRU: np.ndarray, part: s
 
 def _positive(labels_LRU: np.ndarray, part: str) -> np.ndarray:
     """The share of positive labels of each layer, as the loss weighs with it."""
-    share = [np.count_nonzero(of_layer) / of_layer.size for of_layer in labels_LRU]
+    where = jnp if isinstance(labels_LRU, jax.Array) else np
+    each = (labels_LRU[layer] for layer in range(len(labels_LRU)))  # not all are copied at once
+    share = [int(where.count_nonzero(of_layer)) / of_layer.size for of_layer in each]
     return np.array(share, np.float32) + np.float32(0.005 if part == "neurons" else 0)
 
 

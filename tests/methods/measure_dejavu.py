@@ -1,17 +1,17 @@
-"""What DejaVu's predictors gain from being trained as published, layer by layer.
+"""What predictors gain from 400,000 tokens, as DejaVu's were published: all layers, on a GPU.
 
-    python -m tests.methods.measure_dejavu collect RUN OUT  # 400,000 tokens, 29 GB, all layers
-    python -m tests.methods.measure_dejavu train RUN OUT LAYER [LAYER ...]
-    python -m tests.methods.measure_dejavu judge RUN OUT
+    python -m tests.methods.measure_dejavu pack RUN JOB     # what the next one reads, 9 MB
+    python -m tests.methods.measure_dejavu judge JOB OUT    # trains and judges: minutes on a GPU
+    python -m tests.methods.measure_dejavu compare RUN OUT
 
-RUN is one of configs/shadow/smollm2.py that is trained: its predictors learned from 32,640 tokens
-in batches of 256 for 10 epochs, narrow ones' heads for 60, in three hours. Published are 400,000
-tokens (here all but the first of each text, of the same sources in the same shares; never of texts
-that RUN held out), batches of 1,024 and 20 epochs: a quarter of an hour for each layer on two
-cores. Layers' predictors do not depend on each other, so some layers tell what all would. They are
-held against RUN's own on the tokens of RUN's held-out texts (what the network lowers, and which
-share of the units that a token uses is in the better half that it names), and on the windows of
-WikiText-2 test with these layers alone pruned. The first two go on where they stopped.
+RUN is one of configs/shadow/smollm2.py that is evaluated: its predictors learned from 32,640
+tokens, DejaVu's in batches of 256 for 10 epochs (narrow ones' heads 60), in three hours on two
+cores. Published are 400,000 tokens (here all but the first of each text, of the same sources in
+the same shares; never of texts that RUN held out), batches of 1,024 and 20 epochs. The token
+predictor learns from the same tokens here, so that the two differ in nothing but what they are.
+Judged are RUN's windows and questions; dense and RUN's own token predictor are judged again, which
+says what another device does to a figure. All layers' rows take 33 GB
+of the device's memory.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +32,29 @@ import numpy as np
 
 from configs.shadow.smollm2 import get_config
 from launch import shadow_data as data
-from launch.shadow_train import DEJAVU
+from launch.shadow_arms import Decider, arms_of
+from launch.shadow_evaluate import Judged, judge, read, sets_of
+from launch.shadow_train import DEJAVU, FOLDERS
 from moejax.core.errors import InputError
-from moejax.evals import bootstrap, masked
+from moejax.evals import bootstrap
 from moejax.io import atomic
-from moejax.methods import shadow_dejavu, shadow_predictor, shadow_traces
+from moejax.methods import shadow_dejavu, shadow_predictor
+from moejax.methods.shadow_mask import Mask
 from moejax.methods.shadow_measure import Text, slots_for
 from moejax.methods.shadow_order import reordered
+from moejax.methods.shadow_training import FitConfig, fit
 from moejax.models.inserted import Inserted
 from moejax.models.masked import seen_of
 from moejax.models.transformer import ForwardOptions, forward
 
 TOKENS, BATCH, EPOCHS = 400_000, 1024, 20
-PARTS = ("heads", "neurons")
-ROWS = 8  # texts of a batch
-DONE = "rows.json"
+TOKEN_BATCH, TOKEN_EPOCHS = 256, 10  # of the token predictor, as many steps as RUN's and half more
+ROWS, BATCH_TOKENS = 32, 1 << 16  # texts of a batch; tokens of a batch that is judged
+SLOTS = 256  # of a text, by which batches of texts are as wide as they need
+CONTROLS = ("dense", "predicted_token")
+JUDGED = ("dejavu", "dejavu_equal", "dejavu_token", "dejavu_equal_token", "dejavu_token_single")
+FILES = ("wikitext2_test.tokens.txt", "piqa.jsonl", "arc_easy.jsonl")
+Rows = dict[str, jax.Array]
 
 
 def texts_of(config: Any, model: data.Model) -> list[Text]:
@@ -63,231 +73,268 @@ def texts_of(config: Any, model: data.Model) -> list[Text]:
                     total += len(text.tokens) - 1
         if not drawn:
             raise InputError(f"the sources hold {total:,} tokens, not {TOKENS:,}")
-    return sorted(found, key=lambda text: len(text.tokens))
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _rows(params, config, tokens_BT, segments_BT) -> dict[str, jax.Array]:
-    """What RUN/traces has of some tokens (`shadow_traces`), of all: [L, B, T, ...]."""
-    inserted = Inserted(
-        heads=lambda part, x: (x, jnp.linalg.norm(x, axis=-1)),
-        neurons=lambda part, a: (a, jnp.abs(a)),
-        attn_in=lambda part, x: (x, x.astype(jnp.float16)),
-        mlp_in=lambda part, x: (x, x.astype(jnp.float16)),
-    )
-    options = ForwardOptions(attention="dense")
-    out = forward(
-        params, config, tokens_BT, segment_ids_BT=segments_BT, options=options, inserted=inserted
-    )
-    return seen_of(config, out.seen)
-
-
-def collect(model: data.Model, config: Any, out: Path) -> None:
-    """Writes OUT/PLACE_LL.npy, [tokens, ...] of every place and layer, as RUN/traces has them."""
-    texts, shape = texts_of(config, model), model.loaded.config
-    total = sum(len(text.tokens) - 1 for text in texts)
-    widths = {"attn_in": (np.float16, shape.d_model), "mlp_in": (np.float16, shape.d_model)}
-    widths |= {
-        "heads": (np.uint8, -(-shape.num_heads // 8)),
-        "neurons": (np.uint8, shape.d_ff // 8),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    done = atomic.read_json(out / DONE) if (out / DONE).exists() else {"texts": 0, "rows": 0}
-    arrays = {
-        (name, layer): np.lib.format.open_memmap(
-            _path(out, name, layer), "r+" if done["texts"] else "w+", dtype, (total, width)
-        )
-        for name, (dtype, width) in widths.items()
-        for layer in range(shape.num_layers)
-    }
-    began, first = time.perf_counter(), done["rows"]
-    for start in range(done["texts"], len(texts), ROWS):
-        some = [text.tokens for text in texts[start : start + ROWS]]
-        slots = slots_for(max(map(len, some)), config.data.slots)
-        tokens, segments = np.zeros((2, ROWS, slots), np.int32)
-        for row, ids in enumerate(some):
-            tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
-        seen = jax.device_get(_rows(model.loaded.params, shape, tokens, segments))
-        real = segments.astype(bool)
-        real[:, 0] = False
-        end = done["rows"] + int(real.sum())
-        for name in widths:
-            for layer, values in enumerate(seen[name]):
-                mine = values[real]
-                if name in PARTS:
-                    mine = np.packbits(shadow_dejavu.labels(mine, False), axis=-1)
-                arrays[name, layer][done["rows"] : end] = mine
-        done = {"texts": start + ROWS, "rows": end, "total": total}
-        if start // ROWS % 16 == 15 or end == total:
-            for array in arrays.values():
-                array.flush()
-            atomic.write_json(out / DONE, done)
-            left = (time.perf_counter() - began) / (end - first) * (total - end)
-            print(f"collect  {end:,}/{total:,} tokens, {left / 60:.0f} min left", flush=True)
-
-
-def _path(out: Path, name: str, layer: int) -> Path:
-    return out / f"{name}_{layer:02d}.npy"
-
-
-def train(model: data.Model, config: Any, run: Path, out: Path, layers: list[int]) -> None:
-    """Trains what OUT has not of these layers, and says what it and RUN's are worth."""
-    if not (out / DONE).exists() or (d := atomic.read_json(out / DONE))["rows"] < d["total"]:
-        raise InputError(f"{out} is not complete: run collect to its end")
-    runs = {name: _load(model, run / folder) for name, folder in DEJAVU.items()}
-    heldout = np.array([s.heldout for s in data.load_samples(config, model.tokenizer)])
-    for layer, (name, of_run), part in itertools.product(layers, runs.items(), PARTS):
-        path = out / f"{name}_{part}_{layer:02d}.npz"
-        unseen = _heldout(run, heldout, part, layer, model)
-        if not path.exists():
-            inputs = np.load(_path(out, shadow_dejavu.INPUT[part], layer))[None]
-            bits = np.load(_path(out, part, layer))[None]
-            labels = np.unpackbits(bits, axis=-1, count=unseen[1].shape[-1]).view(bool)
-            hidden = of_run.params[part]["w_1"].shape[-1]
-            how = shadow_dejavu.DejavuConfig(hidden, EPOCHS, BATCH, seed=config.data.seed)
-            held, began = [], time.perf_counter()
-
-            def say(epoch, loss, params, part=part, unseen=unseen, held=held, began=began):
-                held.append(shadow_dejavu.loss_of(params, *unseen, part))
-                each = (time.perf_counter() - began) / (epoch + 1)
-                print(
-                    f"  {part} epoch {epoch + 1}: loss {loss:.4f}, of unseen {held[-1]:.4f}, "
-                    f"{each * (EPOCHS - epoch - 1) / 60:.0f} min left",
-                    flush=True,
-                )
-
-            found = shadow_dejavu.fit(inputs, labels, part, how, say)
-            found["unseen"] = np.array(held)
-            atomic.write_npz(path, found)
-        mine = atomic.read_npz(path)
-        first = mine.pop("unseen")[0]
-        theirs = {n: w[layer][None] for n, w in of_run.params[part].items()}
-        figures = [_worth(p, unseen, part, layer, of_run, model) for p in (theirs, mine)]
-        print(
-            f"layer {layer:2} {name:12} {part:7} as in the study: "
-            f"{figures[0]}; as published: {figures[1]} (loss after one epoch {first:.4f})",
-            flush=True,
-        )
-
-
-def _load(model: data.Model, folder: Path) -> shadow_predictor.Predictor:
-    return shadow_predictor.load(folder, model.loaded.config, model.sha256)
-
-
-def _heldout(run: Path, heldout: np.ndarray, part: str, layer: int, model: data.Model):
-    """Inputs [1, R, D] and labels [1, R, U] of a layer, of RUN's held-out texts."""
-    shape = model.loaded.config
-    units = shape.num_heads if part == "heads" else shape.d_ff
-    found: dict[str, list[np.ndarray]] = {"in": [], "labels": []}
-    for path in shadow_traces.parts(run / "traces"):
-        wanted = ("text", f"rows/{shadow_dejavu.INPUT[part]}", f"rows/{part}")
-        arrays = atomic.read_npz(path, wanted.__contains__)
-        mine = heldout[arrays["text"]]
-        for of, place in zip(found.values(), wanted[1:], strict=True):
-            of.append(arrays[place][mine, layer])
-    inputs, bits = (np.concatenate(x).reshape(1, -1, x[0].shape[-1]) for x in found.values())
-    return inputs, np.unpackbits(bits, axis=-1, count=units).view(bool)
-
-
-def _worth(params, unseen, part: str, layer: int, of_run, model: data.Model) -> str:
-    """Loss; of the units that a token uses, the share in the better half, of blocks and singly."""
-    inputs, used = unseen
-    logits = inputs[0].astype(np.float32) @ params["w_1"][0] @ params["w_2"][0]
-    scores, used = 1 / (1 + np.exp(-logits)), used[0]
-    sizes, said = model.sizes, f"{shadow_dejavu.loss_of(params, *unseen, part):.4f}"
-    counts = {"singly": scores.shape[-1]}
-    if part == "neurons":
-        counts["in blocks"] = sizes.blocks
-        index = shadow_dejavu.in_order(of_run.order_LF, sizes)[layer]
-        scores, used = scores[:, index], used[:, index]
-    for name, count in counts.items():
-        units = scores.reshape(len(scores), count, -1).sum(-1)
-        keep = -(-count // 2)
-        least = np.partition(units, -keep, axis=-1)[:, -keep, None]
-        kept = np.repeat(units >= least, scores.shape[-1] // count, axis=-1)
-        said += f", {name} {(kept & used).sum() / used.sum():.4f}"
-    return said
-
-
-def judge(model: data.Model, config: Any, run: Path, out: Path) -> None:
-    """Nats per token of the windows where the layers that are trained in OUT alone are pruned."""
-    pairs = data.pairs_of(data.load_windows(config, model.tokenizer))
-    batches = masked.batches(pairs, config.evaluate.batch_tokens)
-    counts, shape = np.array([len(rest) for _, rest in pairs]), model.loaded.config
-    for name, folder in DEJAVU.items():
-        of_run = _load(model, run / folder)
-        there = [set(_trained(out, name, part)) for part in PARTS]
-        layers = sorted(there[0] & there[1])
-        if not layers:
-            raise InputError(f"{out} has no layer of {name} of which both parts are trained")
-        params = reordered(model.loaded.params, shape, of_run.order_LF)
-        arms = {"study": of_run.params, "published": _with(of_run.params, out, name, layers)}
-        found = {}
-        for at, sparsity in itertools.product(arms, config.evaluate.sparsities):
-            nats = np.zeros(len(pairs))
-            for batch in batches:
-                read = masked.read_prompts(params, shape, batch)
-                how = arms[at], of_run.order_LF, model.sizes, (sparsity, sparsity)
-                nats[list(batch.rows)] = _nats(params, shape, batch, read, how, layers)
-            found[at, sparsity] = nats
-        print(f"{name}, layers {', '.join(map(str, layers))} alone pruned:")
-        for sparsity in config.evaluate.sparsities:
-            a, b = found["published", sparsity], found["study", sparsity]
-            d = bootstrap.paired_ratio(a, b, counts)
-            perplexity = [float(np.exp(x.sum() / counts.sum())) for x in (b, a)]
-            print(
-                f"  {sparsity:.0%}: perplexity {perplexity[0]:.3f} as in the study, "
-                f"{perplexity[1]:.3f} as published; nats {d.mean:+.4f} "
-                f"[{d.low:+.4f}, {d.high:+.4f}]",
-                flush=True,
-            )
-
-
-def _trained(out: Path, name: str, part: str) -> list[int]:
-    return [int(path.stem[-2:]) for path in out.glob(f"{name}_{part}_[0-9][0-9].npz")]
-
-
-def _with(params: Any, out: Path, name: str, layers: list[int]) -> Any:
-    """RUN's parameters with those of OUT at these layers."""
-    found = {part: {n: np.array(w) for n, w in params[part].items()} for part in PARTS}
-    for part, layer in itertools.product(PARTS, layers):
-        arrays = atomic.read_npz(out / f"{name}_{part}_{layer:02d}.npz")
-        for n, w in found[part].items():
-            w[layer] = arrays[n][0]
     return found
 
 
-def _nats(params, config, batch, read, how, layers: list[int]) -> np.ndarray:
-    dejavu, order, sizes, shares = how
-    pruned = np.isin(np.arange(sizes.num_layers), layers)
-    index = shadow_dejavu.in_order(order, sizes)
-    places = batch.rest_BR, batch.length_B
-    keep = shadow_dejavu.kept(sizes, shares)
-    nats = _deciding(params, config, places, read, (dejavu, index, keep, pruned), sizes)
-    return np.asarray(nats, np.float64)[: len(batch.rows)]
-
-
-@functools.partial(jax.jit, static_argnames=("config", "sizes"))
-def _deciding(params, config, places, read, how, sizes):
-    dejavu, index_LF, keep, pruned_L = how
-    inserted = shadow_dejavu.deciding(dejavu, config, index_LF, sizes, keep)
-    (run,) = config.runs
-    layers = {run.name: inserted.layers[run.name] | {"pruned": pruned_L}}
-    inserted = dataclasses.replace(inserted, layers=layers)
-    return masked._nats(params, config, places, read, inserted)
-
-
-def main(command: str, run: str, out: str, *layers: str) -> None:
+def pack(run: Path, job: Path) -> None:
+    """Texts as tokens (the standard library is another elsewhere), and what RUN made."""
     config = get_config()
     model = data.load_model(config)
-    if command == "collect":
-        collect(model, config, Path(out))
-    elif command == "train":
-        train(model, config, Path(run), Path(out), [int(layer) for layer in layers])
-    elif command == "judge":
-        judge(model, config, Path(run), Path(out))
+    held = [s.text for s in data.load_samples(config, model.tokenizer) if s.heldout]
+    texts = {"train": texts_of(config, model), "heldout": held}
+    arrays = {f"{name}/ids": np.concatenate([t.tokens for t in of]) for name, of in texts.items()}
+    arrays |= {f"{name}/sizes": np.array([len(t.tokens) for t in of]) for name, of in texts.items()}
+    for name in FILES:
+        (job / "data").mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(config.data.folder) / name, job / "data" / name)
+    shutil.copytree(run / FOLDERS["token"], job / FOLDERS["token"])
+    atomic.write_npz(job / "texts.npz", arrays)
+
+
+def collect(model: data.Model, texts: list[np.ndarray], part: str, order: Any) -> Rows:
+    """Of all tokens but each text's first, on the device.
+
+    "inputs" [L, N, D] and "labels" [L, N, U] of a part; "context" [N, E] and "blocks" [L, N, M],
+    the share of each that a token uses.
+    """
+    texts = sorted(texts, key=len)
+    total = sum(map(len, texts)) - len(texts)
+    index = shadow_dejavu.in_order(order, model.sizes)
+    found: Rows = {}
+    end = 0
+    for start in range(0, len(texts), ROWS):
+        some = texts[start : start + ROWS]
+        slots = slots_for(max(map(len, some)), SLOTS)
+        tokens, segments = np.zeros((2, ROWS, slots), np.int32)
+        for row, ids in enumerate(some):
+            tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+        wanted = segments.astype(bool)
+        wanted[:, 0] = False
+        first = np.argsort(~wanted.ravel(), kind="stable")  # tokens that count, then all others
+        how = (part, model.loaded.config, model.sizes)
+        made = _rows(how, model.loaded.params, tokens, segments, first, index)
+        if not found:
+            found = {n: jnp.zeros((len(a), total, a.shape[2]), a.dtype) for n, a in made.items()}
+        at = np.arange(end, end + len(first))
+        end += int(wanted.sum())
+        found = _put(found, made, np.where(at < end, at, total).astype(np.int32))
+    assert end == total
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _rows(how, params, tokens_BT, segments_BT, first, index_LF) -> Rows:
+    part, config, sizes = how
+    place = shadow_dejavu.INPUT[part]
+    see: dict[str, Any] = {place: lambda part, x: (x, x.astype(jnp.float16))}
+    see |= {"heads": lambda part, x: (x, x)} if part == "heads" else {}
+    see |= {"neurons": lambda part, a: (a, jnp.abs(a))} if part == "neurons" else {}
+    inserted, options = Inserted(**see), ForwardOptions(attention="dense")
+    out = forward(
+        params, config, tokens_BT, segment_ids_BT=segments_BT, options=options, inserted=inserted
+    )
+    seen = seen_of(config, out.seen)
+
+    def flat(x_LBTU: jax.Array) -> jax.Array:
+        return x_LBTU.reshape(len(x_LBTU), -1, x_LBTU.shape[-1])[:, first]
+
+    values = seen[part] if part == "neurons" else jnp.linalg.norm(seen[part], axis=-1)
+    keep = max(1, round(shadow_dejavu.TOP_SHARE * values.shape[-1]))
+    labels = flat(values >= shadow_dejavu._nth(values, keep))
+    found = {"inputs": flat(seen[place]), "labels": labels}
+    if part == "neurons":
+        moved = jnp.take_along_axis(labels, index_LF[:, None], axis=-1)
+        shares = moved.reshape(*moved.shape[:-1], sizes.blocks, sizes.block).mean(-1)
+        found["blocks"] = shares.astype(jnp.float16)  # of 32: exact
     else:
+        found["context"] = flat(seen["heads"].reshape(*values.shape[:-1], -1)[:1])
+        found["heads"] = labels
+    return found
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(into: Rows, rows: Rows, at_N: Any) -> Rows:
+    """Rows to their places; past the end: nowhere."""
+    return {n: array.at[:, at_N].set(rows[n], mode="drop") for n, array in into.items()}
+
+
+def train(model: data.Model, config: Any, job: Path, out: Path) -> None:
+    """Writes OUT/predictor_dejavu, _dejavu_equal and _token, and OUT/fit.json with their losses."""
+    arrays = atomic.read_npz(job / "texts.npz")
+    texts = {
+        name: np.split(arrays[f"{name}/ids"], np.cumsum(arrays[f"{name}/sizes"])[:-1])
+        for name in ("train", "heldout")
+    }
+    ours = shadow_predictor.load(job / FOLDERS["token"], model.loaded.config, model.sha256)
+    order, shape = ours.order_LF, model.loaded.config
+    units = shape.num_heads + shape.d_ff
+    budget = shadow_predictor.num_params(ours.params)
+    equal = shadow_dejavu.hidden_within(budget, shape.num_layers, shape.d_model, units)
+    widths = {"dejavu": config.train.dejavu_hidden, "dejavu_equal": equal}
+    made: dict[str, Any] = {name: {} for name in widths}
+    losses: dict[str, Any] = {}
+    for_token: dict[str, Rows] = {name: {} for name in texts}
+    for part in shadow_dejavu.INPUT:
+        began = time.perf_counter()
+        rows = {name: collect(model, of, part, order) for name, of in texts.items()}
+        for name, of in rows.items():
+            keep = ("context", "heads") if part == "heads" else ("blocks",)
+            for_token[name] |= {n: np.asarray(of.pop(n)) for n in keep}
+        labels = rows["train"]["labels"]
+        shares = [float(jnp.mean(labels[layer], dtype=jnp.float32)) for layer in range(len(labels))]
+        used = f"{min(shares):.4f} to {max(shares):.4f} of units used"
+        _say(f"{part}: {labels.shape[1]:,} tokens collected, {used}", began)
+        del labels
+        for name, hidden in widths.items():
+            how = shadow_dejavu.DejavuConfig(hidden, EPOCHS, BATCH, seed=config.data.seed)
+            held = losses[f"{name}/{part}"] = []
+            with jax.default_matmul_precision("tensorfloat32"):
+                made[name][part] = _fit_dejavu(rows, part, how, held)
+        del rows
+    for name, params in made.items():
+        info = dataclasses.replace(ours.info, variant=shadow_predictor.PER_LAYER)
+        info = dataclasses.replace(info, hidden=widths[name])
+        whole = dataclasses.replace(ours, info=info, params=params)
+        shadow_predictor.save(out / DEJAVU[name], whole, overwrite=True)
+    losses["predicted_token"] = _fit_token(ours, for_token, model, config, out)
+    atomic.write_json(out / "fit.json", losses)
+
+
+def _fit_dejavu(rows: dict[str, Rows], part: str, how, held: list[float]) -> Any:
+    began, unseen = time.perf_counter(), rows["heldout"]
+
+    def say(epoch: int, loss: float, params: Any) -> None:
+        if epoch % 5 and epoch != how.epochs - 1:
+            return
+        held.append(shadow_dejavu.loss_of(params, unseen["inputs"], unseen["labels"], part))
+        words = f"loss {loss:.4f}, of unseen {held[-1]:.4f}"
+        _say(f"{how.hidden} wide, {part}, epoch {epoch + 1} of {how.epochs}: {words}", began)
+
+    return shadow_dejavu.fit(rows["train"]["inputs"], rows["train"]["labels"], part, how, say)
+
+
+def _fit_token(ours, rows: dict[str, Rows], model: data.Model, config, out: Path) -> list[float]:
+    """Losses of unseen texts: RUN's, and its own after each epoch; 1 is the static mean's."""
+    t, sizes, began = config.train, model.sizes, time.perf_counter()
+    context = {name: of["context"][0].astype(np.float32) for name, of in rows.items()}
+    scores = {
+        name: Mask(*(np.moveaxis(of[n], 1, 0).astype(np.float32) for n in ("heads", "blocks")))
+        for name, of in rows.items()
+    }
+    how = FitConfig(
+        *(ours.info.hidden, TOKEN_EPOCHS, TOKEN_BATCH, t.lr, t.weight_decay, config.data.seed),
+        rows=BATCH,  # what is held back to choose an epoch lies together
+    )
+
+    def say(epoch: int, loss: float, held: float) -> None:
+        _say(f"token predictor, epoch {epoch + 1}: loss {loss:.4f}, of held {held:.4f}", began)
+
+    params = fit(context["train"], scores["train"], sizes, "token", how, say)
+    shadow_predictor.save(
+        out / FOLDERS["token"], dataclasses.replace(ours, params=params), overwrite=True
+    )
+    found = []
+    for network in (ours.params, params):
+        errors = []
+        for start in range(0, len(context["heldout"]), BATCH):
+            at = slice(start, start + BATCH)
+            guess = shadow_predictor.predict(network, context["heldout"][at], sizes)
+            for part in ("heads", "blocks"):
+                truth = getattr(scores["heldout"], part)[at]
+                gap = np.square(np.asarray(getattr(guess, part)) - truth)
+                errors.append([part, float(gap.sum()), gap.size])
+        for part in ("heads", "blocks"):
+            mine = [e[1:] for e in errors if e[0] == part]
+            spread = np.square(
+                getattr(scores["heldout"], part) - getattr(scores["train"], part).mean(0)
+            ).mean()
+            found.append(sum(e[0] for e in mine) / sum(e[1] for e in mine) / float(spread))
+    _say(
+        f"squared error of unseen over the static mean's: {found[0]:.4f} of heads and "
+        f"{found[1]:.4f} of blocks of RUN's token predictor, {found[2]:.4f} and {found[3]:.4f} of "
+        "the one here",
+        began,
+    )
+    return found
+
+
+def judge_all(model: data.Model, config: Any, job: Path, out: Path) -> None:
+    """OUT/evaluation, as RUN has it; RUN's own token predictor in OUT/control/evaluation."""
+    order = shadow_predictor.load(job / FOLDERS["token"], model.loaded.config).order_LF
+    params = jax.jit(lambda p: reordered(p, model.loaded.config, order))(model.loaded.params)
+    whole = dataclasses.replace(model, loaded=dataclasses.replace(model.loaded, params=params))
+
+    def of_set(one: Judged) -> None:
+        for folder, workdir, methods in (
+            (out / "control", job, CONTROLS),
+            (out, out, ("predicted_token", *JUDGED)),
+        ):
+            arms = [arm for arm in arms_of(config, one.gold is None) if arm.method in methods]
+            decider = Decider(whole, config, workdir, order)
+            judge(one, arms, decider, config, folder / "evaluation" / one.name, ranking=False)
+
+    with ThreadPoolExecutor() as pool:  # most of the time goes to compilers
+        list(pool.map(of_set, sets_of(config, whole)))
+
+
+def compare(run: Path, out: Path) -> None:
+    """Figures of RUN's predictors and of those in OUT, and paired differences, of whole sets."""
+    of_run, here, control = (
+        {(n, r["arm"]): r for n, r in read(folder) if r["judged"] == r["total"]}
+        for folder in (run, out, out / "control")
+    )
+    print("RUN's judged again, nats per token (of questions of margin) minus RUN's:")
+    for key, record in control.items():
+        print(f"  {key[0]:9} {key[1]:36} {_differ(record, of_run[key])}")
+    print("trained on 400,000 tokens minus RUN's:")
+    for key, record in here.items():
+        print(f"  {key[0]:9} {key[1]:36} {_figure(of_run[key])} -> {_figure(record)}"
+              f"  {_differ(record, of_run[key])}")  # fmt: skip
+    print("token predictor minus DejaVu's, both trained on 400,000 tokens, and as in RUN:")
+    for key, record in here.items():
+        method, _, rest = key[1].partition("-")
+        if method in ("dejavu_token", "dejavu_equal_token"):
+            ours = key[0], f"predicted_token-{rest}"
+            said = f"{_differ(here[ours], record)}, {_differ(of_run[ours], of_run[key])}"
+            print(f"  {key[0]:9} {key[1]:36} {said}")
+
+
+def _figure(record: dict[str, Any]) -> str:
+    if "passed" in record:
+        return f"{np.mean(record['passed']):6.1%}"
+    return f"{np.exp(sum(record['nats']) / sum(record['counts'])):8.2f}"
+
+
+def _differ(a: dict[str, Any], b: dict[str, Any]) -> str:
+    """Of texts nats per token, of questions the gold answer's margin, with a 95% interval."""
+    if "passed" in a:
+        d = bootstrap.paired_mean(np.array(a["gold_margin"]), np.array(b["gold_margin"]))
+    else:
+        d = bootstrap.paired_ratio(
+            np.array(a["nats"]), np.array(b["nats"]), np.array(a["counts"], float)
+        )
+    return f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]"
+
+
+def _say(words: str, began: float) -> None:
+    print(f"{words} ({time.perf_counter() - began:.0f} s)", flush=True)
+
+
+def main(command: str, first: str, second: str) -> None:
+    if command in ("pack", "compare"):
+        {"pack": pack, "compare": compare}[command](Path(first), Path(second))
+        return
+    if command != "judge":
         raise SystemExit(__doc__)
+    job, out, config = Path(first), Path(second), get_config()
+    config.data.folder = str(job / "data")
+    config.evaluate.batch_tokens = BATCH_TOKENS
+    began = time.perf_counter()
+    model = data.load_model(config)
+    _say("model", began)
+    train(model, config, job, out)
+    judge_all(model, config, job, out)
+    _say("all", began)
 
 
 if __name__ == "__main__":
