@@ -70,13 +70,22 @@ def grouped_gated_tpu(
     The products stay in VMEM, in float32, and only the result is rounded. Where a gradient is
     taken they are written too, beside the result. Raises as `grouped_matmul_tpu`.
     """
-    form = Form("grouped_gated", ((0, 0), (0, 1)), lambda a, b: (activation(a) * b,), 1)
-    return _rows(form, [lhs], [w_gate, w_up], group_sizes, interpret)[0]
+    return _rows(_gated_form(activation, False), [lhs], [w_gate, w_up], group_sizes, interpret)[0]
+
+
+@functools.lru_cache
+def _gated_form(activation: Activation, with_products: bool) -> Form:
+    """One for all calls: what is traced is kept by it."""
+
+    def combine(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, ...]:
+        hidden = activation(gate) * up
+        return (hidden, gate, up) if with_products else (hidden,)
+
+    return Form("grouped_gated", ((0, 0), (0, 1)), combine, 3 if with_products else 1)
 
 
 def _gated_forward(lhs, w_gate, w_up, group_sizes, activation, groups, interpret):
-    form = Form("grouped_gated", ((0, 0), (0, 1)), lambda a, b: (activation(a) * b, a, b), 3)
-    found = _rows(form, [lhs], [w_gate, w_up], group_sizes, interpret)
+    found = _rows(_gated_form(activation, True), [lhs], [w_gate, w_up], group_sizes, interpret)
     out, gate, up = (checkpoint_name(each, GROUPED) for each in found)
     return out, (lhs, w_gate, w_up, group_sizes, groups, gate, up)
 

@@ -20,6 +20,7 @@ from moejax.ops.tpu_tiles import OuterTiles
 from moejax.ops.tpu_visits import BLOCK, Visits, outer_visits
 
 
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret", "out_dtype"))
 def outer(
     lhs: jax.Array,
     d_out: jax.Array,

@@ -49,6 +49,7 @@ class _Visit(NamedTuple):
     owned: Any
 
 
+@functools.partial(jax.jit, static_argnames=("form", "tiles", "interpret"))
 def multiply(
     form: Form,
     xs: Sequence[jax.Array],
@@ -57,7 +58,10 @@ def multiply(
     tiles: Tiles,
     interpret: Interpret = False,
 ) -> list[jax.Array]:
-    """The form's results [R, N] for rows xs [R, K] and matrices ws [E, K, N]; zeros past groups."""
+    """The form's results [R, N] for rows xs [R, K] and matrices ws [E, K, N]; zeros past groups.
+
+    Jitted, so that a layer that calls it many times traces the kernel once for each shape.
+    """
     num_rows = xs[0].shape[0]
     rows = max(-(-num_rows // BLOCK) * BLOCK, tiles.heights[-1])
     tiles = tiles._replace(heights=tuple(h for h in tiles.heights if h <= rows))

@@ -20,6 +20,8 @@ DTYPES = ("float32", "bfloat16")
 VMEM_MIB = {"v5 lite": 128, "v5e": 128, "v6": 128, "v5": 64}
 # Multiplications of one visit: the more, the longer compilers take.
 MAX_UNROLLED = 3 << 29
+# Rows of a group from which on its rest matters little: fewer heights, and less code to compile.
+LARGE_GROUP = 2048
 MAX_OUTER_TILE = 1024 * 1408
 VISIT_CYCLES, UNIT_CYCLES = 450, 64
 
@@ -69,7 +71,8 @@ def rows_tiles(
     dtype = checked(dtype)
     most, passes = vmem_bytes(), 6 if dtype.itemsize == 4 else 1
     width = _units(columns)
-    for heights in ((256, 128, 96, 64, 32), (128, 96, 64, 32), (64, 32), (32,)):
+    tall = (256, 64, 32) if rows_per_group >= LARGE_GROUP else (256, 128, 96, 64, 32)
+    for heights in (tall, (128, 96, 64, 32), (64, 32), (32,)):
         if heights[0] == 256 and rows_per_group <= 128:
             continue
         tallest = heights[0]

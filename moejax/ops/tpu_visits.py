@@ -3,12 +3,13 @@
 Rows are counted in blocks of 16, which is what a row offset in a TPU's memory can be for every type
 here. A visit is one product of a static number of rows, a height; its rows begin where its group
 begins, rounded down to a block, so no visit but those at a group's edges holds rows of another. A
-group takes as many of the tallest visits as fit, and the rest by at most two shorter ones.
+group takes as many of the tallest visits as fit, and the rest by a few shorter ones.
 
 The tables are made by jnp on the device from the group sizes; the host never waits for them.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ BLOCK = 16
 NUM_CORES = 2
 # What a visit costs beyond its rows, in rows of work: counted on compiled kernels (see BUILD.md).
 VISIT_ROWS = 9
+AT_MOST = 4  # visits of what the tallest ones leave of a group
 # How far from the middle, in blocks, the cut between the cores is sought.
 NEAR = 24
 
@@ -45,39 +47,37 @@ class Visits(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """For a rest of b blocks, b below those of the tallest height: up to two visits.
+    """For a rest of b blocks, b below those of the tallest height: a few visits.
 
-    num [B]; kind and blocks [B, 2]; cost [B], in rows of work.
+    num [B]; kind, blocks and the blocks before each [B, most]; cost [B], in rows of work.
     """
 
     num: np.ndarray
     kind: np.ndarray
     blocks: np.ndarray
+    before: np.ndarray
     cost: np.ndarray
 
 
 @functools.lru_cache
 def pieces(heights: tuple[int, ...], at_most: int) -> Pieces:
-    """The cheapest one or two of `heights` (falling, multiples of 16) for each rest of rows."""
-    found: list[tuple] = [(0, 0, (0, 0), (0, 0))]
+    """The cheapest few of `heights` (falling, multiples of 16) for each rest of rows."""
+    found: list[tuple] = [(0, 0, (), ())]
     for rest in range(1, heights[0] // BLOCK):
         ways = []
-        for i, first in enumerate(heights):
-            if first // BLOCK >= rest:
-                ways.append((first + VISIT_ROWS, 1, (i, 0), (rest, 0)))
-                continue
-            if at_most == 1:
-                break
-            left = rest - first // BLOCK
-            for j, second in enumerate(heights[i:], i):
-                if second // BLOCK >= left:
-                    cost = first + second + 2 * VISIT_ROWS
-                    ways.append((cost, 2, (i, j), (first // BLOCK, left)))
+        for num in range(1, at_most + 1):
+            for kinds in itertools.combinations_with_replacement(range(len(heights)), num):
+                *sizes, last = (heights[kind] // BLOCK for kind in kinds)
+                if 0 < (left := rest - sum(sizes)) <= last:
+                    cost = sum(heights[kind] for kind in kinds) + num * VISIT_ROWS
+                    ways.append((cost, num, kinds, (*sizes, left)))
         found.append(min(ways))
-    costs, nums, kinds, blocks = (
-        np.asarray(column, np.int32) for column in zip(*found, strict=True)
-    )
-    return Pieces(nums, kinds, blocks, costs)
+    most = max(1, *(num for _, num, *_ in found))
+    kind, blocks = np.zeros((2, len(found), most), np.int32)
+    for row, (_, num, kinds, sizes) in enumerate(found):
+        kind[row, :num], blocks[row, :num] = kinds, sizes
+    cost, num = (np.asarray([one[i] for one in found], np.int32) for i in range(2))
+    return Pieces(num, kind, blocks, np.cumsum(blocks, axis=1) - blocks, cost)
 
 
 def row_visits(group_sizes: jax.Array, num_rows: int, heights: tuple[int, ...]) -> Visits:
@@ -92,8 +92,9 @@ def row_visits(group_sizes: jax.Array, num_rows: int, heights: tuple[int, ...]) 
     blocks = _blocks(starts, ends)
     first, count = _parts(*blocks, _middle(*blocks, num_rows // BLOCK, heights), num_rows // BLOCK)
     nothing = jnp.arange(sizes.size) == sizes.size - 1
-    v_max = -(-num_rows // heights[0]) + 2 * (sizes.size + 1)
-    of = functools.partial(_of_core, heights=heights, at_most=2, v_max=v_max)
+    most = pieces(heights, AT_MOST).kind.shape[1]
+    v_max = -(-num_rows // heights[0]) + most * (sizes.size + 1)
+    of = functools.partial(_of_core, heights=heights, at_most=AT_MOST, v_max=v_max)
     per_core = jax.vmap(of, (0, 0, None))
     group, within, visits, kind, block, count, num = per_core(first, count, nothing)
     del within, visits
@@ -163,7 +164,7 @@ def _middle(first, last, num_blocks: int, heights: tuple[int, ...]) -> jax.Array
     middle = last[group] - (blocks[group] - half)
     near = jnp.clip(middle + jnp.arange(-NEAR, NEAR + 1), 0, num_blocks).astype(jnp.int32)
     count = jax.vmap(lambda cut: _parts(first, last, cut, num_blocks)[1][:, :-1])(near)
-    tallest, table = heights[0] // BLOCK, jnp.asarray(pieces(heights, 2).cost)
+    tallest, table = heights[0] // BLOCK, jnp.asarray(pieces(heights, AT_MOST).cost)
     cost = count // tallest * (heights[0] + VISIT_ROWS) + table[count % tallest]
     return near[jnp.argmin(jnp.max(jnp.sum(cost, axis=2), axis=1))]
 
@@ -190,10 +191,10 @@ def _of_core(
     v = jnp.arange(v_max, dtype=jnp.int32)
     g = jnp.minimum(jnp.searchsorted(up_to, v, side="right"), count.size - 1)
     within = v - (up_to - visits)[g]
-    piece = jnp.clip(within - whole[g], 0, 1)
+    piece = jnp.clip(within - whole[g], 0, table.kind.shape[1] - 1)
     is_rest = within >= whole[g]
     offset = jnp.minimum(within, whole[g]) * tallest
-    offset += jnp.where(is_rest & (piece > 0), jnp.asarray(table.blocks)[rest[g], 0], 0)
+    offset += jnp.where(is_rest, jnp.asarray(table.before)[rest[g], piece], 0)
     kind = jnp.where(is_rest, jnp.asarray(table.kind)[rest[g], piece], 0)
     blocks = jnp.where(is_rest, jnp.asarray(table.blocks)[rest[g], piece], tallest)
     kind = jnp.where(nothing[g], len(heights), kind)

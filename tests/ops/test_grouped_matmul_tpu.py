@@ -27,6 +27,7 @@ from tests.aot.test_topology import run_for
 from tests.ops.test_grouped_matmul import CASES, NUM_ROWS, assert_close, by_hand, operands
 
 K, N = 136, 200  # no multiple of a tile
+HEIGHTS, FEWER = (256, 128, 96, 64, 32), (256, 64, 32)
 TILES = Tiles((64, 32), 128, 48 << 20)
 # One of each: groups that share a block, that are empty, that no core has, and many small ones.
 FAST = ("no_block_multiple", "empty_middle_and_last")
@@ -45,6 +46,16 @@ def test_forward_equals_the_definition_without_a_race(case):
     lhs, rhs, group_sizes = operands(CASES[case], NUM_ROWS, k=K, n=N)
     (got,) = multiply(PRODUCT, [lhs], [rhs], group_sizes, TILES, interpreted())
     assert_close(got, by_hand(lhs, rhs, CASES[case]), "float32")
+    assert not interpreter.races.races_found
+
+
+def test_a_rest_of_three_and_four_visits():
+    """What groups leave of the tallest height: 208 and 160 rows; a core's part begins anew."""
+    sizes = [208, 0, 161, 70]
+    lhs, rhs, group_sizes = operands(sizes, 448, "bfloat16", 24, 40)
+    tiles = TILES._replace(heights=FEWER)
+    (got,) = multiply(PRODUCT, [lhs], [rhs], group_sizes, tiles, interpreted())
+    assert_close(got, by_hand(lhs, rhs, sizes), "bfloat16")
     assert not interpreter.races.races_found
 
 
@@ -129,16 +140,16 @@ def test_sums_of_two_calls_are_added_in_float32():
     assert not interpreter.races.races_found
 
 
-HEIGHTS = (256, 128, 96, 64, 32)
 of_rows = functools.partial(jax.jit, static_argnums=(1, 2))(tpu_visits.row_visits)
 of_sums = functools.partial(jax.jit, static_argnums=(2, 3))(tpu_visits.outer_visits)
 
 
-def test_visits_cover_every_row_once_and_the_cores_share_them_evenly():
+@pytest.mark.parametrize("heights", [HEIGHTS, FEWER])
+def test_visits_cover_every_row_once_and_the_cores_share_them_evenly(heights):
     rng = np.random.default_rng(0)
     for _ in range(30):
         sizes = rng.multinomial(3900, rng.dirichlet(np.full(16, 0.3)))
-        visits = jax.tree.map(np.asarray, of_rows(jnp.asarray(sizes), 4096, HEIGHTS))
+        visits = jax.tree.map(np.asarray, of_rows(jnp.asarray(sizes), 4096, heights))
         cost, blocks = [0, 0], [set(), set()]
         covered = np.zeros((17, 256), int)  # per group and block
         for core in range(2):
@@ -147,9 +158,9 @@ def test_visits_cover_every_row_once_and_the_cores_share_them_evenly():
                 first = fetch + skip + lead
                 assert 0 <= fetch <= 256 - 16 and skip >= 0 and count > 0
                 if group < 16:
-                    size = HEIGHTS[kind] // 16
+                    size = heights[kind] // 16
                     assert skip + size <= 16 and lead + count <= size and count >= size - 1
-                    cost[core] += HEIGHTS[kind] + 9
+                    cost[core] += heights[kind] + 9
                 covered[group, first : first + count] += 1
                 blocks[core] |= set(range(first, first + count))
         assert not blocks[0] & blocks[1] and blocks[0] | blocks[1] == set(range(256))
@@ -173,7 +184,8 @@ def test_tiles_divide_what_the_cores_share_and_fit():
         with tpu_tiles_for(kind):
             assert tpu_tiles.vmem_bytes() == (mib << 20) // 8 * 7
             assert tpu_tiles.rows_tiles(512, 2048, 1408, "bfloat16").columns == 1408
-            assert tpu_tiles.rows_tiles(512, 2048, 1408, "bfloat16").heights[0] == 256
+            assert tpu_tiles.rows_tiles(512, 2048, 1408, "bfloat16").heights == HEIGHTS
+            assert tpu_tiles.rows_tiles(3200, 2048, 1408, "bfloat16").heights == FEWER
             assert tpu_tiles.rows_tiles(40, 2048, 1408, "bfloat16").heights[0] == 128
             tpu_tiles.outer_tiles.cache_clear()
             assert tpu_tiles.outer_tiles(2048, 1408, "bfloat16")[1:4] == (1024, 1408, "k")
