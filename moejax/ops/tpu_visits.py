@@ -76,8 +76,8 @@ def pieces(heights: tuple[int, ...], at_most: int) -> Pieces:
     kind, blocks = np.zeros((2, len(found), most), np.int32)
     for row, (_, num, kinds, sizes) in enumerate(found):
         kind[row, :num], blocks[row, :num] = kinds, sizes
-    cost, num = (np.asarray([one[i] for one in found], np.int32) for i in range(2))
-    return Pieces(num, kind, blocks, np.cumsum(blocks, axis=1) - blocks, cost)
+    costs, nums = (np.asarray([one[i] for one in found], np.int32) for i in range(2))
+    return Pieces(nums, kind, blocks, np.cumsum(blocks, axis=1) - blocks, costs)
 
 
 def row_visits(group_sizes: jax.Array, num_rows: int, heights: tuple[int, ...]) -> Visits:
