@@ -10,6 +10,7 @@ The tables are made by jnp on the device from the group sizes; the host never wa
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,8 @@ NUM_CORES = 2
 # What a visit costs beyond its rows, in rows of work: counted on compiled kernels (see BUILD.md).
 VISIT_ROWS = 9
 AT_MOST = 4  # visits of what the tallest ones leave of a group
+# Of a piece: where in a number of 15 bits its kind, blocks and those before it are, and the masks.
+PACKED = ((0, 7), (3, 63), (9, 63))
 # How far from the middle, in blocks, the cut between the cores is sought.
 NEAR = 24
 
@@ -58,6 +61,13 @@ class Pieces(NamedTuple):
     before: np.ndarray
     cost: np.ndarray
 
+    def packed(self) -> list[list[int]]:
+        """kind, blocks and before of two pieces in one number, for each rest: as PACKED says."""
+        parts = zip((self.kind, self.blocks, self.before), PACKED, strict=True)
+        codes = np.sum([part << shift for part, (shift, _) in parts], axis=0)
+        codes = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
+        return (codes[:, ::2] + (codes[:, 1::2] << 15)).T.tolist()
+
 
 @functools.lru_cache
 def pieces(heights: tuple[int, ...], at_most: int) -> Pieces:
@@ -85,18 +95,22 @@ def row_visits(group_sizes: jax.Array, num_rows: int, heights: tuple[int, ...]) 
 
     num_rows: a multiple of 16, and at least heights[0].
     """
-    past = num_rows - jnp.sum(group_sizes, keepdims=True)
-    sizes = jnp.concatenate([group_sizes, past]).astype(jnp.int32)
-    ends = jnp.cumsum(sizes)
-    starts = ends - sizes
-    blocks = _blocks(starts, ends)
-    first, count = _parts(*blocks, _middle(*blocks, num_rows // BLOCK, heights), num_rows // BLOCK)
-    nothing = jnp.arange(sizes.size) == sizes.size - 1
+    sizes, num_groups = group_sizes.astype(jnp.int32), group_sizes.size
+    group = jnp.arange(num_groups + 1)
+    starts = _sums_up_to(sizes, group - 1)
+    ends = jnp.where(group < num_groups, _sums_up_to(sizes, group), num_rows)
+    blocks, num_blocks = _blocks(starts, ends), num_rows // BLOCK
+    cut = _middle(*blocks, jnp.sum(sizes), num_blocks, heights)
+    core = jnp.arange(NUM_CORES)[:, None]
+    first, count = _between(
+        *blocks, jnp.where(core == 0, 0, cut), jnp.where(core == 0, cut, num_blocks)
+    )
     most = pieces(heights, AT_MOST).kind.shape[1]
-    v_max = -(-num_rows // heights[0]) + most * (sizes.size + 1)
-    of = functools.partial(_of_core, heights=heights, at_most=AT_MOST, v_max=v_max)
-    per_core = jax.vmap(of, (0, 0, None))
-    group, within, visits, kind, block, count, num = per_core(first, count, nothing)
+    v_max = -(-num_rows // heights[0]) + most * (num_groups + 2)
+    how = heights, AT_MOST, v_max
+    group, within, visits, kind, block, count, num = _of_core(
+        first, count, group == num_groups, how
+    )
     del within, visits
     return _placed(group, kind, block, count, num, starts, ends, num_rows, heights)
 
@@ -110,33 +124,52 @@ def outer_visits(
     visit, of the tallest height; two past them for a group without rows or not asked for, which is
     visited once. num_rows as in `row_visits`.
     """
-    ends = jnp.cumsum(group_sizes.astype(jnp.int32))
-    starts = ends - group_sizes.astype(jnp.int32)
+    sizes, num_groups = group_sizes.astype(jnp.int32), group_sizes.size
+    starts, ends = (_sums_up_to(sizes, jnp.arange(num_groups) - less) for less in (1, 0))
     if groups is not None:
         ends = jnp.where(groups, ends, starts)
     first, last = _blocks(starts, ends)
-    v_max = -(-num_rows // heights[0]) + 2 * group_sizes.size
-    count = last - first
+    v_max = -(-num_rows // heights[0]) + 2 * num_groups
     # One block for those of nothing, so that they too are visited.
-    nothing = count == 0
-    first = jnp.where(nothing, 0, first)
-    several = functools.partial(_of_core, heights=heights, at_most=1, v_max=v_max)
-    of = several(first, jnp.maximum(count, 1), nothing)
-    group, within, visits, kind, block, count, num = (a[None] for a in of)
+    nothing = first == last
+    first, count = jnp.where(nothing, 0, first), jnp.where(nothing, 1, last - first)
+    of = _of_core(first[None], count[None], nothing, (heights, 1, v_max))
+    group, within, visits, kind, block, count, num = of
+    is_nothing = kind == len(heights)
     kind = jnp.where(within < visits - 1, len(heights), kind)
-    kind = jnp.where(nothing[group], len(heights) + 1, kind)
+    kind = jnp.where(is_nothing, len(heights) + 1, kind)
     return _placed(group, kind, block, count, num, starts, ends, num_rows, heights)
 
 
 def _placed(group, kind, block, count, num, starts, ends, num_rows, heights) -> Visits:
     """Visits of `count` blocks from `block` on, with where their rows are fetched and computed."""
     tallest = heights[0] // BLOCK
-    size = jnp.asarray([h // BLOCK for h in heights] + [tallest, 1])[kind]
+    size = _looked_up(kind, [*(h // BLOCK for h in heights), tallest, 1])
     size = jnp.maximum(jnp.where(kind == len(heights), count, size), count)
     fetch = jnp.minimum(block, num_rows // BLOCK - tallest)
     skip = jnp.minimum(block - fetch, tallest - size)
     lead = block - fetch - skip
     return Visits(group, kind, fetch, skip, lead, count, num, starts, ends)
+
+
+# A TPU takes about 2,100 cycles for each of XLA's programs, however small, so these tables are made
+# of what XLA puts into few: element by element and sums, no gathers, loops, slices or cumulative
+# sums.
+
+
+def _looked_up(index: jax.Array, table: Sequence[int] | np.ndarray) -> jax.Array:
+    """table[index] of constants, for index >= 0."""
+    found = jnp.full_like(index, int(table[0]))
+    for at in range(1, len(table)):
+        if table[at] != table[at - 1]:
+            found = jnp.where(index >= at, int(table[at]), found)
+    return found
+
+
+def _sums_up_to(values_E: jax.Array, ends: jax.Array) -> jax.Array:
+    """Of the last dim's values, those whose place is at most each of `ends`: [..., ends]."""
+    inside = jnp.arange(values_E.shape[-1]) <= ends[:, None]
+    return jnp.sum(jnp.where(inside, values_E[..., None, :], 0), axis=-1)
 
 
 def _blocks(starts: jax.Array, ends: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -145,59 +178,66 @@ def _blocks(starts: jax.Array, ends: jax.Array) -> tuple[jax.Array, jax.Array]:
     return first, jnp.where(ends > starts, -(-ends // BLOCK), first)
 
 
-def _parts(first, last, cut, num_blocks: int) -> tuple[jax.Array, jax.Array]:
-    """First block and number of blocks of each group on either side of a cut: [2, E]."""
-    low = jnp.stack([jnp.zeros_like(cut), cut])[:, None]
-    high = jnp.stack([cut, jnp.full_like(cut, num_blocks)])[:, None]
+def _between(first, last, low, high) -> tuple[jax.Array, jax.Array]:
+    """First block and number of blocks of each group from block `low` to `high`."""
     begin = jnp.clip(first, low, high)
     return begin, jnp.maximum(jnp.clip(last, low, high) - begin, 0)
 
 
-def _middle(first, last, num_blocks: int, heights: tuple[int, ...]) -> jax.Array:
+def _middle(first, last, total, num_blocks: int, heights: tuple[int, ...]) -> jax.Array:
     """The block at which the costlier side costs least; rows of no group cost nothing.
 
-    Tried are those near the one that halves the blocks.
+    Tried are those near the one that halves the rows. total: rows of all groups, which are all but
+    the last.
     """
-    blocks = jnp.cumsum((last - first)[:-1])
-    half = blocks[-1] // 2
-    group = jnp.searchsorted(blocks, half)
-    middle = last[group] - (blocks[group] - half)
-    near = jnp.clip(middle + jnp.arange(-NEAR, NEAR + 1), 0, num_blocks).astype(jnp.int32)
-    count = jax.vmap(lambda cut: _parts(first, last, cut, num_blocks)[1][:, :-1])(near)
-    tallest, table = heights[0] // BLOCK, jnp.asarray(pieces(heights, AT_MOST).cost)
-    cost = count // tallest * (heights[0] + VISIT_ROWS) + table[count % tallest]
-    return near[jnp.argmin(jnp.max(jnp.sum(cost, axis=2), axis=1))]
+    tried = jnp.arange(2 * NEAR + 1)
+    tallest, table = heights[0] // BLOCK, pieces(heights, AT_MOST).cost
+
+    def near(step):
+        return jnp.clip(total // (2 * BLOCK) + step - NEAR, 0, num_blocks)
+
+    def cost(low, high):
+        count = _between(first, last, low, high)[1]
+        each = count // tallest * (heights[0] + VISIT_ROWS) + _looked_up(count % tallest, table)
+        return jnp.sum(jnp.where(jnp.arange(first.size) < first.size - 1, each, 0), axis=-1)
+
+    cut = near(tried)[:, None]
+    most = jnp.maximum(cost(0, cut), cost(cut, num_blocks))
+    # The cost and the place as one number, of which the least has both: 2^25 rows at most.
+    return near(jnp.min(most * 64 + tried) % 64)
 
 
 def _of_core(
-    first: jax.Array,
-    count: jax.Array,
-    nothing: jax.Array,
-    *,
-    heights: tuple[int, ...],
-    at_most: int,
-    v_max: int,
+    first: jax.Array, count: jax.Array, nothing: jax.Array, how: tuple[tuple[int, ...], int, int]
 ) -> tuple[jax.Array, ...]:
-    """Visits of one core, whose share of each group is `count` blocks from `first`: all [E].
+    """Visits of cores [C, V], whose share of each group is `count` blocks from `first` [C, E].
 
-    nothing [E]: groups whose blocks are filled with zeros at any height, up to the tallest. Returns
-    per visit [V] its group, place in the group, the group's visits, kind, first block and blocks;
-    and the number of visits.
+    nothing [E]: groups whose blocks are filled with zeros at any height, up to the tallest. how:
+    heights, visits of a rest at most, V. Returns per visit its group, place in the group, the
+    group's visits, kind, first block and blocks; and the number of visits [C]. Entries past it are
+    the last visit's, or of no block where there is none.
     """
+    heights, at_most, v_max = how
     tallest, table = heights[0] // BLOCK, pieces(heights, at_most)
+    group = jnp.arange(count.shape[-1])
     whole, rest = count // tallest, count % tallest
-    visits = whole + jnp.where(nothing, rest > 0, jnp.asarray(table.num)[rest])
-    up_to = jnp.cumsum(visits)
-    v = jnp.arange(v_max, dtype=jnp.int32)
-    g = jnp.minimum(jnp.searchsorted(up_to, v, side="right"), count.size - 1)
-    within = v - (up_to - visits)[g]
-    piece = jnp.clip(within - whole[g], 0, table.kind.shape[1] - 1)
-    is_rest = within >= whole[g]
-    offset = jnp.minimum(within, whole[g]) * tallest
-    offset += jnp.where(is_rest, jnp.asarray(table.before)[rest[g], piece], 0)
-    kind = jnp.where(is_rest, jnp.asarray(table.kind)[rest[g], piece], 0)
-    blocks = jnp.where(is_rest, jnp.asarray(table.blocks)[rest[g], piece], tallest)
-    kind = jnp.where(nothing[g], len(heights), kind)
-    blocks = jnp.where(nothing[g] & is_rest, rest[g], blocks)
-    arrays = (g, within, visits[g], kind, first[g] + offset, blocks, up_to[-1])
+    visits = whole + jnp.where(nothing, rest > 0, _looked_up(rest, table.num))
+    up_to, num = _sums_up_to(visits, group), jnp.sum(visits, axis=-1)
+    v = jnp.clip(jnp.arange(v_max, dtype=jnp.int32), 0, jnp.maximum(num[:, None] - 1, 0))
+    before = up_to - visits
+    mine = (v[..., None] >= before[:, None]) & (v[..., None] < up_to[:, None])
+
+    def its(values_CE: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(mine, values_CE[..., None, :], 0), axis=-1)
+
+    packed = [its(_looked_up(rest, codes)) for codes in table.packed()]
+    within, whole, is_nothing = v - its(before), its(whole), its(nothing.astype(jnp.int32)) > 0
+    piece = jnp.clip(within - whole, 0, table.kind.shape[1] - 1)
+    code = jnp.where(piece < 2, packed[0], packed[-1]) >> jnp.where(piece % 2 == 0, 0, 15)
+    is_rest = within >= whole
+    of_rest = [jnp.where(is_rest, code >> shift & size, 0) for shift, size in PACKED]
+    kind = jnp.where(is_nothing, len(heights), of_rest[0])
+    blocks = jnp.where(is_rest, jnp.where(is_nothing, its(rest), of_rest[1]), tallest)
+    offset = jnp.minimum(within, whole) * tallest + of_rest[2]
+    arrays = (its(group), within, its(visits), kind, its(first) + offset, blocks, num)
     return tuple(a.astype(jnp.int32) for a in arrays)
