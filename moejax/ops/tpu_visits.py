@@ -174,8 +174,16 @@ def _sums_up_to(values_E: jax.Array, ends: jax.Array) -> jax.Array:
 
 def _blocks(starts: jax.Array, ends: jax.Array) -> tuple[jax.Array, jax.Array]:
     """First block of each group and the one past its last; equal for an empty group."""
-    first = starts // BLOCK
-    return first, jnp.where(ends > starts, -(-ends // BLOCK), first)
+    first = _divided(starts, BLOCK)[0]
+    return first, jnp.where(ends > starts, _divided(ends + BLOCK - 1, BLOCK)[0], first)
+
+
+def _divided(count: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
+    """Quotient and rest of what is not negative; a TPU has no division but of powers of two."""
+    if by & (by - 1) == 0:
+        return count >> (by.bit_length() - 1), count & (by - 1)
+    quotient = jax.lax.div(count, jnp.full_like(count, by))
+    return quotient, count - quotient * by
 
 
 def _between(first, last, low, high) -> tuple[jax.Array, jax.Array]:
@@ -194,17 +202,18 @@ def _middle(first, last, total, num_blocks: int, heights: tuple[int, ...]) -> ja
     tallest, table = heights[0] // BLOCK, pieces(heights, AT_MOST).cost
 
     def near(step):
-        return jnp.clip(total // (2 * BLOCK) + step - NEAR, 0, num_blocks)
+        return jnp.clip(_divided(total, 2 * BLOCK)[0] + step - NEAR, 0, num_blocks)
 
     def cost(low, high):
         count = _between(first, last, low, high)[1]
-        each = count // tallest * (heights[0] + VISIT_ROWS) + _looked_up(count % tallest, table)
+        whole, rest = _divided(count, tallest)
+        each = whole * (heights[0] + VISIT_ROWS) + _looked_up(rest, table)
         return jnp.sum(jnp.where(jnp.arange(first.size) < first.size - 1, each, 0), axis=-1)
 
     cut = near(tried)[:, None]
     most = jnp.maximum(cost(0, cut), cost(cut, num_blocks))
     # The cost and the place as one number, of which the least has both: 2^25 rows at most.
-    return near(jnp.min(most * 64 + tried) % 64)
+    return near(jnp.min(most * 64 + tried) & 63)
 
 
 def _of_core(
@@ -220,7 +229,7 @@ def _of_core(
     heights, at_most, v_max = how
     tallest, table = heights[0] // BLOCK, pieces(heights, at_most)
     group = jnp.arange(count.shape[-1])
-    whole, rest = count // tallest, count % tallest
+    whole, rest = _divided(count, tallest)
     visits = whole + jnp.where(nothing, rest > 0, _looked_up(rest, table.num))
     up_to, num = _sums_up_to(visits, group), jnp.sum(visits, axis=-1)
     v = jnp.clip(jnp.arange(v_max, dtype=jnp.int32), 0, jnp.maximum(num[:, None] - 1, 0))
@@ -230,14 +239,17 @@ def _of_core(
     def its(values_CE: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(mine, values_CE[..., None, :], 0), axis=-1)
 
+    # Computed of one group too: a constant may lie in another memory than the other tables, and a
+    # kernel is compiled for each such difference.
+    of_group = jnp.minimum(jnp.sum(v[..., None] >= up_to[:, None], axis=-1), group[-1])
     packed = [its(_looked_up(rest, codes)) for codes in table.packed()]
     within, whole, is_nothing = v - its(before), its(whole), its(nothing.astype(jnp.int32)) > 0
     piece = jnp.clip(within - whole, 0, table.kind.shape[1] - 1)
-    code = jnp.where(piece < 2, packed[0], packed[-1]) >> jnp.where(piece % 2 == 0, 0, 15)
+    code = jnp.where(piece < 2, packed[0], packed[-1]) >> jnp.where(piece & 1, 15, 0)
     is_rest = within >= whole
     of_rest = [jnp.where(is_rest, code >> shift & size, 0) for shift, size in PACKED]
     kind = jnp.where(is_nothing, len(heights), of_rest[0])
     blocks = jnp.where(is_rest, jnp.where(is_nothing, its(rest), of_rest[1]), tallest)
     offset = jnp.minimum(within, whole) * tallest + of_rest[2]
-    arrays = (its(group), within, its(visits), kind, its(first) + offset, blocks, num)
+    arrays = (of_group, within, its(visits), kind, its(first) + offset, blocks, num)
     return tuple(a.astype(jnp.int32) for a in arrays)
