@@ -111,17 +111,12 @@ def grouped_outer_tpu(
     before: jax.Array | None,
     interpret: Interpret = False,
 ) -> jax.Array:
-    """See `moejax.ops.grouped_outer.grouped_outer`: before + sums are one kernel, in place.
-
-    Without sums before, the same kernel is told so and given memory that nothing was written to.
-    """
+    """See `moejax.ops.grouped_outer.grouped_outer`: before + sums are one kernel, in place."""
     shape = (group_sizes.size, lhs.shape[1], d_out.shape[1])
     if 0 in (lhs.shape[0], *shape):
         return jnp.zeros(shape, jnp.float32) if before is None else before
     tiles = outer_tiles(*shape[1:], lhs.dtype, added=True)
-    adds = before is not None
-    before = before if adds else jax.lax.empty(shape, jnp.float32)
-    return outer(lhs, d_out, group_sizes, None, tiles, interpret, jnp.float32, before, adds)
+    return outer(lhs, d_out, group_sizes, None, tiles, interpret, jnp.float32, before)
 
 
 def _rows(form: Form, xs, ws, group_sizes, interpret) -> list[jax.Array]:

@@ -4,8 +4,7 @@ Each core owns half of every matrix and goes through the groups' visits (`tpu_vi
 tile. A visit sums as many rows as its height has; a matrix unit sums 128 at a time, so heights are
 multiples of that. All but the last visit of a group add to a float32 sum in VMEM, the last one
 writes that and its own product as the result. Groups that are not asked for are visited once, to
-write zeros. Given a sum of earlier rows, the result is added to it where it lies, or written, if a
-flag says that nothing lies there yet: one kernel to compile for the first sum and later ones.
+write zeros. Given a sum of earlier rows, the result is added to it where it lies.
 """
 
 import functools
@@ -31,12 +30,10 @@ def outer(
     interpret: Any = False,
     out_dtype: Any = None,
     before: jax.Array | None = None,
-    adds: Any = True,
 ) -> jax.Array:
     """out[e] = sum over rows r of group e of lhs[r]^T d_out[r]: [R, K], [R, N] -> [E, K, N].
 
-    out_dtype: the operands' if None. before [E, K, N], of out_dtype: what is added to, if `adds`;
-    else it may hold anything.
+    out_dtype: the operands' if None. before [E, K, N], of out_dtype: what is added to.
     """
     (num_rows, k), n = lhs.shape, d_out.shape[1]
     rows = max(-(-num_rows // BLOCK) * BLOCK, tiles.heights[-1])
@@ -47,11 +44,10 @@ def outer(
         blocked(d_out, rows, -(-n // tiles.n) * tiles.n),
     )
     out_dtype = out_dtype or lhs.dtype
-    earlier = None
     if before is not None:
         filling = (0, operands[0].shape[2] - k), (0, operands[1].shape[2] - n)
-        earlier = jnp.pad(before, ((0, 0), *filling)), jnp.full(1, adds, jnp.int32)
-    out = call(*operands, visits, visits.num[0], tiles, interpret, None, out_dtype, earlier)
+        before = jnp.pad(before, ((0, 0), *filling))
+    out = call(*operands, visits, visits.num[0], tiles, interpret, None, out_dtype, before)
     return out[:, :k, :n]
 
 
@@ -64,19 +60,17 @@ def call(
     interpret: Any = False,
     known: int | None = None,
     out_dtype: Any = None,
-    before: tuple[jax.Array, jax.Array] | None = None,
+    before: jax.Array | None = None,
 ) -> jax.Array:
     """The kernel on blocked rows [R / 16, 16, K] and [R / 16, 16, N]; K and N are whole tiles.
 
     known: the kind of every visit, for a kernel whose cycles a compiler can count, or None; one
     past the heights for the first of a group's visits, two past them for a later one but the last.
-    before: what is added to, and [1] whether it is.
     """
     k, n, num_groups = lhs.shape[2], d_out.shape[2], visits.starts.size
     tallest = tiles.heights[0] // BLOCK
     out_shape = jax.ShapeDtypeStruct((num_groups, k, n), out_dtype or lhs.dtype)
-    added, flags = ([], []) if before is None else ([before[0]], [before[1]])
-    scalars = [*visits, *flags]
+    added = [] if before is None else [before]
 
     def place(i, j):  # the first dimension of the grid is that which the cores share
         return (i, j) if tiles.cores_split == "k" else (j, i)
@@ -94,7 +88,7 @@ def call(
     return pl.pallas_call(
         functools.partial(_kernel, heights=tiles.heights, known=known),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
+            num_scalar_prefetch=len(visits),
             grid=(*place(k // tiles.k, n // tiles.n), num_visits),
             in_specs=[
                 pl.BlockSpec(tuple(map(pl.Element, (tallest, BLOCK, tiles.k))), lhs_index),
@@ -105,7 +99,7 @@ def call(
             scratch_shapes=[pltpu.VMEM((tiles.k, tiles.n), jnp.float32)],
         ),
         out_shape=out_shape,
-        input_output_aliases={len(scalars) + 2: 0} if added else {},
+        input_output_aliases={len(visits) + 2: 0} if added else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=tiles.vmem_bytes,
@@ -113,13 +107,12 @@ def call(
         cost_estimate=cost([lhs, d_out, *added], [out_shape], [lhs.shape[0] * BLOCK * k * n]),
         interpret=interpret,
         name="grouped_matmul_dw",
-    )(*scalars, lhs, d_out, *added)
+    )(*visits, lhs, d_out, *added)
 
 
 def _kernel(*refs, heights, known):
     visits = Visits(*refs[: len(Visits._fields)])
-    *given, out, total = refs[len(Visits._fields) :]
-    adds, lhs, d_out, before = given if len(given) == 4 else (None, *given, None)
+    lhs, d_out, *before, out, total = refs[len(Visits._fields) :]
     v = pl.program_id(2)
     g, kind = visits.group[0, v], visits.kind[0, v]
     computed = visits.fetch[0, v] + visits.skip[0, v]
@@ -145,8 +138,8 @@ def _kernel(*refs, heights, known):
         def _(height=height):
             product = summed(height)
             whole = jnp.where(is_first, 0.0, total[...]) + product
-            if before is not None:
-                whole += jnp.where(adds[0] > 0, before[...], 0.0)
+            for earlier in before:
+                whole += earlier[...]
             out[...] = whole.astype(out.dtype)
 
     def knows(which):
@@ -163,5 +156,4 @@ def _kernel(*refs, heights, known):
 
     @when(kind == len(heights) + 1, knows(len(heights) + 2))
     def _():
-        zeros = jnp.zeros_like(out)
-        out[...] = zeros if before is None else jnp.where(adds[0] > 0, before[...], zeros)
+        out[...] = before[0][...] if before else jnp.zeros_like(out)

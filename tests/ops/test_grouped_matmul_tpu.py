@@ -140,17 +140,6 @@ def test_sums_of_two_calls_are_added_in_float32():
     assert not interpreter.races.races_found
 
 
-def test_what_lies_where_the_first_sums_go_is_not_read():
-    lhs, _, group_sizes = operands([3, 0, 6], 10, "bfloat16", 24, 40)
-    d_out = operands([3, 0, 6], 10, "bfloat16", 40, 24, seed=1)[0]
-    tiles = OuterTiles((128,), 128, 128, "k", 48 << 20)
-    holes = jnp.full((3, 24, 40), jnp.nan)
-    how = interpreted(), jnp.float32, holes, False
-    got = outer(lhs, d_out, group_sizes, None, tiles, *how)
-    exact = [a.astype(jnp.float32) for a in (lhs, d_out)]
-    assert_close(got, grouped_outer(*exact, group_sizes, implementation="ref"), "float32")
-
-
 of_rows = functools.partial(jax.jit, static_argnums=(1, 2))(tpu_visits.row_visits)
 of_sums = functools.partial(jax.jit, static_argnums=(2, 3))(tpu_visits.outer_visits)
 
