@@ -195,14 +195,18 @@ def _between(first, last, low, high) -> tuple[jax.Array, jax.Array]:
 def _middle(first, last, total, num_blocks: int, heights: tuple[int, ...]) -> jax.Array:
     """The block at which the costlier side costs least; rows of no group cost nothing.
 
-    Tried are those near the one that halves the rows. total: rows of all groups, which are all but
-    the last.
+    Tried are those near the one that halves the rows and, for a large group beside many small ones,
+    sixteenths of all. total: rows of all groups, which are all but the last.
     """
-    tried = jnp.arange(2 * NEAR + 1)
+    tried = jnp.arange(64)
     tallest, table = heights[0] // BLOCK, pieces(heights, AT_MOST).cost
 
     def near(step):
-        return jnp.clip(_divided(total, 2 * BLOCK)[0] + step - NEAR, 0, num_blocks)
+        part = step - 2 * NEAR  # from 1 to 15
+        beside = _divided(total, 2 * BLOCK)[0] + step - NEAR
+        return jnp.clip(
+            jnp.where(part > 0, _divided(part * num_blocks, 16)[0], beside), 0, num_blocks
+        )
 
     def cost(low, high):
         count = _between(first, last, low, high)[1]

@@ -171,6 +171,16 @@ def test_visits_cover_every_row_once_and_the_cores_share_them_evenly(heights):
         assert covered.max() == 1 and max(cost) <= 1.06 * sum(cost) / 2
 
 
+@pytest.mark.parametrize("sizes", [[1] * 63 + [7000], [7000] + [1] * 63])
+def test_cores_share_a_large_group_beside_many_tiny_ones(sizes):
+    visits = jax.tree.map(np.asarray, of_rows(jnp.asarray(sizes), 8192, HEIGHTS))
+    costs = [
+        sum(HEIGHTS[kind] + 9 for kind in visits.kind[core, : visits.num[core]] if kind < 5)
+        for core in range(2)
+    ]
+    assert max(costs) <= 1.06 * sum(costs) / 2
+
+
 def test_no_visit_of_a_group_that_is_not_asked_for_sums_a_row():
     sizes, groups = jnp.array([700, 0, 90, 300]), jnp.array([True, True, False, True])
     visits = of_sums(sizes, groups, 1120, (256, 128))
