@@ -10,8 +10,8 @@ cores. Published are 400,000 tokens (here all but the first of each text, of the
 the same shares; never of texts that RUN held out), batches of 1,024 and 20 epochs. The token
 predictor learns from the same tokens here, so that the two differ in nothing but what they are.
 Judged are RUN's windows and questions; dense and RUN's own token predictor are judged again, which
-says what another device does to a figure. All layers' rows take 33 GB
-of the device's memory.
+says what another device does to a figure. All layers' rows take 33 GB of the device's memory. What
+is judged is not judged again, and nothing is trained again that was trained to its end.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ ROWS, BATCH_TOKENS = 32, 1 << 16  # texts of a batch; tokens of a batch that is 
 SLOTS = 256  # of a text, by which batches of texts are as wide as they need
 CONTROLS = ("dense", "predicted_token")
 JUDGED = ("dejavu", "dejavu_equal", "dejavu_token", "dejavu_equal_token", "dejavu_token_single")
+FIT = "fit.json"  # losses; written when all are trained
 FILES = ("wikitext2_test.tokens.txt", "piqa.jsonl", "arc_easy.jsonl")
 Rows = dict[str, jax.Array]
 
@@ -94,8 +95,8 @@ def pack(run: Path, job: Path) -> None:
 def collect(model: data.Model, texts: list[np.ndarray], part: str, order: Any) -> Rows:
     """Of all tokens but each text's first, on the device.
 
-    "inputs" [L, N, D] and "labels" [L, N, U] of a part; "context" [N, E] and "blocks" [L, N, M],
-    the share of each that a token uses.
+    "inputs" [L, N, D] and "labels" [L, N, U] of a part; of heads also "context" [1, N, E], of
+    neurons "blocks" [L, N, M], the share of each that a token uses.
     """
     texts = sorted(texts, key=len)
     total = sum(map(len, texts)) - len(texts)
@@ -127,8 +128,7 @@ def _rows(how, params, tokens_BT, segments_BT, first, index_LF) -> Rows:
     part, config, sizes = how
     place = shadow_dejavu.INPUT[part]
     see: dict[str, Any] = {place: lambda part, x: (x, x.astype(jnp.float16))}
-    see |= {"heads": lambda part, x: (x, x)} if part == "heads" else {}
-    see |= {"neurons": lambda part, a: (a, jnp.abs(a))} if part == "neurons" else {}
+    see[part] = lambda _, x: (x, x if part == "heads" else jnp.abs(x))
     inserted, options = Inserted(**see), ForwardOptions(attention="dense")
     out = forward(
         params, config, tokens_BT, segment_ids_BT=segments_BT, options=options, inserted=inserted
@@ -148,7 +148,6 @@ def _rows(how, params, tokens_BT, segments_BT, first, index_LF) -> Rows:
         found["blocks"] = shares.astype(jnp.float16)  # of 32: exact
     else:
         found["context"] = flat(seen["heads"].reshape(*values.shape[:-1], -1)[:1])
-        found["heads"] = labels
     return found
 
 
@@ -178,8 +177,9 @@ def train(model: data.Model, config: Any, job: Path, out: Path) -> None:
         began = time.perf_counter()
         rows = {name: collect(model, of, part, order) for name, of in texts.items()}
         for name, of in rows.items():
-            keep = ("context", "heads") if part == "heads" else ("blocks",)
-            for_token[name] |= {n: np.asarray(of.pop(n)) for n in keep}
+            if part == "heads":
+                for_token[name] = {"heads": np.asarray(of["labels"])}
+            for_token[name] |= {n: np.asarray(of.pop(n)) for n in ("context", "blocks") if n in of}
         labels = rows["train"]["labels"]
         shares = [float(jnp.mean(labels[layer], dtype=jnp.float32)) for layer in range(len(labels))]
         used = f"{min(shares):.4f} to {max(shares):.4f} of units used"
@@ -197,7 +197,7 @@ def train(model: data.Model, config: Any, job: Path, out: Path) -> None:
         whole = dataclasses.replace(ours, info=info, params=params)
         shadow_predictor.save(out / DEJAVU[name], whole, overwrite=True)
     losses["predicted_token"] = _fit_token(ours, for_token, model, config, out)
-    atomic.write_json(out / "fit.json", losses)
+    atomic.write_json(out / FIT, losses)
 
 
 def _fit_dejavu(rows: dict[str, Rows], part: str, how, held: list[float]) -> Any:
@@ -214,7 +214,8 @@ def _fit_dejavu(rows: dict[str, Rows], part: str, how, held: list[float]) -> Any
 
 
 def _fit_token(ours, rows: dict[str, Rows], model: data.Model, config, out: Path) -> list[float]:
-    """Losses of unseen texts: RUN's, and its own after each epoch; 1 is the static mean's."""
+    """Writes OUT/predictor_token. Squared errors of unseen texts, of RUN's and of its heads and
+    blocks; 1 is the static mean's."""
     t, sizes, began = config.train, model.sizes, time.perf_counter()
     context = {name: of["context"][0].astype(np.float32) for name, of in rows.items()}
     scores = {
@@ -250,7 +251,7 @@ def _fit_token(ours, rows: dict[str, Rows], model: data.Model, config, out: Path
             ).mean()
             found.append(sum(e[0] for e in mine) / sum(e[1] for e in mine) / float(spread))
     _say(
-        f"squared error of unseen over the static mean's: {found[0]:.4f} of heads and "
+        f"squared error of unseen over that of the static mean: {found[0]:.4f} of heads and "
         f"{found[1]:.4f} of blocks of RUN's token predictor, {found[2]:.4f} and {found[3]:.4f} of "
         "the one here",
         began,
@@ -332,7 +333,8 @@ def main(command: str, first: str, second: str) -> None:
     began = time.perf_counter()
     model = data.load_model(config)
     _say("model", began)
-    train(model, config, job, out)
+    if not (out / FIT).exists():
+        train(model, config, job, out)
     judge_all(model, config, job, out)
     _say("all", began)
 
