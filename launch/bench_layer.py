@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +24,8 @@ from moejax.aot import ptx, topology
 from moejax.core.errors import InputError
 
 LAYER = "layer {} chunked, forward + backward, {}"
-MEMORY, OVERLAP = "HBM temp per device", "all-to-alls of rows beside a matmul, outside loops"
-FIRST_ROUND = "all-to-alls overlapped with a matmul (first round, outside the loop)"
+MEMORY, OVERLAP = "HBM temp per device", "all-to-alls of rows beside a matmul, balanced load"
+PIPELINE = "all-to-alls overlapped with a matmul, but for the ends of the pipeline"
 # The four of a layer: scopes of `moejax.moe.chunked`, whether of the backward pass.
 FOUR = {
     "x out": (("send_x",), False),
@@ -51,7 +51,7 @@ class Target(NamedTuple):
 
 
 TARGETS = (
-    Target("v5p:2x2x2", "tpu", "<= 700", (MEMORY, FIRST_ROUND, OVERLAP), tuple(PEERS)),
+    Target("v5p:2x2x2", "tpu", "<= 700", (MEMORY, PIPELINE, OVERLAP), tuple(PEERS)),
     Target("h100x8", "gpu", "<= 1,000", (MEMORY, SPILLS)),
 )
 
@@ -82,10 +82,10 @@ def _compiled(target: Target, names: dict[str, str], peer: bool, wanted: Wanted)
         yield Row(names[MEMORY], *temp, who, how)
         for name in target.peers if peer else ():
             yield _beside(target, name, names[MEMORY], ours["temp_mb"])
-    if FIRST_ROUND in names and wanted(names[FIRST_ROUND]):
+    if PIPELINE in names and wanted(names[PIPELINE]):
         how = "all but the ends of the pipeline beside a matmul, of each: " + ours["four_parts"]
         four = ours["four"], "of 4", ">= 4", other.get("four")
-        yield Row(names[FIRST_ROUND], *four, who, how)
+        yield Row(names[PIPELINE], *four, who, how)
     if OVERLAP in names and wanted(names[OVERLAP]):
         how = f"of {ours['exchanges']:.0f}; the scheduled program's text"
         yield Row(names[OVERLAP], ours["beside"], "of all", "", other.get("beside"), who, how)
@@ -113,12 +113,17 @@ def _beside(target: Target, name: str, figure: str, ours: float) -> Row:
     return Row(figure, ours, "MB", "", temp, who, "compiled ahead of time")
 
 
-def hidden(exchanges: list) -> dict[str, tuple[int, int, int]]:
+def hidden(exchanges: list, runs: Mapping[str, float]) -> dict[str, tuple[int, int, int]]:
     """Of each of the four: exchanges beside a matmul, all, and ends of the pipeline.
 
-    Each array that travels begins or ends the pipeline once: nothing is left to run beside that.
+    runs: of each computation under a balanced load. Each array that travels begins or ends the
+    pipeline once: nothing is left to run beside that.
     """
     found = {}
+
+    def count(some: Iterable) -> int:
+        return round(sum(runs[one.computation] for one in some))
+
     for name, (scopes, backward) in FOUR.items():
         mine = [
             one
@@ -126,7 +131,8 @@ def hidden(exchanges: list) -> dict[str, tuple[int, int, int]]:
             if any(scope in one.scope.split("/") for scope in scopes)
             and ("transpose(" in one.scope) == backward
         ]
-        found[name] = sum(one.with_matmul for one in mine), len(mine), len(scopes)
+        beside = count(one for one in mine if one.with_matmul)
+        found[name] = beside, count(mine), len(scopes)
     return found
 
 
@@ -140,7 +146,7 @@ def measure(name: str, implementation: str, dump: Path) -> dict[str, Any]:
 
     from moejax import moe
     from moejax.aot import compile as aot
-    from moejax.aot import hlo
+    from moejax.aot import hlo, hlo_cost
     from moejax.core import tree
     from moejax.moe.expert_parallel import Parallel
 
@@ -172,17 +178,18 @@ def measure(name: str, implementation: str, dump: Path) -> dict[str, Any]:
 
     options = OPTIONS if ":" in name else None
     compiled = aot.compile_for(gradient, params, x_BTD, options=options)
+    text = compiled.as_text() or ""
     exchanges = [
         one
-        for one in hlo.collectives(compiled.as_text() or "")
-        if one.kind == "all-to-all" and not one.in_loop and one.bytes > ROW_BYTES
+        for one in hlo.collectives(text)
+        if one.kind == "all-to-all" and one.bytes > ROW_BYTES
     ]
-    four = hidden(exchanges)
+    four = hidden(exchanges, hlo_cost.cost(hlo.parse(text)).runs)
     kernels = ptx.kernels(dump, "grouped_").values() if implementation == "gpu" else []
     return {
         "temp_mb": round(aot.memory(compiled).temp_bytes / 1e6, 1),
-        "exchanges": len(exchanges),
-        "beside": sum(one.with_matmul for one in exchanges),
+        "exchanges": sum(all_ for _, all_, _ in four.values()),
+        "beside": sum(beside for beside, _, _ in four.values()),
         "four": sum(0 < total <= beside + ends for beside, total, ends in four.values()),
         "four_parts": ", ".join(f"{k} {beside} of {all_}" for k, (beside, all_, _) in four.items()),
         "kernels": len(kernels),

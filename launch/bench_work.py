@@ -62,15 +62,15 @@ def work(load: str) -> tuple[float, int]:
     )
     experts = jnp.asarray(choices(load))
     moves = jax.vmap(plan, axis_name="expert")(experts)
-    num_rounds = int(moves.num_rounds[0])
+    num_turns = int(moves.num_turns[0])
     one = jax.jit(jax.vmap(lambda pairs, number: turn(pairs, number, slots).sizes_E, (0, None)))
-    brought = [one(pairs, 0) for pairs in moves.parts]
-    brought += [one(moves.rest, number) for number in range(num_rounds)]
+    brought = [one(moves.pairs, number) for number in range(num_turns)]
     sizes = np.concatenate([np.asarray(each) for each in brought])  # [exchanges * P, E / P]
     assert sizes.sum() == experts.size, "a row travelled twice, or not at all"
     multiplied, summed = (np.sum(each) for each in _visited(sizes, SHARDS * slots))
     done = ROW_PRODUCTS * multiplied + SUMS * summed
-    return float(done / (MODEL_PRODUCTS * experts.size)), num_rounds
+    parts = moves.pairs.starts_QP.shape[1] - 1  # of each device
+    return float(done / (MODEL_PRODUCTS * experts.size)), num_turns - parts
 
 
 def _visited(sizes: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from moejax.aot.hlo import Instruction, Program, shape_bytes
 from moejax.aot.kernels import Array, kernel_flops
-from moejax.moe.chunked import UNBALANCED
+from moejax.moe.chunked import BALANCED
 
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"}
 _FREE |= {"call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier"}
@@ -94,9 +94,11 @@ def count_runs(program: Program) -> tuple[dict[str, float], int]:
 
 
 def trips(program: Program, computation: str, loop: Instruction) -> int | None:
-    """How often a loop's body runs; None where that depends on data."""
-    if UNBALANCED in loop.rest:
-        return 0
+    """How often a loop's body runs; None where that depends on data, but for exchanges: as a
+    balanced load has them."""
+    balanced = re.search(rf'{BALANCED}(\d+)/while"', loop.rest)
+    if balanced:
+        return int(balanced[1])
     known = re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.rest)
     if known:
         return int(known[1])

@@ -21,16 +21,16 @@ BLOCK_INPUT = "block_input"
 def _dots(*names: str) -> Callable[..., Any]:
     return jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(*names),
+        jax.checkpoint_policies.save_only_these_names(*names, kept.ROUTING),
     )
 
 
 REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "full": jax.checkpoint_policies.save_only_these_names(kept.ROUTING),
     "dots": _dots(kept.ATTENTION, kept.GROUPED),
     "dense_dots": _dots(kept.ATTENTION),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
+        names_which_can_be_saved=[kept.ROUTING],
         names_which_can_be_offloaded=[BLOCK_INPUT],
         offload_src="device",
         offload_dst="pinned_host",
@@ -47,8 +47,9 @@ class ForwardOptions:
       remat: what of a block is computed again in the backward pass: "nothing" (also "none"),
         "dots" (all but matrix products, grouped ones too, and what blockwise attention mixed),
         "full" (all; block inputs are kept) or "offload" (all; block inputs wait in the host's
-        memory). "dense_dots" does not keep grouped products, and "dots" neither where tokens
-        travel to experts: buffers there are as large as the worst load.
+        memory). Which experts tokens chose is kept always. "dense_dots" does not keep grouped
+        products, and "dots" neither where tokens travel to experts: buffers there are as large as
+        the worst load.
       moe_implementation: a name of `moejax.ops.grouped_matmul.IMPLEMENTATIONS`, None chooses.
       attention: a name of `moejax.ops.attention.IMPLEMENTATIONS`, None chooses.
       trace_routing: keep each token's experts in `Output.stats.trace`, [L, B, T, K].

@@ -1,10 +1,14 @@
 """Tokens to the devices of their experts and back in exchanges over a fixed buffer.
 
 The tokens of a device are cut into parts; each part has one exchange of its own, which holds
-`factor` times the balanced load, and what does not fit goes in further rounds over the same buffer
+`factor` times the balanced load, and what does not fit goes in further ones over the same buffer
 until every device has sent everything. Exchanges add up, so the backward pass replays them one by
 one and keeps only x, the weights and the routing. It sends x and dL/dy, and gets dL/dx back: the
 experts' outputs are not needed again, because dL/dweight_r = <hidden_r, dL/dy_r W_down^T>.
+
+All of them are one loop, whose length depends on the load and is equal on all devices: a program
+holds an exchange's products twice, in the loop and at its ends, however many there are (but on a
+CPU, where those of the parts are written out).
 """
 
 import dataclasses
@@ -16,10 +20,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moejax.core.platform import platform
 from moejax.moe.experts import ExpertParams, grouped_down, grouped_ffn, grouped_hidden
-from moejax.moe.experts_backward import Block, gate_and_up, params_backward, rows_backward
-from moejax.moe.turns import Part, Turn, count, left_over, part, turn
+from moejax.moe.experts_backward import (
+    Block,
+    gate_and_up,
+    no_gradients,
+    params_backward,
+    rows_backward,
+)
+from moejax.moe.turns import Queues, Turn, pairs_sent, queues, slots_of, turn
 from moejax.ops.gated_ffn import Activation
+from moejax.ops.group_sizes import GroupSizes
+from moejax.ops.grouped_matmul import prepared
 
 # Exchanges that run whatever the load. They do not depend on each other, so one's may run beside
 # another's matrix products; and each holds a share of the rows only: fewer take more memory, more
@@ -30,8 +43,8 @@ MAX_PARTS = 5
 MIN_PAIRS = 4096
 # A grouped product on a TPU takes rows in blocks of 16: other numbers would be copied to be padded.
 ROWS_TOGETHER = 16
-# Names the loops over further rounds in a compiled program: of a balanced load they run none.
-UNBALANCED = "unbalanced_rounds"
+# Names the loops over exchanges in a compiled program, with the trips that a balanced load takes.
+BALANCED = "balanced_trips_"
 # Name the exchanges there, with what travels: send_x, send_d_y, back_y, back_d_x.
 SEND, BACK = "send_", "back_"
 
@@ -54,118 +67,145 @@ class Exchange:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The parts, in order of their tokens; the pairs left over; rounds that those take.
+    """What travels in which turn; how many turns there are; what is left after those of the parts.
 
-    num_rounds is equal on all devices; num_left is this device's pairs in `rest`.
+    num_turns is equal on all devices; num_left is this device's pairs.
     """
 
-    parts: tuple[Part, ...]
-    rest: Part
-    num_rounds: jax.Array
+    pairs: Queues
+    num_turns: jax.Array
     num_left: jax.Array
 
 
-def bounds(num_tokens: int, top_k: int) -> list[tuple[int, int]]:
-    """First token and end of each part; as many parts as there are tokens at most."""
-    parts = min(num_tokens, max(2, min(MAX_PARTS, num_tokens * top_k // MIN_PAIRS)))
-    ends = [num_tokens * i // parts for i in range(parts + 1)]
-    return list(zip(ends[:-1], ends[1:], strict=True))
+def part_tokens(num_tokens: int, top_k: int) -> int:
+    """Tokens of a part, of the last one perhaps fewer."""
+    return -(-num_tokens // max(2, min(MAX_PARTS, num_tokens * top_k // MIN_PAIRS)))
 
 
 def slots_per_exchange(num_tokens: int, top_k: int, shards: int, factor: float) -> int:
-    """Rows to one receiver in one exchange: factor times the balanced load of the largest part.
+    """Rows to one receiver in one exchange: factor times the balanced load of a part.
 
     Rounded up so that what a device receives fills blocks of ROWS_TOGETHER.
     """
-    most = max(end - first for first, end in bounds(num_tokens, top_k))
+    rows = factor * part_tokens(num_tokens, top_k) * top_k
     step = ROWS_TOGETHER // math.gcd(shards, ROWS_TOGETHER)
-    return -(-math.ceil(factor * most * top_k / shards) // step) * step
+    return -(-math.ceil(rows / shards) // step) * step
 
 
 def buffer_rows(num_tokens: int, top_k: int, shards: int, factor: float) -> int:
     """Rows that a device sends one way in the exchanges that run whatever the load."""
-    slots = slots_per_exchange(num_tokens, top_k, shards, factor)
-    return len(bounds(num_tokens, top_k)) * shards * slots
+    parts = -(-num_tokens // part_tokens(num_tokens, top_k))
+    return parts * shards * slots_per_exchange(num_tokens, top_k, shards, factor)
 
 
 def schedule(
     experts_NK: jax.Array, num_experts: int, exchange: Exchange, axis_names: tuple[str, ...]
 ) -> Schedule:
-    """Sorts each part's pairs by expert, and tells every receiver what is coming."""
-    shards, slots, num_local = exchange.shards, exchange.slots, num_experts // exchange.shards
-    cut = bounds(*experts_NK.shape)
-    pieces = [experts_NK[first:end].reshape(-1) for first, end in cut]
-    counts_PIE = jnp.stack(
-        [count(experts, num_experts).reshape(shards, num_local) for experts in pieces], axis=1
-    )
-    received_PIE = jax.lax.all_to_all(counts_PIE, exchange.axis, 0, 0, tiled=True)
-    parts = tuple(
-        part(experts, None, received_PIE[:, i], num_experts) for i, experts in enumerate(pieces)
-    )
-    left_R = jnp.concatenate([p.rank_R >= slots for p in parts])
-    left_PE = jnp.stack([left_over(received_PIE[:, i], slots) for i in range(len(cut))]).sum(axis=0)
-    rest = part(experts_NK.reshape(-1), left_R, left_PE, num_experts)
-    most = jax.lax.pmax(jnp.max(rest.rank_R) + 1, axis_names)
-    return Schedule(parts, rest, -(-most // slots), left_R.sum())
+    """Puts pairs in their order, and tells every receiver what is coming."""
+    swap = functools.partial(_swap, exchange=exchange)
+    size = part_tokens(*experts_NK.shape)
+    pairs = queues(experts_NK, num_experts, exchange.shards, size, exchange.slots, swap)
+    rank_R = pairs.rank_2R[1]
+    num_turns = jnp.asarray(pairs.num_parts, jnp.int32)
+    if exchange.exact:
+        num_turns += -(-jax.lax.pmax(jnp.max(rank_R) + 1, axis_names) // exchange.slots)
+    return Schedule(pairs, num_turns, jnp.sum(rank_R >= 0))
 
 
 # What travels, by name: "x" and "d_y" [N, D] as the row of a pair's token, "weights" [N, K] as the
 # pair's own number, and back again "y" or "d_x" as rows, "d_weights" as numbers.
 Arrays = dict[str, jax.Array]
+_GRADIENTS = ("d_x", "d_weights")
 
 
 @dataclasses.dataclass(frozen=True)
 class Products:
     """What happens to received rows, in steps, beside each of which other rows may travel.
 
-    begin: something for `finish`, which makes what goes back and keeps something for `experts`.
-    That adds gradients of the experts to their sum so far, in float32: None before the first part,
-    and in a forward pass.
+    gives: names of what goes back. sizes: those of groups, as the others take them. begin:
+    something for `finish`, which makes what goes back and keeps something for `experts`. That adds
+    gradients of the experts to their sum so far, in float32, and is told whether that is `start`
+    still: None in a forward pass.
     """
 
-    begin: Callable[[Arrays, jax.Array], Arrays]
-    finish: Callable[[Arrays, Arrays, jax.Array], tuple[Arrays, Arrays]]
-    experts: Callable[[Arrays, jax.Array, ExpertParams | None], ExpertParams | None]
+    gives: tuple[str, ...]
+    sizes: Callable[[Arrays, jax.Array], GroupSizes]
+    begin: Callable[[Arrays, GroupSizes], Arrays]
+    finish: Callable[[Arrays, Arrays, GroupSizes], tuple[Arrays, Arrays]]
+    experts: Callable[[Arrays, GroupSizes, Any, jax.Array], Any]
+    start: Any = None
 
 
-def _send(
-    exchange: Exchange, operands: Arrays, pair_S: jax.Array, top_k: int, first: int = 0
-) -> Arrays:
-    """The slots of one exchange as they are received: sender by sender, any row where none is.
+@dataclasses.dataclass(frozen=True)
+class _Traffic:
+    """The exchanges of one pass: what travels, and by which weights what comes back is summed."""
 
-    pair_S counts from token `first` on: slices of the operands would be copies.
-    """
-    pair_S = first * top_k + pair_S
-    found = {}
-    for name, array in operands.items():
-        sent = array.reshape(-1)[pair_S] if name == "weights" else array[pair_S // top_k]
-        with jax.named_scope(f"{SEND}{name}"):
-            found[name] = _swap(sent, exchange)
-    return found
+    exchange: Exchange
+    pairs: Queues
+    operands: Arrays
+    weights_NK: jax.Array
+
+    def sent(self, number: Any) -> jax.Array:
+        """The pairs that travel in turn `number`."""
+        return pairs_sent(self.pairs, number, self.exchange.slots)
+
+    def send(self, pair_S: jax.Array, first: bool) -> Arrays:
+        """x of those pairs, or the rest, as received: sender by sender, any row where none is."""
+        found = {}
+        for name, array in self.operands.items():
+            if first != (name == "x"):
+                continue
+            rows = pair_S // self.weights_NK.shape[1]
+            sent = array.reshape(-1)[pair_S] if name == "weights" else array[rows]
+            with jax.named_scope(f"{SEND}{name}"):
+                found[name] = _swap(sent, self.exchange)
+        return found
+
+    def turn(self, number: Any) -> Turn:
+        """Where the rows of turn `number` go."""
+        return turn(self.pairs, number, self.exchange.slots)
+
+    def send_back(self, out: Arrays) -> Arrays:
+        """Rows in the slots in which they came, to where they came from."""
+        found = {}
+        for name, array in out.items():
+            with jax.named_scope(f"{BACK}{name}"):
+                found[name] = _swap(array, self.exchange)
+        return found
+
+    def nothing(self, names: tuple[str, ...], width: int) -> Arrays:
+        """What tokens have got so far, at first: float32 [N, width], [N, K] of d_weights."""
+        shape = self.weights_NK.shape
+        widths = {name: shape[1] if name == "d_weights" else width for name in names}
+        return {name: jnp.zeros((shape[0], n), jnp.float32) for name, n in widths.items()}
+
+    def collect(self, back: Arrays, number: Any, found: Arrays) -> Arrays:
+        """Adds what turn `number` brought back: a turn of a part to its tokens, others to all."""
+        (num_tokens, top_k), parts = self.weights_NK.shape, self.pairs.num_parts
+        size = part_tokens(num_tokens, top_k)
+
+        def piece(at, found):
+            # The last tokens are in a piece of that many too: some are the one's before.
+            begin = jnp.minimum(at * size, num_tokens - size)
+            slots = self.exchange.slots
+            slot_R = slots_of(self.pairs, number, slots, begin * top_k, size * top_k)
+            mine_N1 = (begin + jnp.arange(size) >= at * size)[:, None]
+            slot_NK = jnp.where(mine_N1, slot_R.reshape(size, top_k), -1)
+            weights_NK = jax.lax.dynamic_slice_in_dim(self.weights_NK, begin, size)
+            for name, more in _per_token(back, weights_NK, slot_NK).items():
+                before = jax.lax.dynamic_slice_in_dim(found[name], begin, size)
+                whole = jax.lax.dynamic_update_slice_in_dim(found[name], before + more, begin, 0)
+                found = found | {name: whole}
+            return found
+
+        of_part = number < parts
+        first, end = jnp.where(of_part, number, 0), jnp.where(of_part, number + 1, parts)
+        with jax.named_scope(f"{BALANCED}1"):
+            return jax.lax.fori_loop(first, end, piece, found)
 
 
-def _sorted(got: Arrays, one: Turn) -> Arrays:
-    """What was received, by expert."""
-    return {name: a[one.slot_of_row_S] for name, a in got.items()}
-
-
-def _finished(products: Products, rows: Arrays, begun: Arrays, one: Turn) -> tuple[Arrays, Arrays]:
-    """Results, each back in the slot that its row came from; and what the experts need."""
-    out, kept = products.finish(rows, begun, one.sizes_E)
-    return {name: a[one.row_of_slot_S] for name, a in out.items()}, kept
-
-
-def _send_back(exchange: Exchange, out: Arrays) -> Arrays:
-    found = {}
-    for name, array in out.items():
-        with jax.named_scope(f"{BACK}{name}"):
-            found[name] = _swap(array, exchange)
-    return found
-
-
-def _collect(back: Arrays, weights_NK: jax.Array, one: Turn) -> Arrays:
+def _per_token(back: Arrays, weights_NK: jax.Array, slot_NK: jax.Array) -> Arrays:
     """Per token: its rows' sum by their weights, choice by choice, in float32; its numbers."""
-    slot_NK = one.slot_R.reshape(weights_NK.shape)
     found = {}
     for name, array in back.items():
         if name == "d_weights":
@@ -181,63 +221,60 @@ def _collect(back: Arrays, weights_NK: jax.Array, one: Turn) -> Arrays:
     return found
 
 
-def _first_exchanges(
-    exchange: Exchange, products: Products, operands: Arrays, weights_NK: jax.Array, moves: Schedule
-) -> tuple[Arrays, Any]:
-    """The exchange of each part, as a pipeline: what all tokens get, gradients of the experts.
-
-    While part i begins, the results of part i - 1 may still be on their way; while it finishes, the
-    rows of part i + 1 are; while the experts' gradients of part i are computed, its own results.
-    Barriers keep it so, and keep more than that from being in memory.
-    """
-    fence = jax.lax.optimization_barrier
-    num_tokens, top_k = weights_NK.shape
-    cut = bounds(num_tokens, top_k)
-    turns = [turn(pairs, 0, exchange.slots) for pairs in moves.parts]
-    weights = [weights_NK[first:end] for first, end in cut]
-    found, total, back = [], None, None
-    got = _send(exchange, operands, turns[0].pair_S, top_k)
-    for i, one in enumerate(turns):
-        rows = _sorted(got, one)
-        begun = products.begin(rows, one.sizes_E)
-        after_S = [after.pair_S for after in turns[i + 1 : i + 2]]
-        rows, begun, back, after_S = fence((rows, begun, back, after_S))
-        if back is not None:
-            found.append(_collect(back, weights[i - 1], turns[i - 1]))
-        coming: Arrays = {}
-        if after_S:
-            coming = _send(exchange, operands, after_S[0], top_k, cut[i + 1][0])
-        out, kept = _finished(products, rows, begun, one)
-        out, kept, coming = fence((out, kept, coming))
-        back = _send_back(exchange, out)
-        total = products.experts(kept, one.sizes_E, total)
-        total, got, found[-1:] = fence((total, coming, found[-1:]))
-    assert back is not None
-    found.append(_collect(back, weights[-1], turns[-1]))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found), total
-
-
 def _every_exchange(
     exchange: Exchange, products: Products, operands: Arrays, weights_NK: jax.Array, moves: Schedule
 ) -> tuple[Arrays, Any]:
-    """Those of the parts and, if the exchange is exact, rounds until nothing is left."""
-    first = _first_exchanges(exchange, products, operands, weights_NK, moves)
-    if not exchange.exact:
-        return first
+    """All turns, as a pipeline: what all tokens get, gradients of the experts.
+
+    While a turn finishes, x of the next one may be on its way; while the experts' gradients are
+    computed and the next one begins, its own results and the rest of the next one. Barriers keep it
+    so, and keep more than that from being in memory.
+    """
+    fence = jax.lax.optimization_barrier
+    traffic = _Traffic(exchange, moves.pairs, operands, weights_NK)
+
+    def begin(number, first, others):
+        one = traffic.turn(number)
+        rows = {name: a[one.slot_of_row_S] for name, a in first.items()}
+        sizes = products.sizes(rows, one.sizes_E)
+        begun, others = fence((products.begin(rows, sizes), others))
+        rows |= {name: a[one.slot_of_row_S] for name, a in others.items()}
+        return sizes, one.row_of_slot_S, rows, begun
+
+    def finish(sizes, row_of_slot_S, rows, begun):
+        out, kept = products.finish(rows, begun, sizes)
+        return {name: a[row_of_slot_S] for name, a in out.items()}, kept
 
     def step(carry):
-        number, (found, total) = carry
-        one = turn(moves.rest, number, exchange.slots)
-        got = _send(exchange, operands, one.pair_S, weights_NK.shape[1])
-        rows = _sorted(got, one)
-        out, kept = _finished(products, rows, products.begin(rows, one.sizes_E), one)
-        more = _collect(_send_back(exchange, out), weights_NK, one)
-        total = products.experts(kept, one.sizes_E, total)
-        return number + 1, (jax.tree.map(jnp.add, found, more), total)
+        number, begun, found, total = carry
+        sent_S = traffic.sent(number)
+        first = traffic.send(sent_S, True)
+        out, kept, first, sent_S = fence((*finish(*begun), first, sent_S))
+        back, others = traffic.send_back(out), traffic.send(sent_S, False)
+        total = products.experts(kept, begun[0], total, number == 1)
+        total, first = fence((total, first))
+        begun, back = fence((begin(number, first, others), back))
+        return number + 1, begun, traffic.collect(back, number - 1, found), total
 
-    start = (jnp.zeros((), jnp.int32), first)
-    with jax.named_scope(UNBALANCED):
-        return jax.lax.while_loop(lambda carry: carry[0] < moves.num_rounds, step, start)[1]
+    sent_S = traffic.sent(0)
+    begun = begin(0, traffic.send(sent_S, True), traffic.send(sent_S, False))
+    found = traffic.nothing(products.gives, operands["x"].shape[1])
+    carry = (jnp.ones((), jnp.int32), begun, found, products.start)
+    trips = moves.pairs.num_parts - 1
+    if platform() == "cpu":
+        # There an exchange holds a thread until all devices are at it, and in a loop one of those
+        # that compute, so that they can run out: only what parts leave over is looped.
+        for _ in range(trips):
+            carry = step(carry)
+        trips = 0
+    with jax.named_scope(f"{BALANCED}{trips}"):
+        number, begun, found, total = jax.lax.while_loop(
+            lambda carry: carry[0] < moves.num_turns, step, carry
+        )
+    out, kept = fence(finish(*begun))
+    back = traffic.send_back(out)
+    total = products.experts(kept, begun[0], total, number == 1)
+    return traffic.collect(back, number - 1, found), total
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -292,7 +329,8 @@ def _forward_products(exchange: Exchange, experts: ExpertParams) -> Products:
             return begun, {}
         return {"y": grouped_down(experts, begun["hidden"], sizes_E, implementation)}, {}
 
-    return Products(begin, finish, lambda kept, sizes_E, total: None)
+    sizes = _prepare(exchange, experts, backward=False)
+    return Products(("y",), sizes, begin, finish, lambda *_: None)
 
 
 def _backward_products(exchange: Exchange, experts: ExpertParams) -> Products:
@@ -305,10 +343,12 @@ def _backward_products(exchange: Exchange, experts: ExpertParams) -> Products:
         d_x, d_weights, kept = rows_backward(Block(sizes_E, *kinds), experts, rows, begun)
         return {"d_x": d_x, "d_weights": d_weights}, kept
 
-    def of_experts(kept, sizes_E, total):
-        return params_backward(Block(sizes_E, *kinds), experts, kept, total)
+    def of_experts(kept, sizes_E, total, begins):
+        return params_backward(Block(sizes_E, *kinds), experts, kept, total, begins)
 
-    return Products(begin, finish, of_experts)
+    start = no_gradients(experts, exchange.implementation)
+    sizes = _prepare(exchange, experts, backward=True)
+    return Products(_GRADIENTS, sizes, begin, finish, of_experts, start)
 
 
 def _tuned_products(exchange: Exchange, experts: ExpertParams) -> Products:
@@ -327,16 +367,24 @@ def _tuned_products(exchange: Exchange, experts: ExpertParams) -> Products:
         d_own, d_x = pull((rows["weights"][:, None] * d_y_RD).astype(y_RD.dtype))
         return {"d_x": d_x, "d_weights": d_weights}, d_own
 
-    def of_experts(kept, sizes_E, total):
-        return _add(total, kept)
+    def of_experts(kept, sizes_E, total, begins):
+        return jax.tree.map(lambda sums, more: sums + more.astype(jnp.float32), total, kept)
 
-    return Products(lambda rows, sizes_E: {}, finish, of_experts)
+    start = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), own)
+    sizes = _prepare(exchange, experts, backward=True)
+    return Products(_GRADIENTS, sizes, lambda rows, sizes_E: {}, finish, of_experts, start)
 
 
-def _add(total, more):
-    """Sums in float32; total may be None."""
-    more = jax.tree.map(lambda d: d.astype(jnp.float32), more)
-    return more if total is None else jax.tree.map(jnp.add, total, more)
+def _prepare(exchange: Exchange, experts: ExpertParams, backward: bool) -> Callable[..., Any]:
+    """`Products.sizes` of experts; of a stack with trained ones as they are."""
+
+    def sizes(rows, sizes_E):
+        if "tuned" in experts:
+            return sizes_E
+        name, d_ff = exchange.implementation, experts["w_up"].shape[2]
+        return prepared(sizes_E, rows["x"], d_ff, backward=backward, implementation=name)
+
+    return sizes
 
 
 def _swap(rows_S: jax.Array, exchange: Exchange) -> jax.Array:

@@ -9,6 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from moejax.ops.kept import ROUTING, keep
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +31,12 @@ def plan(experts_NK: jax.Array, num_experts: int) -> Plan:
     """Sorts the (token, choice) pairs by expert."""
     experts_R = experts_NK.reshape(-1)
     order_R = jnp.argsort(experts_R, stable=True)
-    return Plan(
+    moves = Plan(
         order_R=order_R,
         place_R=jnp.argsort(order_R),
         group_sizes_E=jnp.bincount(experts_R, length=num_experts).astype(jnp.int32),
     )
+    return keep(moves, ROUTING)
 
 
 @jax.custom_vjp

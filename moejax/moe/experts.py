@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from moejax.moe.tuned import tuned_ffn
 from moejax.ops.gated_ffn import Activation
+from moejax.ops.group_sizes import GroupSizes, plain
 from moejax.ops.grouped_ffn_cpu import grouped_ffn_cpu
 from moejax.ops.grouped_gated import grouped_gated
 from moejax.ops.grouped_matmul import chosen, grouped_matmul
@@ -39,7 +40,7 @@ def grouped_ffn(
 def grouped_hidden(
     params: ExpertParams,
     rows_RD: jax.Array,
-    group_sizes_E: jax.Array,
+    group_sizes_E: GroupSizes,
     activation: Activation,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -61,7 +62,7 @@ def grouped_hidden(
 def grouped_down(
     params: ExpertParams,
     hidden_RF: jax.Array,
-    group_sizes_E: jax.Array,
+    group_sizes_E: GroupSizes,
     implementation: str | None = None,
 ) -> jax.Array:
     """The second half of `grouped_ffn`: hidden rows [R, F] to results [R, D]."""
@@ -74,12 +75,12 @@ def grouped_down(
 
 
 def bias_rows(
-    params: ExpertParams, name: str, y_R: jax.Array, group_sizes_E: jax.Array
+    params: ExpertParams, name: str, y_R: jax.Array, group_sizes_E: GroupSizes
 ) -> jax.Array:
     """Each row's expert's bias, zero past the groups and where there is none."""
     if name not in params:
         return jnp.zeros((), y_R.dtype)
-    ends_E = jnp.cumsum(group_sizes_E)
+    ends_E = jnp.cumsum(plain(group_sizes_E))
     expert_R = jnp.searchsorted(ends_E, jnp.arange(y_R.shape[0]), side="right")
     inside_R1 = (expert_R < ends_E.shape[0])[:, None]
     return jnp.where(inside_R1, params[name][jnp.minimum(expert_R, ends_E.shape[0] - 1)], 0)

@@ -13,15 +13,16 @@ import jax.numpy as jnp
 
 from moejax.moe.experts import ExpertParams, bias_rows
 from moejax.ops.gated_ffn import Activation
+from moejax.ops.group_sizes import GroupSizes, plain
 from moejax.ops.grouped_matmul import grouped_matmul
-from moejax.ops.grouped_outer import grouped_outer
+from moejax.ops.grouped_outer import grouped_outer, room_for_sums
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
     """What computes: rows of each expert [E], the activation, a grouped matmul's name."""
 
-    group_sizes_E: jax.Array
+    group_sizes_E: GroupSizes
     activation: Activation
     implementation: str | None
 
@@ -77,27 +78,43 @@ def rows_backward(
     return d_rows_RD, d_weights_R, {**rest, "d_gate": d_gate_RF, "d_up": d_up_RF}
 
 
+def no_gradients(params: ExpertParams, implementation: str | None) -> ExpertParams:
+    """What `params_backward` adds to at first."""
+    return {
+        name: room_for_sums(w.shape, implementation)
+        if name.startswith("w_")
+        else jnp.zeros(w.shape, jnp.float32)
+        for name, w in params.items()
+    }
+
+
 def params_backward(
-    block: Block, params: ExpertParams, rest: dict[str, jax.Array], total: ExpertParams | None
+    block: Block,
+    params: ExpertParams,
+    rest: dict[str, jax.Array],
+    total: ExpertParams,
+    begins: jax.Array,
 ) -> ExpertParams:
-    """Gradients of the experts' matrices and biases in float32, added to `total` if given."""
-    sides = {"gate": ("x", "d_gate"), "up": ("x", "d_up"), "down": ("hidden", "d_y")}
-    before, found = total or {}, {}
+    """Gradients of the experts' matrices and biases in float32, added to `total`.
+
+    begins: whether that is `no_gradients` still.
+    """
+    sides, found = {"gate": ("x", "d_gate"), "up": ("x", "d_up"), "down": ("hidden", "d_y")}, {}
     for name, (left, right) in sides.items():
         found[f"w_{name}"] = grouped_outer(
             rest[left],
             rest[right],
             block.group_sizes_E,
-            before.get(f"w_{name}"),
+            total[f"w_{name}"],
+            begins,
             implementation=block.implementation,
         )
     for name, (_, right) in sides.items():
         if f"b_{name}" in params:
             d_R = rest[right].astype(jnp.float32)
             d_R = rest["weights"][:, None] * d_R if name == "down" else d_R
-            found[f"b_{name}"] = _sums_by_group(d_R, block.group_sizes_E)
-            if total is not None:
-                found[f"b_{name}"] += total[f"b_{name}"]
+            sums = _sums_by_group(d_R, plain(block.group_sizes_E))
+            found[f"b_{name}"] = total[f"b_{name}"] + sums
     return found
 
 

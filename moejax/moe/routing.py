@@ -22,6 +22,7 @@ from moejax.moe.losses import (
 )
 from moejax.moe.scores import Logits, probabilities, router_logits, scores
 from moejax.moe.selection import choose_experts, choose_tokens
+from moejax.ops.kept import ROUTING, keep
 
 ROUTER_STDDEV = 0.02
 
@@ -146,10 +147,12 @@ def route(
     token_N = shared_weight_N = None
     if config.selection == "expert_choice":
         token_N, chosen_N, weights_N = choose_tokens(scores_NJ, real_N, num_sequences, config)
+        token_N, chosen_N = keep((token_N, chosen_N), ROUTING)
         chosen_NK = chosen_N[:, None]
         weights_NK = importance_NK = weights_N[:, None]
     else:
         chosen_NK = choose_experts(logits.noisy_NJ, scores_NJ, params.get("b_select"), config)
+        chosen_NK = keep(chosen_NK, ROUTING)
         weights_NK, importance_NK, shared_weight_N = _weigh(
             logits.noisy_NJ, scores_NJ, chosen_NK, config
         )

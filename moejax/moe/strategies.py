@@ -16,6 +16,7 @@ from moejax.moe.dispatch import combine, dispatch, plan, unsort
 from moejax.moe.experts import ExpertParams, grouped_ffn
 from moejax.moe.ragged import exclusive_sums, ragged_all_to_all
 from moejax.ops.gated_ffn import Activation
+from moejax.ops.kept import ROUTING, keep
 
 AXIS = "expert"
 
@@ -154,4 +155,5 @@ def _schedule(
         activation=context.activation,
         implementation=context.implementation,
     )
-    return exchange, chunked.schedule(experts_NK, context.num_experts, exchange, TOKEN_AXES)
+    moves = chunked.schedule(experts_NK, context.num_experts, exchange, TOKEN_AXES)
+    return exchange, keep(moves, ROUTING)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from moejax.core.errors import InputError
 from moejax.ops.gated_ffn import Activation
+from moejax.ops.group_sizes import GroupSizes, integers, plain
 from moejax.ops.grouped_matmul import check, chosen, grouped_matmul
 
 
@@ -12,7 +13,7 @@ def grouped_gated(
     lhs: jax.Array,
     w_gate: jax.Array,
     w_up: jax.Array,
-    group_sizes: jax.Array,
+    group_sizes: GroupSizes,
     activation: Activation,
     *,
     implementation: str | None = None,
@@ -34,12 +35,12 @@ def grouped_gated(
             "they must be equal."
         )
     if chosen(implementation) == "tpu":
-        check(lhs, w_gate, group_sizes, groups)
+        check(lhs, w_gate, plain(group_sizes), groups)
         from moejax.ops.grouped_matmul_tpu import grouped_gated_tpu  # Pallas is slow to import
 
         dtype = jnp.result_type(lhs, w_gate, w_up)
         floats = (a.astype(dtype) for a in (lhs, w_gate, w_up))
-        return grouped_gated_tpu(*floats, group_sizes.astype(jnp.int32), activation, groups)
+        return grouped_gated_tpu(*floats, integers(group_sizes), activation, groups)
 
     def product(weight: jax.Array) -> jax.Array:
         return grouped_matmul(

@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moejax.core.errors import InputError
 from moejax.core.platform import platform, takes_gpu_kernels
+from moejax.ops.group_sizes import GroupSizes, integers, plain
 from moejax.ops.grouped_matmul_cpu import grouped_matmul_cpu
 from moejax.ops.grouped_matmul_ref import grouped_matmul_ref
 from moejax.ops.implementations import checked
@@ -18,7 +20,7 @@ from moejax.ops.kept import GROUPED
 from moejax.ops.wide_product import wide_product
 
 # (lhs, rhs, group_sizes, groups) -> out, with a gradient of its own.
-Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+Kernel = Callable[[jax.Array, jax.Array, Any, jax.Array | None], jax.Array]
 _log = logging.getLogger(__name__)
 
 
@@ -40,7 +42,7 @@ def _gpu(
 
 
 def _tpu(
-    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, groups: jax.Array | None
+    lhs: jax.Array, rhs: jax.Array, group_sizes: GroupSizes, groups: jax.Array | None
 ) -> jax.Array:
     from moejax.ops.grouped_matmul_tpu import grouped_matmul_tpu  # as above
 
@@ -62,7 +64,7 @@ PLATFORM = {"gpu": "gpu", "tpu": "tpu"}
 def grouped_matmul(
     lhs: jax.Array,
     rhs: jax.Array,
-    group_sizes: jax.Array,
+    group_sizes: GroupSizes,
     *,
     implementation: str | None = None,
     groups: jax.Array | None = None,
@@ -82,11 +84,33 @@ def grouped_matmul(
     sizes below zero or of more rows than there are; NotImplementedError for an implementation that
     the devices cannot run.
     """
-    check(lhs, rhs, group_sizes, groups)
-    kernel = _KERNELS[chosen(implementation)]
-    dtype = jnp.result_type(lhs, rhs)
-    out = kernel(lhs.astype(dtype), rhs.astype(dtype), group_sizes.astype(jnp.int32), groups)
+    check(lhs, rhs, plain(group_sizes), groups)
+    name, dtype = chosen(implementation), jnp.result_type(lhs, rhs)
+    sizes = integers(group_sizes) if name == "tpu" else plain(group_sizes).astype(jnp.int32)
+    out = _KERNELS[name](lhs.astype(dtype), rhs.astype(dtype), sizes, groups)
     return checkpoint_name(out, GROUPED)
+
+
+def prepared(
+    group_sizes: jax.Array,
+    rows: jax.Array,
+    d_ff: int,
+    *,
+    backward: bool,
+    implementation: str | None = None,
+) -> GroupSizes:
+    """Group sizes for all products of gated experts over the same rows, to be given in their place.
+
+    rows: as many as those have, [R, D], and of their type. d_ff: F of the experts. backward:
+    whether those of a backward pass, else those of a forward one. `tpu` looks at them once then,
+    and not for every product; nothing else prepares anything.
+    """
+    sizes = group_sizes.astype(jnp.int32)
+    if chosen(implementation) != "tpu":
+        return sizes
+    from moejax.ops.grouped_matmul_tpu import prepared_tpu  # Pallas is slow to import
+
+    return prepared_tpu(sizes, rows, d_ff, backward)
 
 
 def chosen(implementation: str | None) -> str:

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moejax.ops.gated_ffn import Activation
+from moejax.ops.group_sizes import GroupSizes, plain
 from moejax.ops.kept import GROUPED
 from moejax.ops.tpu_outer import outer
 from moejax.ops.tpu_rows import Form, Interpret, multiply
 from moejax.ops.tpu_tiles import Operands, checked, outer_tiles, rows_tiles
+from moejax.ops.tpu_visits import fitted, prepared
 
 Groups = jax.Array | None
 PRODUCT = Form("grouped_matmul", ((0, 0),), lambda y: (y,), 1)
@@ -29,7 +31,7 @@ SUM_T = Form("grouped_gated_dx", ((0, 0), (1, 1)), lambda a, b: (a + b,), 1, tra
 def grouped_matmul_tpu(
     lhs: jax.Array,
     rhs: jax.Array,
-    group_sizes: jax.Array,
+    group_sizes: GroupSizes,
     groups: Groups = None,
     interpret: Interpret = False,
 ) -> jax.Array:
@@ -60,7 +62,7 @@ def grouped_gated_tpu(
     lhs: jax.Array,
     w_gate: jax.Array,
     w_up: jax.Array,
-    group_sizes: jax.Array,
+    group_sizes: GroupSizes,
     activation: Activation,
     groups: Groups = None,
     interpret: Interpret = False,
@@ -107,16 +109,35 @@ grouped_gated_tpu.defvjp(_gated_forward, _gated_backward)
 def grouped_outer_tpu(
     lhs: jax.Array,
     d_out: jax.Array,
-    group_sizes: jax.Array,
+    group_sizes: GroupSizes,
     before: jax.Array | None,
+    begins: jax.Array | None = None,
     interpret: Interpret = False,
 ) -> jax.Array:
     """See `moejax.ops.grouped_outer.grouped_outer`: before + sums are one kernel, in place."""
-    shape = (group_sizes.size, lhs.shape[1], d_out.shape[1])
+    shape = (plain(group_sizes).size, lhs.shape[1], d_out.shape[1])
     if 0 in (lhs.shape[0], *shape):
-        return jnp.zeros(shape, jnp.float32) if before is None else before
+        nothing = jnp.zeros(shape, jnp.float32)
+        if before is None:
+            return nothing
+        return before if begins is None else jnp.where(begins, nothing, before)
     tiles = outer_tiles(*shape[1:], lhs.dtype, added=True)
-    return outer(lhs, d_out, group_sizes, None, tiles, interpret, jnp.float32, before)
+    return outer(lhs, d_out, group_sizes, None, tiles, interpret, jnp.float32, before, begins)
+
+
+def prepared_tpu(group_sizes: jax.Array, rows: jax.Array, f: int, backward: bool) -> GroupSizes:
+    """See `moejax.ops.grouped_matmul.prepared`."""
+    (num_rows, d), dtype, num_groups = rows.shape, rows.dtype, group_sizes.size
+    if 0 in (num_rows, d, f, num_groups):
+        return group_sizes
+    gated = Operands(ws=2, products=2)
+    products = ((d, f, Operands() if backward else gated), (f, d, Operands()))
+    each = -(-num_rows // num_groups)
+    of_rows = {
+        fitted(num_rows, rows_tiles(each, k, n, dtype, how).heights) for k, n, how in products
+    }
+    sums = [outer_tiles(k, n, dtype, added=True) for k, n in ((d, f), (f, d)) if backward]
+    return prepared(group_sizes, of_rows, {fitted(num_rows, tiles.heights) for tiles in sums})
 
 
 def _rows(form: Form, xs, ws, group_sizes, interpret) -> list[jax.Array]:
@@ -131,7 +152,7 @@ def _rows(form: Form, xs, ws, group_sizes, interpret) -> list[jax.Array]:
 
 
 def _outer(lhs, d_out, group_sizes, groups: Groups, interpret) -> jax.Array:
-    (num_rows, k), n, num_groups = lhs.shape, d_out.shape[1], group_sizes.size
+    (num_rows, k), n, num_groups = lhs.shape, d_out.shape[1], plain(group_sizes).size
     if 0 in (num_rows, k, n, num_groups):
         return jnp.zeros((num_groups, k, n), lhs.dtype)
     return outer(lhs, d_out, group_sizes, groups, outer_tiles(k, n, lhs.dtype), interpret)

@@ -4,7 +4,8 @@ Each core owns half of every matrix and goes through the groups' visits (`tpu_vi
 tile. A visit sums as many rows as its height has; a matrix unit sums 128 at a time, so heights are
 multiples of that. All but the last visit of a group add to a float32 sum in VMEM, the last one
 writes that and its own product as the result. Groups that are not asked for are visited once, to
-write zeros. Given a sum of earlier rows, the result is added to it where it lies.
+write zeros. Given a sum of earlier rows, the result is added to it where it lies; told that there
+were none, it reads a few tiles of what lies there and ignores them.
 """
 
 import functools
@@ -15,39 +16,46 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moejax.ops.group_sizes import GroupSizes
 from moejax.ops.tpu_rows import blocked, cost, dot, kind_is, when
 from moejax.ops.tpu_tiles import OuterTiles
-from moejax.ops.tpu_visits import BLOCK, Visits, outer_visits
+from moejax.ops.tpu_visits import BLOCK, Visits, fitted, visits_of_sums
+
+_PLAIN = 4  # arrays of a kernel that adds to nothing, but for its visits
 
 
 @functools.partial(jax.jit, static_argnames=("tiles", "interpret", "out_dtype"))
 def outer(
     lhs: jax.Array,
     d_out: jax.Array,
-    group_sizes: jax.Array,
+    group_sizes: GroupSizes,
     groups: jax.Array | None,
     tiles: OuterTiles,
     interpret: Any = False,
     out_dtype: Any = None,
     before: jax.Array | None = None,
+    begins: jax.Array | None = None,
 ) -> jax.Array:
     """out[e] = sum over rows r of group e of lhs[r]^T d_out[r]: [R, K], [R, N] -> [E, K, N].
 
-    out_dtype: the operands' if None. before [E, K, N], of out_dtype: what is added to.
+    out_dtype: the operands' if None. before [E, K, N], of out_dtype: what is added to, unless
+    `begins`, a bool, is true.
     """
     (num_rows, k), n = lhs.shape, d_out.shape[1]
-    rows = max(-(-num_rows // BLOCK) * BLOCK, tiles.heights[-1])
-    tiles = tiles._replace(heights=tuple(h for h in tiles.heights if h <= rows))
-    visits = outer_visits(group_sizes, groups, rows, tiles.heights)
+    rows, heights = fitted(num_rows, tiles.heights)
+    tiles = tiles._replace(heights=heights)
+    visits = visits_of_sums(group_sizes, groups, rows, heights)
     operands = (
         blocked(lhs, rows, -(-k // tiles.k) * tiles.k),
         blocked(d_out, rows, -(-n // tiles.n) * tiles.n),
     )
     out_dtype = out_dtype or lhs.dtype
+    sums = None
     if before is not None:
         filling = (0, operands[0].shape[2] - k), (0, operands[1].shape[2] - n)
-        before = jnp.pad(before, ((0, 0), *filling))
-    out = call(*operands, visits, visits.num[0], tiles, interpret, None, out_dtype, before)
+        fresh = False if begins is None else begins
+        sums = jnp.pad(before, ((0, 0), *filling)), jnp.asarray(fresh, jnp.int32).reshape(1)
+    out = call(*operands, visits, visits.num[0], tiles, interpret, None, out_dtype, sums)
     return out[:, :k, :n]
 
 
@@ -60,17 +68,19 @@ def call(
     interpret: Any = False,
     known: int | None = None,
     out_dtype: Any = None,
-    before: jax.Array | None = None,
+    before: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """The kernel on blocked rows [R / 16, 16, K] and [R / 16, 16, N]; K and N are whole tiles.
 
     known: the kind of every visit, for a kernel whose cycles a compiler can count, or None; one
     past the heights for the first of a group's visits, two past them for a later one but the last.
+    before: what is added to, and int32 [1], not 0 where that is nothing yet.
     """
     k, n, num_groups = lhs.shape[2], d_out.shape[2], visits.starts.size
     tallest = tiles.heights[0] // BLOCK
     out_shape = jax.ShapeDtypeStruct((num_groups, k, n), out_dtype or lhs.dtype)
-    added = [] if before is None else [before]
+    added = [] if before is None else [before[0]]
+    scalars = [*visits] if before is None else [*visits, before[1]]
 
     def place(i, j):  # the first dimension of the grid is that which the cores share
         return (i, j) if tiles.cores_split == "k" else (j, i)
@@ -84,22 +94,29 @@ def call(
     def out_index(i, j, v, group, *_):
         return group[0, v], *place(i, j)
 
-    out_spec = pl.BlockSpec((None, tiles.k, tiles.n), out_index)
+    def before_index(i, j, v, group, *others):
+        # One tile is fetched for all of a core's visits before it writes there.
+        fresh = others[-1][0] != 0
+        return jnp.where(fresh, 0, group[0, v]), *place(i, jnp.where(fresh, 0, j))
+
+    out_spec, before_spec = (
+        pl.BlockSpec((None, tiles.k, tiles.n), index) for index in (out_index, before_index)
+    )
     return pl.pallas_call(
         functools.partial(_kernel, heights=tiles.heights, known=known),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(visits),
+            num_scalar_prefetch=len(scalars),
             grid=(*place(k // tiles.k, n // tiles.n), num_visits),
             in_specs=[
                 pl.BlockSpec(tuple(map(pl.Element, (tallest, BLOCK, tiles.k))), lhs_index),
                 pl.BlockSpec(tuple(map(pl.Element, (tallest, BLOCK, tiles.n))), d_out_index),
             ]
-            + [out_spec] * len(added),
+            + [before_spec] * len(added),
             out_specs=out_spec,
             scratch_shapes=[pltpu.VMEM((tiles.k, tiles.n), jnp.float32)],
         ),
         out_shape=out_shape,
-        input_output_aliases={len(visits) + 2: 0} if added else {},
+        input_output_aliases={len(scalars) + 2: 0} if added else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=tiles.vmem_bytes,
@@ -107,12 +124,13 @@ def call(
         cost_estimate=cost([lhs, d_out, *added], [out_shape], [lhs.shape[0] * BLOCK * k * n]),
         interpret=interpret,
         name="grouped_matmul_dw",
-    )(*visits, lhs, d_out, *added)
+    )(*scalars, lhs, d_out, *added)
 
 
 def _kernel(*refs, heights, known):
-    visits = Visits(*refs[: len(Visits._fields)])
-    lhs, d_out, *before, out, total = refs[len(Visits._fields) :]
+    visits, refs = Visits(*refs[: len(Visits._fields)]), refs[len(Visits._fields) :]
+    fresh, refs = (refs[:1], refs[1:]) if len(refs) > _PLAIN else ((), refs)
+    lhs, d_out, *before, out, total = refs
     v = pl.program_id(2)
     g, kind = visits.group[0, v], visits.kind[0, v]
     computed = visits.fetch[0, v] + visits.skip[0, v]
@@ -132,14 +150,17 @@ def _kernel(*refs, heights, known):
 
         return dot(rows(lhs), rows(d_out), (0, 0))
 
+    def earlier():
+        return jnp.where(fresh[0][0] != 0, 0.0, before[0][...])
+
     for i, height in enumerate(heights):
 
         @kind_is(kind, i, known)
         def _(height=height):
             product = summed(height)
             whole = jnp.where(is_first, 0.0, total[...]) + product
-            for earlier in before:
-                whole += earlier[...]
+            if before:
+                whole += earlier()
             out[...] = whole.astype(out.dtype)
 
     def knows(which):
@@ -156,4 +177,4 @@ def _kernel(*refs, heights, known):
 
     @when(kind == len(heights) + 1, knows(len(heights) + 2))
     def _():
-        out[...] = before[0][...] if before else jnp.zeros_like(out)
+        out[...] = earlier() if before else jnp.zeros_like(out)

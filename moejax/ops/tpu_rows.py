@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moejax.ops.group_sizes import GroupSizes
 from moejax.ops.tpu_tiles import LANES, Tiles
-from moejax.ops.tpu_visits import BLOCK, NUM_CORES, Visits, row_visits
+from moejax.ops.tpu_visits import BLOCK, NUM_CORES, Visits, fitted, visits_of_rows
 
 Interpret = Any  # bool or pltpu.InterpretParams
 
@@ -54,7 +55,7 @@ def multiply(
     form: Form,
     xs: Sequence[jax.Array],
     ws: Sequence[jax.Array],
-    group_sizes: jax.Array,
+    group_sizes: GroupSizes,
     tiles: Tiles,
     interpret: Interpret = False,
 ) -> list[jax.Array]:
@@ -63,9 +64,9 @@ def multiply(
     Jitted, so that a layer that calls it many times traces the kernel once for each shape.
     """
     num_rows = xs[0].shape[0]
-    rows = max(-(-num_rows // BLOCK) * BLOCK, tiles.heights[-1])
-    tiles = tiles._replace(heights=tuple(h for h in tiles.heights if h <= rows))
-    visits = row_visits(group_sizes, rows, tiles.heights)
+    rows, heights = fitted(num_rows, tiles.heights)
+    tiles = tiles._replace(heights=heights)
+    visits = visits_of_rows(group_sizes, rows, heights)
     blocks = [blocked(x, rows, x.shape[1]) for x in xs]
     outs = call(form, blocks, ws, visits, jnp.max(visits.num), tiles, interpret)
     columns = ws[0].shape[1 if form.transposed else 2]

@@ -10,12 +10,14 @@ The tables are made by jnp on the device from the group sizes; the host never wa
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from moejax.ops.group_sizes import GroupSizes, Prepared, plain
 
 BLOCK = 16
 NUM_CORES = 2
@@ -88,6 +90,43 @@ def pieces(heights: tuple[int, ...], at_most: int) -> Pieces:
         kind[row, :num], blocks[row, :num] = kinds, sizes
     costs, nums = (np.asarray([one[i] for one in found], np.int32) for i in range(2))
     return Pieces(nums, kind, blocks, np.cumsum(blocks, axis=1) - blocks, costs)
+
+
+def fitted(num_rows: int, heights: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """Rows that tables are made for, in whole blocks, and the heights that are no more."""
+    rows = max(-(-num_rows // BLOCK) * BLOCK, heights[-1])
+    return rows, tuple(height for height in heights if height <= rows)
+
+
+def prepared(
+    group_sizes: jax.Array, of_rows: Iterable[tuple], of_sums: Iterable[tuple]
+) -> Prepared:
+    """The sizes with the tables of `row_visits` and `outer_visits` for what `fitted` gave."""
+    tables = {_name("rows", *how): row_visits(group_sizes, *how) for how in of_rows}
+    tables |= {_name("sums", *how): outer_visits(group_sizes, None, *how) for how in of_sums}
+    return Prepared(group_sizes, tables)
+
+
+def _name(what: str, num_rows: int, heights: tuple[int, ...]) -> str:
+    return f"{what} {num_rows} {heights}"
+
+
+def visits_of_rows(group_sizes: GroupSizes, num_rows: int, heights: tuple[int, ...]) -> Visits:
+    """`row_visits`, found among those prepared or made."""
+    found = _found(group_sizes, _name("rows", num_rows, heights))
+    return row_visits(plain(group_sizes), num_rows, heights) if found is None else found
+
+
+def visits_of_sums(
+    group_sizes: GroupSizes, groups: jax.Array | None, num_rows: int, heights: tuple[int, ...]
+) -> Visits:
+    """`outer_visits`, found among those prepared or made."""
+    found = None if groups is not None else _found(group_sizes, _name("sums", num_rows, heights))
+    return outer_visits(plain(group_sizes), groups, num_rows, heights) if found is None else found
+
+
+def _found(group_sizes: GroupSizes, name: str) -> Visits | None:
+    return group_sizes.tables.get(name) if isinstance(group_sizes, Prepared) else None
 
 
 def row_visits(group_sizes: jax.Array, num_rows: int, heights: tuple[int, ...]) -> Visits:

@@ -7,7 +7,7 @@ import pytest
 from moejax.aot import hlo, hlo_cost, roofline
 from moejax.core.chips import CHIPS, chip_of
 from moejax.core.errors import InputError
-from moejax.moe.chunked import UNBALANCED
+from moejax.moe.chunked import BALANCED
 
 # 24 trips; in each a product of [8, 16] and one [16, 32] of a stack, and an all-gather of 2.
 LOOP = """
@@ -112,8 +112,11 @@ def test_trips_the_text_states_and_trips_that_depend_on_data():
     assert hlo_cost.cost(hlo.parse(stated)).runs["body"] == 7
     open_end = hlo_cost.cost(hlo.parse(LOOP.replace("constant(24)", "custom-call(%t.1)")))
     assert open_end.runs["body"] == 1 and open_end.open_loops == 1
-    named = LOOP.replace("body=%body", f'body=%body, metadata={{op_name="{UNBALANCED}"}}')
-    assert hlo_cost.cost(hlo.parse(named)).runs["body"] == 0
+    scope = f"{BALANCED}5/while/body/{BALANCED}3/while"  # a loop inside one with five trips
+    named = LOOP.replace("body=%body", f'body=%body, metadata={{op_name="{scope}"}}')
+    assert hlo_cost.cost(hlo.parse(named)).runs["body"] == 3
+    other = named.replace(scope, f"{BALANCED}5/while/body/sort")
+    assert hlo_cost.cost(hlo.parse(other)).runs["body"] == 24
 
 
 def test_collectives_count_with_their_trips_and_their_group():

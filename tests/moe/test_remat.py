@@ -11,6 +11,7 @@ from jax.extend.core import Var
 from moejax.core.platform import compiling_for
 from moejax.models.options import REMAT_POLICIES
 from moejax.moe.config import MoEConfig
+from moejax.moe.expert_parallel import Parallel
 from moejax.moe.layer import moe_layer
 from moejax.moe.shapes import init_moe
 from moejax.ops.grouped_matmul import PLATFORM
@@ -32,6 +33,36 @@ def count(jaxpr) -> int:
         found += name == "dot_general" and not params["dimension_numbers"][1][0]
         found += sum(count(inner) for inner in jax.extend.core.jaxprs_in_params(params))
     return found
+
+
+def sorts(jaxpr) -> int:
+    """Sorts and choices of the largest in all that it calls."""
+    found = 0
+    for equation in jaxpr.eqns:
+        found += equation.primitive.name in ("sort", "top_k")
+        inside = jax.extend.core.jaxprs_in_params(equation.params)
+        found += sum(sorts(inner) for inner in inside)
+    return found
+
+
+@pytest.mark.parametrize("strategy", [None, "chunked", "ragged", "all_gather"])
+@pytest.mark.parametrize("policy", REMAT_POLICIES)
+def test_no_policy_chooses_or_sorts_again(policy, strategy):
+    config = MoEConfig(4, 2)
+    params = init_moe(jax.random.key(0), 16, 32, config)
+    parallel = None
+    if strategy:  # over devices that need not be there to see what is computed
+        mesh = jax.sharding.AbstractMesh((1, 1, 2, 1), ("data", "fsdp", "expert", "tensor"))
+        parallel = Parallel(mesh, strategy)
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(moe_layer(params, x, config, parallel=parallel)[0]))
+
+    def num_sorts(loss):
+        return sorts(jax.make_jaxpr(jax.grad(loss, (0, 1)))(params, jnp.ones((2, 8, 16))).jaxpr)
+
+    again = jax.checkpoint(loss, policy=REMAT_POLICIES[policy])
+    assert num_sorts(again) == num_sorts(loss) > 0
 
 
 @pytest.mark.parametrize("implementation", ["ref", "ragged_dot", "cpu", "gpu", "tpu"])
