@@ -7,8 +7,7 @@ one and keeps only x, the weights and the routing. It sends x and dL/dy, and get
 experts' outputs are not needed again, because dL/dweight_r = <hidden_r, dL/dy_r W_down^T>.
 
 All of them are one loop, whose length depends on the load and is equal on all devices: a program
-holds an exchange's products twice, in the loop and at its ends, however many there are (but on a
-CPU, where those of the parts are written out).
+holds an exchange's products twice, in the loop and at its ends, however many there are.
 """
 
 import dataclasses
@@ -20,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.core.platform import platform
 from moejax.moe.experts import ExpertParams, grouped_down, grouped_ffn, grouped_hidden
 from moejax.moe.experts_backward import (
     Block,
@@ -260,14 +258,7 @@ def _every_exchange(
     begun = begin(0, traffic.send(sent_S, True), traffic.send(sent_S, False))
     found = traffic.nothing(products.gives, operands["x"].shape[1])
     carry = (jnp.ones((), jnp.int32), begun, found, products.start)
-    trips = moves.pairs.num_parts - 1
-    if platform() == "cpu":
-        # There an exchange holds a thread until all devices are at it, and in a loop one of those
-        # that compute, so that they can run out: only what parts leave over is looped.
-        for _ in range(trips):
-            carry = step(carry)
-        trips = 0
-    with jax.named_scope(f"{BALANCED}{trips}"):
+    with jax.named_scope(f"{BALANCED}{moves.pairs.num_parts - 1}"):
         number, begun, found, total = jax.lax.while_loop(
             lambda carry: carry[0] < moves.num_turns, step, carry
         )
