@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,8 @@ class Decider:
         self._weights: dict[str, dict[str, Any]] = {}
         self._limits: dict[tuple[str, float], Any] = {}
         self._values: dict[str, Any] = {}
-        self._contexts: tuple[masked.Read, jax.Array] | None = None  # of the batch judged last
+        # Of the batch judged last: arms at other sparsities and places ask for the same.
+        self._found: tuple[masked.Read | None, dict[str, Any]] = (None, {})
         self.single = dataclasses.replace(
             model.sizes, block=1, blocks=model.sizes.blocks * model.sizes.block
         )
@@ -152,6 +153,15 @@ class Decider:
             self._weights[name] = read.params
         return self._weights[name]
 
+    def _once(self, read: masked.Read, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives for a batch, made when it is first asked for."""
+        if self._found[0] is not read:
+            self._found = read, {}
+        known = self._found[1]
+        if name not in known:
+            known[name] = make()
+        return known[name]
+
     def read(self, batch: masked.Batch) -> masked.Read:
         """A batch's prompts, read densely."""
         return masked.read_prompts(self.model.loaded.params, self.model.loaded.config, batch)
@@ -179,7 +189,7 @@ class Decider:
             if arm.method in AFTER_TOKEN or arm.method in AT_TOKEN:
                 scores = self._of_tokens(arm.method, batch, read)
             elif scores is None:
-                scores = self.scores(arm.method, batch, read.signals)
+                scores = self.scores(arm.method, batch, read)
             elif arm.method == "oracle":
                 scores = Mask(scores.heads, summed(scores.blocks, sizes))
             mask = select(scores, sizes, arm.shares, arm.budget)
@@ -188,8 +198,11 @@ class Decider:
         kept = [m.mean(tuple(range(m.ndim - 2))) for m in later]
         return masked.masked_nats(params, config, batch, read, mask, sizes), kept
 
-    def scores(self, method: str, batch: masked.Batch, signal: dict[str, Any]) -> Mask:
+    def scores(self, method: str, batch: masked.Batch, read: masked.Read) -> Mask:
         """Scores of a method for every row of a batch, [B, L, units]."""
+        return self._once(read, method, lambda: self._scores(method, batch, read.signals))
+
+    def _scores(self, method: str, batch: masked.Batch, signal: dict[str, Any]) -> Mask:
         sizes, count = self.model.sizes, len(batch.length_B)
         if method in ("predicted", "predicted_per_layer"):
             variant = "unified" if method == "predicted" else "per_layer_normalised"
@@ -210,16 +223,19 @@ class Decider:
 
     def _of_tokens(self, method: str, batch: masked.Batch, read: masked.Read) -> Mask:
         """Scores for every token that follows but the last, [B, R - 1, L, units]."""
-        if self._contexts is None or self._contexts[0] is not read:
-            loaded = self.model.loaded
-            found = masked.contexts(loaded.params, loaded.config, batch, read)
-            self._contexts = read, found
-        context_BTE = self._contexts[1]
-        if method in AFTER_TOKEN:
-            before_B1E = read.signals["context"][:, None]
-            context_BTE = jnp.concatenate([before_B1E, context_BTE[:, :-1]], axis=1)
-        params = self.weights((AT_TOKEN | AFTER_TOKEN)[method])
-        return shadow_predictor.predict(params, context_BTE, self.model.sizes)
+        loaded = self.model.loaded
+
+        def make() -> Mask:
+            context_BTE = self._once(
+                read, "contexts", lambda: masked.contexts(loaded.params, loaded.config, batch, read)
+            )
+            if method in AFTER_TOKEN:
+                before_B1E = read.signals["context"][:, None]
+                context_BTE = jnp.concatenate([before_B1E, context_BTE[:, :-1]], axis=1)
+            params = self.weights((AT_TOKEN | AFTER_TOKEN)[method])
+            return shadow_predictor.predict(params, context_BTE, self.model.sizes)
+
+        return self._once(read, method, make)
 
     def _static(self, method: str, count: int) -> Mask:
         t = self.config.train
@@ -253,7 +269,7 @@ class Decider:
             prompt, rest = pairs[row]
             tokens = np.array([*prompt, *rest], np.int32)
             text = Text(tokens, np.arange(len(tokens)) >= len(prompt), len(prompt))
-            width = slots_for(len(tokens), loaded.config.max_position)
+            width = slots_for(len(tokens), loaded.config.max_position, short=16)
             one = jax.device_get(measure(loaded.params, loaded.config, text, asked, width))
             heads = one["heads"][t.heads].reshape(sizes.num_layers, sizes.heads, -1).sum(-1)
             found[row] = heads, one["neurons"][t.neurons]

@@ -35,8 +35,8 @@ def write(
     first = decider.model.sizes.first
     mine = [at for at, row in enumerate(batch.rows) if gold.get(row, row) == row]
     truth = Mask(oracle.heads, summed(oracle.blocks, decider.model.sizes))
-    found = {"truth": truth, "static": decider.scores("static", batch, read.signals)}
-    found |= {name: decider.scores(name, batch, read.signals) for name in PREDICTORS}
+    found = {"truth": truth, "static": decider.scores("static", batch, read)}
+    found |= {name: decider.scores(name, batch, read) for name in PREDICTORS}
     arrays = {
         f"{name}/{part}": np.asarray(getattr(scores, part))[mine, first:].astype(np.float32)
         for name, scores in found.items()

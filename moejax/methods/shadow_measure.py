@@ -60,9 +60,13 @@ class Asked:
         return {table[name] for table in tables for name in self.criteria if name in table}
 
 
-def slots_for(length: int, most: int) -> int:
-    """Slots to pad a text to: the next multiple of 64, at most `most`; each is a program."""
-    return min(-(-length // 64) * 64, most)
+def slots_for(length: int, most: int, short: int = 64) -> int:
+    """Slots to pad a text to: the next multiple of 64, at most `most`; each is a program.
+
+    short: of texts up to 64 tokens the next multiple of that.
+    """
+    step = short if length <= 64 else 64
+    return min(-(-length // step) * step, most)
 
 
 def measure(

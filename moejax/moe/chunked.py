@@ -34,7 +34,7 @@ from moejax.ops.grouped_matmul import prepared
 
 # Exchanges that run whatever the load. They do not depend on each other, so one's may run beside
 # another's matrix products; and each holds a share of the rows only: fewer take more memory, more
-# multiply more rows that only fill a visit. For 4,096 tokens, top 6, 8 experts a device: 1.285
+# multiply more rows that only fill a visit. For 4,096 tokens, top 6, 8 experts a device: 1.284
 # times the model's in 5 parts, 1.311 in 6 (see BUILD.md).
 MAX_PARTS = 5
 # But two at least, and no more than leave so many pairs in each: less would fill no matrix unit.
@@ -51,7 +51,7 @@ SEND, BACK = "send_", "back_"
 class Exchange:
     """How rows travel: the experts' mesh axis, rows per exchange and receiver, what computes.
 
-    exact: whether rounds go on until nothing is left; else what is left is dropped.
+    exact: whether turns go on until nothing is left; else what is left is dropped.
     """
 
     axis: str

@@ -18,6 +18,7 @@ from moejax.ops.grouped_matmul_tpu import (
     grouped_gated_tpu,
     grouped_matmul_tpu,
     grouped_outer_tpu,
+    prepared_tpu,
 )
 from moejax.ops.grouped_outer import grouped_outer
 from moejax.ops.tpu_outer import outer
@@ -144,6 +145,30 @@ def test_sums_of_two_calls_are_added_in_float32():
     assert_close(first, sums, "float32")
     assert_close(second, 2 * sums, "float32")
     assert not interpreter.races.races_found
+
+
+def test_sizes_prepared_once_serve_every_product_of_a_pass(monkeypatch):
+    sizes = [3, 0, 29, 6]
+    lhs, rhs, group_sizes = operands(sizes, 40, "bfloat16", K, N)
+    hidden, w_down, _ = operands(sizes, 40, "bfloat16", N, K, seed=1)
+
+    def forward(group_sizes):
+        gated = grouped_gated_tpu(lhs, rhs, rhs, group_sizes, jax.nn.silu, None, True)
+        return gated, grouped_matmul_tpu(hidden, w_down, group_sizes, None, True)
+
+    def backward(group_sizes):
+        up = lambda lhs: grouped_matmul_tpu(lhs, rhs, group_sizes, None, True)  # noqa: E731
+        out, pull = jax.vjp(up, lhs)
+        before = jnp.ones(rhs.shape, jnp.float32)
+        return out, *pull(out), grouped_outer_tpu(lhs, out, group_sizes, before, None, True)
+
+    wanted = forward(group_sizes), backward(group_sizes)
+    once = [prepared_tpu(group_sizes, lhs, N, backward) for backward in (False, True)]
+    for name in ("row_visits", "outer_visits"):
+        monkeypatch.delattr(tpu_visits, name)
+    found = forward(once[0]), backward(once[1])
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
 of_rows = functools.partial(jax.jit, static_argnums=(1, 2))(tpu_visits.row_visits)
