@@ -7,18 +7,20 @@ one and keeps only x, the weights and the routing. It sends x and dL/dy, and get
 experts' outputs are not needed again, because dL/dweight_r = <hidden_r, dL/dy_r W_down^T>.
 
 All of them are one loop, whose length depends on the load and is equal on all devices: a program
-holds an exchange's products twice, in the loop and at its ends, however many there are.
+holds an exchange's products twice, in the loop and at its ends, however many there are. On a GPU,
+whose host waits at every turn of such a loop, those of the parts are written out.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from moejax.core.platform import platform
 from moejax.moe.experts import ExpertParams, grouped_down, grouped_ffn, grouped_hidden
 from moejax.moe.experts_backward import (
     Block,
@@ -123,7 +125,7 @@ class Products:
     gives: names of what goes back. sizes: those of groups, as the others take them. begin:
     something for `finish`, which makes what goes back and keeps something for `experts`. That adds
     gradients of the experts to their sum so far, in float32, and is told whether that is `start`
-    still: None in a forward pass.
+    still: None in a forward pass. written_out: whether turns of the parts are no loop, as on a GPU.
     """
 
     gives: tuple[str, ...]
@@ -132,6 +134,7 @@ class Products:
     finish: Callable[[Arrays, Arrays, GroupSizes], tuple[Arrays, Arrays]]
     experts: Callable[[Arrays, GroupSizes, Any, jax.Array], Any]
     start: Any = None
+    written_out: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,12 +150,11 @@ class _Traffic:
         """The pairs that travel in turn `number`."""
         return pairs_sent(self.pairs, number, self.exchange.slots)
 
-    def send(self, pair_S: jax.Array, first: bool) -> Arrays:
-        """x of those pairs, or the rest, as received: sender by sender, any row where none is."""
+    def send(self, pair_S: jax.Array, names: Iterable[str]) -> Arrays:
+        """Rows of those pairs as they are received: sender by sender, any row where none is."""
         found = {}
-        for name, array in self.operands.items():
-            if first != (name == "x"):
-                continue
+        for name in names:
+            array = self.operands[name]
             rows = pair_S // self.weights_NK.shape[1]
             sent = array.reshape(-1)[pair_S] if name == "weights" else array[rows]
             with jax.named_scope(f"{SEND}{name}"):
@@ -224,12 +226,15 @@ def _every_exchange(
 ) -> tuple[Arrays, Any]:
     """All turns, as a pipeline: what all tokens get, gradients of the experts.
 
-    While a turn finishes, x of the next one may be on its way; while the experts' gradients are
-    computed and the next one begins, its own results and the rest of the next one. Barriers keep it
-    so, and keep more than that from being in memory.
+    While a turn finishes, x of the next one may be on its way (written out, all of it); while the
+    experts' gradients are computed and the next one begins, its own results and the rest of the
+    next one. Barriers keep it so, and keep more than that from being in memory.
     """
     fence = jax.lax.optimization_barrier
     traffic = _Traffic(exchange, moves.pairs, operands, weights_NK)
+    written_out = products.written_out or platform() == "gpu"
+    early = tuple(operands) if written_out else ("x",)
+    late = tuple(name for name in operands if name not in early)
 
     def begin(number, first, others):
         one = traffic.turn(number)
@@ -246,19 +251,23 @@ def _every_exchange(
     def step(carry):
         number, begun, found, total = carry
         sent_S = traffic.sent(number)
-        first = traffic.send(sent_S, True)
+        first = traffic.send(sent_S, early)
         out, kept, first, sent_S = fence((*finish(*begun), first, sent_S))
-        back, others = traffic.send_back(out), traffic.send(sent_S, False)
+        back, others = traffic.send_back(out), traffic.send(sent_S, late)
         total = products.experts(kept, begun[0], total, number == 1)
         total, first = fence((total, first))
         begun, back = fence((begin(number, first, others), back))
         return number + 1, begun, traffic.collect(back, number - 1, found), total
 
     sent_S = traffic.sent(0)
-    begun = begin(0, traffic.send(sent_S, True), traffic.send(sent_S, False))
+    begun = begin(0, traffic.send(sent_S, early), traffic.send(sent_S, late))
     found = traffic.nothing(products.gives, operands["x"].shape[1])
-    carry = (jnp.ones((), jnp.int32), begun, found, products.start)
-    with jax.named_scope(f"{BALANCED}{moves.pairs.num_parts - 1}"):
+    carry: Any = (1, begun, found, products.start)
+    parts = moves.pairs.num_parts
+    for _ in range(1, parts if written_out else 1):
+        carry = step(carry)
+    carry = (jnp.asarray(done := carry[0], jnp.int32), *carry[1:])
+    with jax.named_scope(f"{BALANCED}{parts - done}"):
         number, begun, found, total = jax.lax.while_loop(
             lambda carry: carry[0] < moves.num_turns, step, carry
         )
@@ -359,11 +368,17 @@ def _tuned_products(exchange: Exchange, experts: ExpertParams) -> Products:
         return {"d_x": d_x, "d_weights": d_weights}, d_own
 
     def of_experts(kept, sizes_E, total, begins):
-        return jax.tree.map(lambda sums, more: sums + more.astype(jnp.float32), total, kept)
+        more = jax.tree.map(lambda d: d.astype(jnp.float32), kept)
+        return more if begins is True else jax.tree.map(jnp.add, total, more)
 
     start = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), own)
     sizes = _prepare(exchange, experts, backward=True)
-    return Products(_GRADIENTS, sizes, lambda rows, sizes_E: {}, finish, of_experts, start)
+
+    def begin(rows, sizes_E) -> Arrays:  # all that is computed is in `finish`
+        return {}
+
+    # Sums of XLA's own, in a loop, would begin by reading zeros.
+    return Products(_GRADIENTS, sizes, begin, finish, of_experts, start, written_out=True)
 
 
 def _prepare(exchange: Exchange, experts: ExpertParams, backward: bool) -> Callable[..., Any]:

@@ -93,7 +93,7 @@ def params_backward(
     params: ExpertParams,
     rest: dict[str, jax.Array],
     total: ExpertParams,
-    begins: jax.Array,
+    begins: jax.Array | bool,
 ) -> ExpertParams:
     """Gradients of the experts' matrices and biases in float32, added to `total`.
 

@@ -111,7 +111,7 @@ def grouped_outer_tpu(
     d_out: jax.Array,
     group_sizes: GroupSizes,
     before: jax.Array | None,
-    begins: jax.Array | None = None,
+    begins: jax.Array | bool | None = None,
     interpret: Interpret = False,
 ) -> jax.Array:
     """See `moejax.ops.grouped_outer.grouped_outer`: before + sums are one kernel, in place."""

@@ -12,7 +12,7 @@ def grouped_outer(
     d_out: jax.Array,
     group_sizes: GroupSizes,
     before: jax.Array | None = None,
-    begins: jax.Array | None = None,
+    begins: jax.Array | bool | None = None,
     *,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -34,7 +34,7 @@ def grouped_outer(
 
     rhs = jnp.zeros((plain(group_sizes).size, lhs.shape[1], d_out.shape[1]), lhs.dtype)
     sums = jax.vjp(product, rhs)[1](d_out)[0].astype(jnp.float32)
-    return sums if before is None else before + sums
+    return sums if before is None or begins is True else before + sums
 
 
 def room_for_sums(shape: tuple[int, ...], implementation: str | None = None) -> jax.Array:

@@ -34,7 +34,7 @@ def outer(
     interpret: Any = False,
     out_dtype: Any = None,
     before: jax.Array | None = None,
-    begins: jax.Array | None = None,
+    begins: jax.Array | bool | None = None,
 ) -> jax.Array:
     """out[e] = sum over rows r of group e of lhs[r]^T d_out[r]: [R, K], [R, N] -> [E, K, N].
 
