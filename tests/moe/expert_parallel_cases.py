@@ -11,6 +11,7 @@ import functools
 import json
 import sys
 from collections.abc import Iterator
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moejax.core import tree
 from moejax.core.mesh import TOKEN_AXES, make_mesh
 from moejax.core.sharding import param_spec
+from moejax.moe import chunked
 from moejax.moe.config import CONVENTIONS, MoEConfig
 from moejax.moe.dense import dense_moe
 from moejax.moe.expert_parallel import Parallel
@@ -199,6 +201,12 @@ def low_precision(mesh, strategy: str, factor: float) -> dict[str, float]:
     }
 
 
+def written_out() -> Iterator[tuple[str, dict]]:
+    """"chunked" as on a GPU, where only what parts leave over travels in a loop."""
+    with mock.patch.object(chunked, "platform", lambda: "gpu"):
+        yield from compare(make_mesh(*MESHES["ep8"]), "chunked", "plain", 1.25, LOADS[::2])
+
+
 def main(arguments: list[str]) -> None:
     several = arguments[:1] == ["all"]
     place_of = arguments[1:] if several else arguments
@@ -210,6 +218,8 @@ def main(arguments: list[str]) -> None:
         for strategy, factor in in_bfloat16 if several else in_bfloat16[:1]:
             found = low_precision(make_mesh(*MESHES["ep8"]), strategy, factor)
             print(json.dumps({"name": f"bfloat16-{strategy}", **found}), flush=True)
+        for load, found in written_out():
+            print(json.dumps({"name": f"written-out-{load}", **found}), flush=True)
     if place_of:
         cases = iter(ON_TWO if several else ON_TWO[:2])
     else:

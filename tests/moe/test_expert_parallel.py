@@ -46,7 +46,7 @@ def check(found: list[dict]) -> None:
 
 def test_sharded_equals_dense_on_eight_devices():
     found = results(start(PROGRAM, 8))
-    assert len(found) == 1 + sum(len(loads) for *_, loads in CASES)
+    assert len(found) == 3 + sum(len(loads) for *_, loads in CASES)
     check(found)
 
 
@@ -67,7 +67,7 @@ def test_every_strategy_on_two_processes():
 @pytest.mark.slow
 def test_every_strategy_mesh_and_convention():
     found = results(start(PROGRAM, 8, "all"), timeout_s=3000)
-    assert len(found) == 3 + sum(len(case[4]) for case in every_case())
+    assert len(found) == 5 + sum(len(case[4]) for case in every_case())
     check(found)
 
 
