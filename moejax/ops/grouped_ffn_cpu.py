@@ -13,10 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from moejax.ops.gated_ffn import Activation
-from moejax.ops.kept import GROUPED
+from moejax.ops.kept import GROUPED, keep
 
 # Rows of the tallest blocks at most, and of the lowest at least.
 MAX_ROWS, MIN_ROWS = 512, 16
@@ -132,9 +131,9 @@ def _forward(activation, x_RD, w_gate, w_up, w_down, group_sizes):
 
     empty = jnp.zeros((num_rows, w_up.shape[2]), x_RD.dtype)
     pair = jax.lax.scan(gates, (empty, empty), (w_gate, w_up, *places))[0]
-    a_RF, b_RF = (checkpoint_name(each, GROUPED) for each in pair)
+    a_RF, b_RF = keep(pair, GROUPED)
     y_RD = jax.lax.scan(downs, jnp.zeros_like(x_RD), (w_down, *places))[0]
-    return checkpoint_name(y_RD, GROUPED), (x_RD, a_RF, b_RF, w_gate, w_up, w_down, group_sizes)
+    return keep(y_RD, GROUPED), (x_RD, a_RF, b_RF, w_gate, w_up, w_down, group_sizes)
 
 
 def _backward(activation, saved, d_y_RD):

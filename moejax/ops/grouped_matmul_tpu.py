@@ -11,11 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from moejax.ops.gated_ffn import Activation
 from moejax.ops.group_sizes import GroupSizes, plain
-from moejax.ops.kept import GROUPED
+from moejax.ops.kept import GROUPED, keep
 from moejax.ops.tpu_outer import outer
 from moejax.ops.tpu_rows import Form, Interpret, multiply
 from moejax.ops.tpu_tiles import Operands, checked, outer_tiles, rows_tiles
@@ -88,7 +87,7 @@ def _gated_form(activation: Activation, with_products: bool) -> Form:
 
 def _gated_forward(lhs, w_gate, w_up, group_sizes, activation, groups, interpret):
     found = _rows(_gated_form(activation, True), [lhs], [w_gate, w_up], group_sizes, interpret)
-    out, gate, up = (checkpoint_name(each, GROUPED) for each in found)
+    out, gate, up = keep(found, GROUPED)
     return out, (lhs, w_gate, w_up, group_sizes, groups, gate, up)
 
 

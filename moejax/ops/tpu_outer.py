@@ -21,8 +21,6 @@ from moejax.ops.tpu_rows import blocked, cost, dot, kind_is, when
 from moejax.ops.tpu_tiles import OuterTiles
 from moejax.ops.tpu_visits import BLOCK, Visits, fitted, visits_of_sums
 
-_PLAIN = 4  # arrays of a kernel that adds to nothing, but for its visits
-
 
 @functools.partial(jax.jit, static_argnames=("tiles", "interpret", "out_dtype"))
 def outer(
@@ -103,7 +101,7 @@ def call(
         pl.BlockSpec((None, tiles.k, tiles.n), index) for index in (out_index, before_index)
     )
     return pl.pallas_call(
-        functools.partial(_kernel, heights=tiles.heights, known=known),
+        functools.partial(_kernel, heights=tiles.heights, known=known, adds=bool(added)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(*place(k // tiles.k, n // tiles.n), num_visits),
@@ -127,10 +125,12 @@ def call(
     )(*scalars, lhs, d_out, *added)
 
 
-def _kernel(*refs, heights, known):
+def _kernel(*refs, heights, known, adds):
     visits, refs = Visits(*refs[: len(Visits._fields)]), refs[len(Visits._fields) :]
-    fresh, refs = (refs[:1], refs[1:]) if len(refs) > _PLAIN else ((), refs)
-    lhs, d_out, *before, out, total = refs
+    if adds:
+        fresh, lhs, d_out, before, out, total = refs
+    else:
+        lhs, d_out, out, total = refs
     v = pl.program_id(2)
     g, kind = visits.group[0, v], visits.kind[0, v]
     computed = visits.fetch[0, v] + visits.skip[0, v]
@@ -151,7 +151,7 @@ def _kernel(*refs, heights, known):
         return dot(rows(lhs), rows(d_out), (0, 0))
 
     def earlier():
-        return jnp.where(fresh[0][0] != 0, 0.0, before[0][...])
+        return jnp.where(fresh[0] != 0, 0.0, before[...])
 
     for i, height in enumerate(heights):
 
@@ -159,7 +159,7 @@ def _kernel(*refs, heights, known):
         def _(height=height):
             product = summed(height)
             whole = jnp.where(is_first, 0.0, total[...]) + product
-            if before:
+            if adds:
                 whole += earlier()
             out[...] = whole.astype(out.dtype)
 
@@ -177,4 +177,4 @@ def _kernel(*refs, heights, known):
 
     @when(kind == len(heights) + 1, knows(len(heights) + 2))
     def _():
-        out[...] = earlier() if before else jnp.zeros_like(out)
+        out[...] = earlier() if adds else jnp.zeros_like(out)
