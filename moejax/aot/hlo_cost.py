@@ -24,6 +24,7 @@ _PASS = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done")
 _TYPED = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 # Custom calls that run a kernel of ours or of JAX.
 KERNELS = {"tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2"}
+_ALLOCATES = 'custom_call_target="AllocateBuffer"'  # room that nothing is written to yet
 _ARRAY = re.compile(r"\b[a-z]+\d*[a-z0-9]*\[([\d,]*)\]")
 _ELSEWHERE = re.compile(r"\bS\([1-9]")  # a layout in the chip's own memory, or the host's
 
@@ -287,7 +288,7 @@ def _inside_fusions(program: Program) -> set[str]:
 def _traffic(program: Program, instruction: Instruction, shapes: dict[str, str]) -> float:
     """HBM bytes of one scheduled instruction: operands it reads, results it writes."""
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith("-done"):
+    if opcode in _FREE or opcode.endswith("-done") or _ALLOCATES in instruction.rest:
         return 0.0
     inside = program.get(instruction.calls[0], []) if opcode == "fusion" else []
     if opcode in ("dynamic-slice", "slice", "gather"):

@@ -21,16 +21,16 @@ BLOCK_INPUT = "block_input"
 def _dots(*names: str) -> Callable[..., Any]:
     return jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(*names, kept.ROUTING),
+        jax.checkpoint_policies.save_only_these_names(*names, *kept.ALWAYS),
     )
 
 
 REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.save_only_these_names(kept.ROUTING),
+    "full": jax.checkpoint_policies.save_only_these_names(*kept.ALWAYS),
     "dots": _dots(kept.ATTENTION, kept.GROUPED),
     "dense_dots": _dots(kept.ATTENTION),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[kept.ROUTING],
+        names_which_can_be_saved=[*kept.ALWAYS],
         names_which_can_be_offloaded=[BLOCK_INPUT],
         offload_src="device",
         offload_dst="pinned_host",

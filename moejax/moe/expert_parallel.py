@@ -29,6 +29,7 @@ from moejax.moe.scores import PartKey, expert_inputs
 from moejax.moe.strategies import AXIS, BY_NAME, Context
 from moejax.moe.tuned import first_expert
 from moejax.ops.gated_ffn import Activation, gated_ffn
+from moejax.ops.kept import SHARED, keep
 
 P = PartitionSpec
 _TOKENS = P(TOKEN_AXES)
@@ -170,7 +171,11 @@ def _layer_on_device(params, specs, inputs, config: MoEConfig, context: Context,
     )
     x_ND = expert_inputs(x_ND, config, rng)
     gathered = {k: _at_use(params[k], specs[k]) for k in ("experts", "shared") if k in params}
-    y_ND, dropped = _mix(gathered["experts"], x_ND, routing, config, context, name)
+    y_ND, dropped = _mix(gathered["experts"], x_ND, routing, context, name)
+    if routing.shared_weight_N is not None:
+        first = _first_at_use(params["experts"], specs["experts"], gathered["experts"])
+        shared_ND = gated_ffn(first, x_ND, context.activation)
+        y_ND = y_ND + routing.shared_weight_N[:, None] * shared_ND
     y_ND = add_shared_network(gathered, y_ND.astype(x_ND.dtype), x_ND, context.activation)
     y_ND = jax.lax.psum(y_ND, "tensor")
     stats = layer_stats(routing, x_BTD.shape[:2] if trace else None)
@@ -178,21 +183,13 @@ def _layer_on_device(params, specs, inputs, config: MoEConfig, context: Context,
     return y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape), stats
 
 
-def _mix(experts, x_ND, routing: Routing, config: MoEConfig, context: Context, name: str):
+def _mix(experts, x_ND, routing: Routing, context: Context, name: str):
     taken_ND = x_ND if routing.token_N is None else x_ND[routing.token_N]
     y_ND, dropped = BY_NAME[name](
         context, taken_ND, routing.experts_NK, routing.weights_NK, experts
     )
     if routing.token_N is not None:  # rows are pairs, and a token has any number of them
         y_ND = jax.ops.segment_sum(y_ND, routing.token_N, x_ND.shape[0])
-    if routing.shared_weight_N is not None:  # expert 0 of the stack is on the first shard
-        first = jax.lax.axis_index(AXIS) == 0
-        shared = {
-            k: jax.lax.psum(jnp.where(first, w, jnp.zeros_like(w)), AXIS)
-            for k, w in first_expert(experts).items()
-        }
-        shared_ND = gated_ffn(shared, x_ND, context.activation)
-        y_ND = y_ND + routing.shared_weight_N[:, None] * shared_ND
     return y_ND, dropped
 
 
@@ -215,6 +212,35 @@ def _at_use(params: dict[str, Any], specs: dict[str, Any]) -> dict[str, Any]:
         if name == "b_down":
             w = jnp.where(jax.lax.axis_index("tensor") == 0, w, jnp.zeros_like(w))
         whole[name] = w
+    return whole
+
+
+def _first_at_use(
+    experts: dict[str, Any], specs: dict[str, Any], gathered: dict[str, Any]
+) -> dict[str, jax.Array]:
+    """Expert 0 of the stack, XFT's shared one, whole but for tensor; it is on the first shard.
+
+    Each shard gets a piece of it, which is kept for the backward pass; the pieces are put together
+    as those of other weights are. Sent whole, by a sum over shards, it takes twice the bytes, and a
+    TPU does nothing beside a sum.
+    """
+    here, shards = jax.lax.axis_index(AXIS) == 0, jax.lax.axis_size(AXIS)
+    mine = lambda w: jnp.where(here, w, jnp.zeros_like(w))  # noqa: E731
+    if "tuned" in experts:
+        return {k: jax.lax.psum(mine(w), AXIS) for k, w in first_expert(gathered).items()}
+    whole: dict[str, jax.Array] = {}
+    for name, w in first_expert(experts).items():
+        spec = tuple(specs[name])[1:]
+        split = "fsdp" in spec and jax.lax.axis_size("fsdp") > 1
+        dim = spec.index("fsdp") if split else 0
+        if name == "b_down" or w.shape[dim] % shards:
+            whole[name] = jax.lax.psum(mine(first_expert(gathered)[name]), AXIS)
+            continue
+        # The first dim alone is cut and joined without a copy, and on a TPU without a sum of all.
+        piece = jax.lax.psum_scatter(jnp.moveaxis(mine(w), dim, 0), AXIS, tiled=True)
+        axes = ("fsdp", AXIS) if split else AXIS
+        joined = jax.lax.all_gather(keep(piece, SHARED), axes, tiled=True)
+        whole[name] = jnp.moveaxis(joined, 0, dim)
     return whole
 
 

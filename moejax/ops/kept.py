@@ -3,8 +3,8 @@
 A kernel or a loop is no `dot_general`, so a policy of `jax.checkpoint` finds its results by name
 (`jax.ad_checkpoint.checkpoint_name`), given inside of a custom gradient where there is one.
 
-Which experts tokens chose, and in which order they travel there, every policy keeps: a few numbers
-a token, which took sorting and messages between devices to find.
+ALWAYS is what every policy keeps, as it is small and took messages between devices: which experts
+tokens chose and in which order they travel there, and a device's piece of XFT's shared expert.
 """
 
 from typing import Any
@@ -15,6 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 ATTENTION = "blockwise_attention"
 GROUPED = "grouped_product"
 ROUTING = "routing"
+SHARED = "shared_expert"
+ALWAYS = (ROUTING, SHARED)
 
 
 def keep(tree: Any, name: str) -> Any:

@@ -219,6 +219,15 @@ def test_what_lies_in_the_chips_own_memory_is_no_traffic():
     assert hlo_cost.cost(hlo.parse(text)).traffic_bytes == less
 
 
+def test_room_that_is_only_taken_is_no_traffic():
+    room = '  %room = f32[64,64]{1,0} custom-call(), custom_call_target="AllocateBuffer"\n'
+    text = BESIDE.replace("  ROOT %d = bf16[8,2]", room + "  ROOT %d = bf16[8,2]")
+    found = [hlo_cost.cost(hlo.parse(t)).traffic_bytes for t in (BESIDE, text)]
+    assert text != BESIDE and found[0] == found[1]
+    text = text.replace("AllocateBuffer", "Other")
+    assert hlo_cost.cost(hlo.parse(text)).traffic_bytes == found[0] + 4 * 64 * 64
+
+
 def test_bytes_sent_per_kind_and_the_roofline():
     assert roofline.sent_bytes("all-gather", 800, 8) == 700
     assert roofline.sent_bytes("all-reduce", 800, 8) == 1400

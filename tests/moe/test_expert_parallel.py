@@ -6,6 +6,7 @@ import dataclasses
 import logging
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -54,6 +55,34 @@ def test_sharded_equals_dense_on_two_processes():
     for found in on_two_processes(PROGRAM):
         assert len(found) == 6
         check(found)
+
+
+def weights_summed(jaxpr) -> list[tuple[int, ...]]:
+    """Shapes of matrices that are summed whole over the expert axis, in all that it calls."""
+    found = []
+    for equation in jaxpr.eqns:
+        if "psum" in equation.primitive.name and "expert" in equation.params["axes"]:
+            found += [v.aval.shape for v in equation.invars if v.aval.ndim == 2]
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            found += weights_summed(inner)
+    return found
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+@pytest.mark.parametrize(("d_ff", "whole"), [(16, []), (18, [(18, 8)])])
+def test_the_shared_expert_travels_in_pieces(d_ff, whole, fsdp):
+    """Forward and gradient, wherever the shards divide it: an all-reduce has twice the bytes."""
+    config = moe.MoEConfig(4, 2)
+    params = moe.init_moe(jax.random.key(0), 8, d_ff, config)
+    mesh = jax.sharding.AbstractMesh((1, fsdp, 4, 1), ("data", "fsdp", "expert", "tensor"))
+
+    def loss(params, x):
+        return jnp.sum(moe.moe_layer(params, x, config, parallel=Parallel(mesh, "chunked"))[0])
+
+    made = jax.make_jaxpr(jax.grad(loss))(params, jnp.ones((8, 4, 8)))
+    router = {w.shape for w in jax.tree.leaves(params["router"])}
+    whole = [] if fsdp > 1 else whole  # it is split along its other dim then, which 4 divides
+    assert set(weights_summed(made.jaxpr)) - router == set(whole)
 
 
 @pytest.mark.slow

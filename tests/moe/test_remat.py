@@ -1,4 +1,4 @@
-"""Remat "dots" computes no product of experts again, whatever kernel makes it."""
+"""Remat "dots" computes no product of experts again, whatever kernel makes it; none sends twice."""
 
 import contextlib
 
@@ -35,19 +35,19 @@ def count(jaxpr) -> int:
     return found
 
 
-def sorts(jaxpr) -> int:
-    """Sorts and choices of the largest in all that it calls."""
+def occurs(jaxpr, *names: str) -> int:
+    """How often primitives of those names stand in all that it calls."""
     found = 0
     for equation in jaxpr.eqns:
-        found += equation.primitive.name in ("sort", "top_k")
+        found += equation.primitive.name in names
         inside = jax.extend.core.jaxprs_in_params(equation.params)
-        found += sum(sorts(inner) for inner in inside)
+        found += sum(occurs(inner, *names) for inner in inside)
     return found
 
 
 @pytest.mark.parametrize("strategy", [None, "chunked", "ragged", "all_gather"])
 @pytest.mark.parametrize("policy", REMAT_POLICIES)
-def test_no_policy_chooses_or_sorts_again(policy, strategy):
+def test_no_policy_chooses_sorts_or_spreads_the_shared_expert_again(policy, strategy):
     config = MoEConfig(4, 2)
     params = init_moe(jax.random.key(0), 16, 32, config)
     parallel = None
@@ -58,11 +58,15 @@ def test_no_policy_chooses_or_sorts_again(policy, strategy):
     def loss(params, x):
         return jnp.sum(jnp.sin(moe_layer(params, x, config, parallel=parallel)[0]))
 
-    def num_sorts(loss):
-        return sorts(jax.make_jaxpr(jax.grad(loss, (0, 1)))(params, jnp.ones((2, 8, 16))).jaxpr)
-
     again = jax.checkpoint(loss, policy=REMAT_POLICIES[policy])
-    assert num_sorts(again) == num_sorts(loss) > 0
+    plain, found = (
+        jax.make_jaxpr(jax.grad(f, (0, 1)))(params, jnp.ones((2, 8, 16))).jaxpr
+        for f in (loss, again)
+    )
+    assert occurs(found, "sort", "top_k") == occurs(plain, "sort", "top_k") > 0
+    # Of the shared expert forward, of gradients of what is gathered; "all_gather" adds up y so too.
+    spread = [occurs(one, "reduce_scatter") for one in (plain, found)]
+    assert spread[1] - spread[0] == (strategy == "all_gather") and (spread[0] > 0) == bool(strategy)
 
 
 @pytest.mark.parametrize("implementation", ["ref", "ragged_dot", "cpu", "gpu", "tpu"])
