@@ -20,8 +20,9 @@ from moejax.core.narrow import slots
 from moejax.core.platform import compiling_for
 from moejax.models import flops
 from moejax.models.config import ModelConfig
+from moejax.models.options import ForwardOptions, keeps_products
 from moejax.models.params import abstract_params
-from moejax.models.transformer import ForwardOptions
+from moejax.moe.choose import worth_keeping
 from moejax.moe.chunked import buffer_rows
 from moejax.train.loss import MAX_LOGIT_BYTES, lm_loss
 from moejax.train.memory import step_memory
@@ -228,13 +229,44 @@ def _kept(setup: Setup, remat: str) -> int:
     """What one device's microbatch keeps, were it alone."""
     if remat == "offload":
         return 0
-    if remat == "dots" and setup.mesh["expert"] > 1:  # as `ForwardOptions.policy`
+    exchanged = 0
+    if remat == "dots" and setup.mesh["expert"] > 1:  # as `ForwardOptions.policy` and `.travel`
         remat = "dense_dots"
+        if _keeps_exchanged(setup):
+            numbers = setup.model.d_model + 2 * _expert_ff(setup.model)
+            width = jnp.dtype(setup.compute_dtype).itemsize
+            exchanged = _moe_layers(setup.model) * _exchanged_rows(setup) * numbers * width
     implementation = None if setup.model.moe is None else "ragged_dot"
     options = ForwardOptions(setup.compute_dtype, remat, implementation, "blockwise")
     shape = (setup.rows_per_device, setup.seq_len)
     with compiling_for("gpu" if setup.chip.name == "h100" else "tpu"):
-        return _kept_bytes(setup.model, shape, options, setup.max_logit_bytes)
+        return exchanged + _kept_bytes(setup.model, shape, options, setup.max_logit_bytes)
+
+
+def _moe_layers(model: ModelConfig) -> int:
+    return sum(run.num_layers for run in model.runs if run.kind != "dense")
+
+
+def _expert_ff(model: ModelConfig) -> int:
+    return (model.moe.expert_ffn if model.moe else 0) or model.d_ff
+
+
+def _exchanged_rows(setup: Setup) -> int:
+    """Of one layer and microbatch, what a device sends one way."""
+    assert setup.model.moe is not None
+    tokens, shards = setup.rows_per_device * setup.seq_len, setup.mesh["expert"]
+    if setup.strategy == "all_gather":  # gathered, and as many partial sums scattered
+        return shards * tokens
+    return buffer_rows(tokens, setup.model.moe.routed_per_token, shards, setup.factor)
+
+
+def _keeps_exchanged(setup: Setup) -> bool:
+    """As `ForwardOptions.travel` and the layer have it."""
+    model, tensor = setup.model, setup.mesh["tensor"]
+    if model.moe is None or setup.strategy in ("all_gather", "ragged"):
+        return False
+    dear = worth_keeping(setup.chip, model.d_model, _expert_ff(model) // tensor)
+    return dear and setup.mesh["expert"] > 1 and keeps_products(setup.remat)
 
 
 def _gathered_bytes(setup: Setup) -> int:
@@ -264,15 +296,12 @@ def _exchanged_bytes(setup: Setup) -> float:
     moe, shards = setup.model.moe, setup.mesh["expert"]
     if moe is None or shards == 1:
         return 0.0
-    tokens = setup.rows_per_device * setup.seq_len
-    slots = shards * tokens  # gathered, and as many partial sums scattered
-    if setup.strategy != "all_gather":
-        slots = buffer_rows(tokens, moe.routed_per_token, shards, setup.factor)
-    # Forward there and back; backward x again and dL/dy there, dL/dx back.
-    passes = 5 + (2 if RECOMPUTED[setup.remat] > 0.1 else 0)
+    # Forward there and back; backward dL/dy there, dL/dx back, and x again if it was not kept.
+    passes = 4 if _keeps_exchanged(setup) else 5
+    passes += 2 if RECOMPUTED[setup.remat] > 0.1 else 0
     row = setup.model.d_model * jnp.dtype(setup.compute_dtype).itemsize
-    layers = sum(run.num_layers for run in setup.model.runs if run.kind != "dense")
-    return passes * setup.accumulation * layers * slots * row * (shards - 1) / shards
+    rows = setup.accumulation * _moe_layers(setup.model) * _exchanged_rows(setup)
+    return passes * rows * row * (shards - 1) / shards
 
 
 def _tensor_bytes(setup: Setup) -> float:

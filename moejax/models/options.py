@@ -27,8 +27,8 @@ def _dots(*names: str) -> Callable[..., Any]:
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.save_only_these_names(*kept.ALWAYS),
-    "dots": _dots(kept.ATTENTION, kept.GROUPED),
-    "dense_dots": _dots(kept.ATTENTION),
+    "dots": _dots(kept.ATTENTION, kept.GROUPED, kept.EXCHANGED),
+    "dense_dots": _dots(kept.ATTENTION, kept.EXCHANGED),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[*kept.ALWAYS],
         names_which_can_be_offloaded=[BLOCK_INPUT],
@@ -36,6 +36,11 @@ REMAT_POLICIES = {
         offload_dst="pinned_host",
     ),
 }
+
+
+def keeps_products(remat: str) -> bool:
+    """Whether matrix products are kept for the backward pass."""
+    return remat in ("none", "nothing", "dots")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +53,8 @@ class ForwardOptions:
         "dots" (all but matrix products, grouped ones too, and what blockwise attention mixed),
         "full" (all; block inputs are kept) or "offload" (all; block inputs wait in the host's
         memory). Which experts tokens chose is kept always. "dense_dots" does not keep grouped
-        products, and "dots" neither where tokens travel to experts: buffers there are as large as
-        the worst load.
+        products, and "dots" where tokens travel to experts those of a balanced load: "chunked" and
+        "capacity" have them in their buffers, other strategies' are as large as the worst load.
       moe_implementation: a name of `moejax.ops.grouped_matmul.IMPLEMENTATIONS`, None chooses.
       attention: a name of `moejax.ops.attention.IMPLEMENTATIONS`, None chooses.
       trace_routing: keep each token's experts in `Output.stats.trace`, [L, B, T, K].
@@ -68,6 +73,13 @@ class ForwardOptions:
     def mesh(self) -> Mesh | None:
         """The mesh of `parallel`."""
         return None if self.parallel is None else self.parallel.mesh
+
+    @property
+    def travel(self) -> Parallel | None:
+        """`parallel`, which keeps what the experts computed if products are kept."""
+        if self.parallel is None or not keeps_products(self.remat):
+            return self.parallel
+        return dataclasses.replace(self.parallel, keep=True)
 
     @property
     def policy(self) -> Callable[..., Any] | None:

@@ -299,7 +299,7 @@ def _block(layer, x_BTD, rng, extend, context: _Context, window: Window):
         assert config.moe is not None
         how: dict[str, Any] = {"activation": activation, "rng": rng}
         how |= {"mask_BT": context.mask_BT, "trace": options.trace_routing}
-        how |= {"parallel": options.parallel}
+        how |= {"parallel": options.travel}
         if "rows_up" in cast["moe"]["experts"]:
             return sparse_moe(cast["moe"], x, config.moe, **how)
         if on_neurons is not None or on_gate is not None:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from moejax.core.chips import CHIPS
+from moejax.core.chips import CHIPS, Chip
 from moejax.core.errors import InputError
 from moejax.core.mesh import TOKEN_AXES
 from moejax.moe.config import MoEConfig
@@ -16,6 +16,11 @@ STRATEGIES = ("local", "all_gather", "capacity", "ragged", "chunked")
 LATENCY_S = 1e-5
 # Of a device's memory, what one layer's rows may take.
 MEMORY_SHARE = 1 / 32
+
+
+# How often a number that is kept is written or read: into its turn's place and into the stack of a
+# scan over layers, and out of both (counted in the plan of the 8 x 1.3B for v5p).
+PASSES_KEPT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +53,18 @@ def load_of(
         d_ff=d_ff,
         experts_per_shard=max(1, config.num_experts // shards),
     )
+
+
+def worth_keeping(chip: Chip | None, d_model: int, d_ff: int, bytes_per_number: int = 2) -> bool:
+    """Whether a row of an exchange is kept sooner than its two products of D x F are made again.
+
+    Kept are x, gate and up, D + 2 F numbers. d_ff: F on one device. A chip that is not known is
+    taken to compute slowly, as a CPU does.
+    """
+    if chip is None:
+        return True
+    moved = PASSES_KEPT * (d_model + 2 * d_ff) * bytes_per_number / chip.hbm_bytes_per_s
+    return 4 * d_model * d_ff / chip.flops_per_s > moved
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,10 @@
 The tokens of a device are cut into parts; each part has one exchange of its own, which holds
 `factor` times the balanced load, and what does not fit goes in further ones over the same buffer
 until every device has sent everything. Exchanges add up, so the backward pass replays them one by
-one and keeps only x, the weights and the routing. It sends x and dL/dy, and gets dL/dx back: the
-experts' outputs are not needed again, because dL/dweight_r = <hidden_r, dL/dy_r W_down^T>.
+one and needs only x, the weights and the routing. It sends x and dL/dy, and gets dL/dx back: the
+experts' outputs are not needed again, because dL/dweight_r = <hidden_r, dL/dy_r W_down^T>. Where
+memory allows (`Exchange.keep`) the rows and the first products of the parts' exchanges are kept,
+and x does not travel again.
 
 All of them are one loop, whose length depends on the load and is equal on all devices: a program
 holds an exchange's products twice, in the loop and at its ends, however many there are. On a GPU,
@@ -21,18 +23,16 @@ import jax
 import jax.numpy as jnp
 
 from moejax.core.platform import platform
-from moejax.moe.experts import ExpertParams, grouped_down, grouped_ffn, grouped_hidden
-from moejax.moe.experts_backward import (
-    Block,
-    gate_and_up,
-    no_gradients,
-    params_backward,
-    rows_backward,
+from moejax.moe.exchange_products import (
+    Arrays,
+    Products,
+    backward_products,
+    forward_products,
+    tuned_products,
 )
 from moejax.moe.turns import Queues, Turn, pairs_sent, queues, slots_of, turn
 from moejax.ops.gated_ffn import Activation
-from moejax.ops.group_sizes import GroupSizes
-from moejax.ops.grouped_matmul import prepared
+from moejax.ops.kept import EXCHANGED, keep
 
 # Exchanges that run whatever the load. They do not depend on each other, so one's may run beside
 # another's matrix products; and each holds a share of the rows only: fewer take more memory, more
@@ -53,7 +53,8 @@ SEND, BACK = "send_", "back_"
 class Exchange:
     """How rows travel: the experts' mesh axis, rows per exchange and receiver, what computes.
 
-    exact: whether turns go on until nothing is left; else what is left is dropped.
+    exact: whether turns go on until nothing is left; else what is left is dropped. keep: whether
+    the backward pass finds what the parts' turns brought and computed, and does neither again.
     """
 
     axis: str
@@ -62,6 +63,11 @@ class Exchange:
     exact: bool
     activation: Activation
     implementation: str | None
+    keep: bool = False
+
+    @property
+    def kinds(self) -> tuple[Activation, str | None]:
+        return self.activation, self.implementation
 
 
 @jax.tree_util.register_dataclass
@@ -110,31 +116,6 @@ def schedule(
     if exchange.exact:
         num_turns += -(-jax.lax.pmax(jnp.max(rank_R) + 1, axis_names) // exchange.slots)
     return Schedule(pairs, num_turns, jnp.sum(rank_R >= 0))
-
-
-# What travels, by name: "x" and "d_y" [N, D] as the row of a pair's token, "weights" [N, K] as the
-# pair's own number, and back again "y" or "d_x" as rows, "d_weights" as numbers.
-Arrays = dict[str, jax.Array]
-_GRADIENTS = ("d_x", "d_weights")
-
-
-@dataclasses.dataclass(frozen=True)
-class Products:
-    """What happens to received rows, in steps, beside each of which other rows may travel.
-
-    gives: names of what goes back. sizes: those of groups, as the others take them. begin:
-    something for `finish`, which makes what goes back and keeps something for `experts`. That adds
-    gradients of the experts to their sum so far, in float32, and is told whether that is `start`
-    still: None in a forward pass. written_out: whether turns of the parts are no loop, as on a GPU.
-    """
-
-    gives: tuple[str, ...]
-    sizes: Callable[[Arrays, jax.Array], GroupSizes]
-    begin: Callable[[Arrays, GroupSizes], Arrays]
-    finish: Callable[[Arrays, Arrays, GroupSizes], tuple[Arrays, Arrays]]
-    experts: Callable[[Arrays, GroupSizes, Any, jax.Array], Any]
-    start: Any = None
-    written_out: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,58 +204,102 @@ def _per_token(back: Arrays, weights_NK: jax.Array, slot_NK: jax.Array) -> Array
 
 def _every_exchange(
     exchange: Exchange, products: Products, operands: Arrays, weights_NK: jax.Array, moves: Schedule
-) -> tuple[Arrays, Any]:
-    """All turns, as a pipeline: what all tokens get, gradients of the experts.
+) -> tuple[Arrays, Any, Arrays]:
+    """All turns, as a pipeline: what all tokens get, gradients of the experts, what is kept.
 
-    While a turn finishes, x of the next one may be on its way (written out, all of it); while the
-    experts' gradients are computed and the next one begins, its own results and the rest of the
-    next one. Barriers keep it so, and keep more than that from being in memory.
+    While a turn finishes, x of the next one may be on its way (written out, all of it; dL/dy where x
+    is kept); while the experts' gradients are computed and the next one begins, its own results and
+    the rest of the next one. Barriers keep it so, and keep more than that from being in memory.
     """
     fence = jax.lax.optimization_barrier
     traffic = _Traffic(exchange, moves.pairs, operands, weights_NK)
     written_out = products.written_out or platform() == "gpu"
-    early = tuple(operands) if written_out else ("x",)
-    late = tuple(name for name in operands if name not in early)
+    travel = tuple(name for name in operands if not (products.kept and name == "x"))
+    early = travel if written_out else travel[:1]
+    late = tuple(name for name in travel if name not in early)
+    parts = moves.pairs.num_parts
 
-    def begin(number, first, others):
+    def anew(number, one, sizes):
+        sent = traffic.send(traffic.sent(number), ("x",))
+        rows = {"x": sent["x"][one.slot_of_row_S]}
+        return rows | products.begin(rows, sizes)
+
+    def begin(number, first, others, stash):
         one = traffic.turn(number)
         rows = {name: a[one.slot_of_row_S] for name, a in first.items()}
-        sizes = products.sizes(rows, one.sizes_E)
-        begun, others = fence((products.begin(rows, sizes), others))
+        if products.kept:
+            sizes = products.sizes({"x": products.kept["x"][0]}, one.sizes_E)
+            again = functools.partial(anew, number, one, sizes)
+            begun = dict(_recall(products.kept, number, again))
+            rows["x"] = begun.pop("x")
+        else:
+            sizes = products.sizes(rows, one.sizes_E)
+            begun, others = fence((products.begin(rows, sizes), others))
+            stash = _note(stash, products.keeps, rows | begun, number, parts)
         rows |= {name: a[one.slot_of_row_S] for name, a in others.items()}
-        return sizes, one.row_of_slot_S, rows, begun
+        return sizes, one.row_of_slot_S, rows, begun, stash
 
     def finish(sizes, row_of_slot_S, rows, begun):
         out, kept = products.finish(rows, begun, sizes)
         return {name: a[row_of_slot_S] for name, a in out.items()}, kept
 
     def step(carry):
-        number, begun, found, total = carry
+        number, (*begun, stash), found, total = carry
         sent_S = traffic.sent(number)
         first = traffic.send(sent_S, early)
         out, kept, first, sent_S = fence((*finish(*begun), first, sent_S))
         back, others = traffic.send_back(out), traffic.send(sent_S, late)
         total = products.experts(kept, begun[0], total, number == 1)
         total, first = fence((total, first))
-        begun, back = fence((begin(number, first, others), back))
+        begun, back = fence((begin(number, first, others, stash), back))
         return number + 1, begun, traffic.collect(back, number - 1, found), total
 
     sent_S = traffic.sent(0)
-    begun = begin(0, traffic.send(sent_S, early), traffic.send(sent_S, late))
+    begun = begin(0, traffic.send(sent_S, early), traffic.send(sent_S, late), {})
     found = traffic.nothing(products.gives, operands["x"].shape[1])
     carry: Any = (1, begun, found, products.start)
-    parts = moves.pairs.num_parts
     for _ in range(1, parts if written_out else 1):
         carry = step(carry)
     carry = (jnp.asarray(done := carry[0], jnp.int32), *carry[1:])
     with jax.named_scope(f"{BALANCED}{parts - done}"):
-        number, begun, found, total = jax.lax.while_loop(
+        number, (*begun, stash), found, total = jax.lax.while_loop(
             lambda carry: carry[0] < moves.num_turns, step, carry
         )
     out, kept = fence(finish(*begun))
     back = traffic.send_back(out)
     total = products.experts(kept, begun[0], total, number == 1)
-    return traffic.collect(back, number - 1, found), total
+    return traffic.collect(back, number - 1, found), total, stash
+
+
+def _note(stash: Arrays, names: tuple[str, ...], found: Arrays, number: Any, parts: int) -> Arrays:
+    """What is kept of the parts' turns so far, [T, ...] each, with what turn `number` has."""
+    if not names:
+        return stash
+    mine = {name: found[name] for name in names}
+    if isinstance(number, int):  # the first one makes room
+        room = lambda a: jnp.zeros((parts, *a.shape), a.dtype)  # noqa: E731
+        stash = stash or jax.tree.map(room, mine)
+        return {name: stash[name].at[number].set(a) for name, a in mine.items()}
+
+    def put(_, stash):
+        put_one = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+        return {name: put_one(stash[name], a, number) for name, a in mine.items()}
+
+    with jax.named_scope(f"{BALANCED}1"):
+        return jax.lax.fori_loop(0, jnp.where(number < parts, 1, 0), put, stash)
+
+
+def _recall(kept: Arrays, number: Any, anew: Callable[[], Arrays]) -> Arrays:
+    """What is kept of turn `number`; of a turn beyond the parts', all of it anew."""
+    if isinstance(number, int):
+        return {name: a[number] for name, a in kept.items()}
+    parts = len(kept["x"])
+    found = {
+        name: jax.lax.dynamic_index_in_dim(a, jnp.minimum(number, parts - 1), 0, keepdims=False)
+        for name, a in kept.items()
+    }
+    with jax.named_scope(f"{BALANCED}0"):
+        return jax.lax.fori_loop(0, jnp.where(number < parts, 0, 1), lambda *_: anew(), found)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -285,24 +310,27 @@ def all_exchanges(
 
     Gradients of the experts are summed over exchanges in float32.
     """
-    products = _forward_products(exchange, experts)
+    products = forward_products(exchange.kinds, experts)
     return _every_exchange(exchange, products, {"x": x_ND}, weights_NK, moves)[0]["y"]
 
 
 def _all_forward(exchange, x_ND, weights_NK, experts, moves):
-    saved = (x_ND, weights_NK, experts, moves)
-    return all_exchanges(exchange, *saved), saved
+    keeps = exchange.keep and "tuned" not in experts
+    products = forward_products(exchange.kinds, experts, keeps)
+    found, _, stash = _every_exchange(exchange, products, {"x": x_ND}, weights_NK, moves)
+    return found["y"], (x_ND, weights_NK, experts, moves, keep(stash, EXCHANGED))
 
 
 def _all_backward(exchange, saved, d_y_ND):
-    x_ND, weights_NK, experts, moves = saved
+    x_ND, weights_NK, experts, moves, kept = saved
     # The barrier keeps the float32 original from living on in its place.
     d_y_ND = jax.lax.optimization_barrier(d_y_ND.astype(x_ND.dtype))
     operands = {"x": x_ND, "d_y": d_y_ND, "weights": weights_NK}
-    make = _tuned_products if "tuned" in experts else _backward_products
-    found, d_experts = _every_exchange(
-        exchange, make(exchange, experts), operands, weights_NK, moves
-    )
+    if "tuned" in experts:
+        products = tuned_products(exchange.kinds, experts)
+    else:
+        products = backward_products(exchange.kinds, experts, kept or None)
+    found, d_experts, _ = _every_exchange(exchange, products, operands, weights_NK, moves)
     cast = lambda d, w: d.astype(w.dtype)  # noqa: E731
     if "tuned" in experts:  # None is zero: the others are not trained, and numbers never are
         own = {name: cast(d, experts["tuned"][name]) for name, d in d_experts.items()}
@@ -313,84 +341,6 @@ def _all_backward(exchange, saved, d_y_ND):
 
 
 all_exchanges.defvjp(_all_forward, _all_backward)
-
-
-def _forward_products(exchange: Exchange, experts: ExpertParams) -> Products:
-    implementation = exchange.implementation
-    kinds = (exchange.activation, implementation)
-
-    def begin(rows, sizes_E):
-        if "tuned" in experts:
-            return {"y": grouped_ffn(experts, rows["x"], sizes_E, *kinds)}
-        return {"hidden": grouped_hidden(experts, rows["x"], sizes_E, *kinds)}
-
-    def finish(rows, begun, sizes_E):
-        if "tuned" in experts:
-            return begun, {}
-        return {"y": grouped_down(experts, begun["hidden"], sizes_E, implementation)}, {}
-
-    sizes = _prepare(exchange, experts, backward=False)
-    return Products(("y",), sizes, begin, finish, lambda *_: None)
-
-
-def _backward_products(exchange: Exchange, experts: ExpertParams) -> Products:
-    kinds = (exchange.activation, exchange.implementation)
-
-    def begin(rows, sizes_E):
-        return gate_and_up(Block(sizes_E, *kinds), experts, rows["x"])
-
-    def finish(rows, begun, sizes_E):
-        d_x, d_weights, kept = rows_backward(Block(sizes_E, *kinds), experts, rows, begun)
-        return {"d_x": d_x, "d_weights": d_weights}, kept
-
-    def of_experts(kept, sizes_E, total, begins):
-        return params_backward(Block(sizes_E, *kinds), experts, kept, total, begins)
-
-    start = no_gradients(experts, exchange.implementation)
-    sizes = _prepare(exchange, experts, backward=True)
-    return Products(_GRADIENTS, sizes, begin, finish, of_experts, start)
-
-
-def _tuned_products(exchange: Exchange, experts: ExpertParams) -> Products:
-    """Of a stack with trained experts in "tuned": gradients of those alone."""
-    ids_M = experts["tuned"]["ids_M"]
-    own = {name: w for name, w in experts["tuned"].items() if name != "ids_M"}
-
-    def finish(rows, begun, sizes_E):
-        def block(own, x_RD):
-            params = experts | {"tuned": own | {"ids_M": ids_M}}
-            return grouped_ffn(params, x_RD, sizes_E, exchange.activation, exchange.implementation)
-
-        y_RD, pull = jax.vjp(block, own, rows["x"])
-        d_y_RD = rows["d_y"].astype(jnp.float32)
-        d_weights = jnp.sum(y_RD.astype(jnp.float32) * d_y_RD, axis=1)
-        d_own, d_x = pull((rows["weights"][:, None] * d_y_RD).astype(y_RD.dtype))
-        return {"d_x": d_x, "d_weights": d_weights}, d_own
-
-    def of_experts(kept, sizes_E, total, begins):
-        more = jax.tree.map(lambda d: d.astype(jnp.float32), kept)
-        return more if begins is True else jax.tree.map(jnp.add, total, more)
-
-    start = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), own)
-    sizes = _prepare(exchange, experts, backward=True)
-
-    def begin(rows, sizes_E) -> Arrays:  # all that is computed is in `finish`
-        return {}
-
-    # Sums of XLA's own, in a loop, would begin by reading zeros.
-    return Products(_GRADIENTS, sizes, begin, finish, of_experts, start, written_out=True)
-
-
-def _prepare(exchange: Exchange, experts: ExpertParams, backward: bool) -> Callable[..., Any]:
-    """`Products.sizes` of experts; of a stack with trained ones as they are."""
-
-    def sizes(rows, sizes_E):
-        if "tuned" in experts:
-            return sizes_E
-        name, d_ff = exchange.implementation, experts["w_up"].shape[2]
-        return prepared(sizes_E, rows["x"], d_ff, backward=backward, implementation=name)
-
-    return sizes
 
 
 def _swap(rows_S: jax.Array, exchange: Exchange) -> jax.Array:

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.core import tree
-from moejax.core.chips import chip_of_kind
+from moejax.core.chips import CHIPS, chip_of_kind
 from moejax.core.errors import InputError
 from moejax.core.mesh import TOKEN_AXES, check_axes
 from moejax.core.platform import device_kind
 from moejax.core.sharding import param_spec
-from moejax.moe.choose import STRATEGIES, Choice, choose, load_of
+from moejax.moe.choose import STRATEGIES, Choice, choose, load_of, worth_keeping
 from moejax.moe.config import MoEConfig
 from moejax.moe.layer import MoEStats, Trace, add_shared_network, layer_stats
 from moejax.moe.routing import Routing, route
@@ -46,12 +46,17 @@ class Parallel:
     factor: buffer rows over the balanced load, of "capacity" (which drops the rest) and "chunked"
         (which sends it in further rounds).
     chip: whose links "auto" reckons with; None is the chip at hand, or v5p if that is unknown.
+    keep: whether "chunked" and "capacity" keep for the backward pass what experts got and computed,
+        in buffers of `factor` times the balanced load, where the chip's memory is fast enough for
+        that (`moejax.moe.choose.worth_keeping`); else x travels again, and two of eleven products
+        are computed again. What exceeds the buffers always does.
     """
 
     mesh: Mesh
     strategy: str = "auto"
     factor: float = 1.25
     chip: str | None = None
+    keep: bool = False
 
     def __post_init__(self) -> None:
         check_axes(self.mesh)
@@ -106,8 +111,11 @@ def sharded_moe_layer(
         choice = explain(parallel, config, x_BTD.shape, params["experts"]["w_up"].shape[2])
         _say(choice.reason)
         name = choice.strategy
+    d_ff = params["experts"]["w_up"].shape[2] // mesh.shape["tensor"]
+    chip = CHIPS.get(parallel.chip or "") or chip_of_kind(device_kind())
     context = Context(
-        config.num_experts, mesh.shape[AXIS], parallel.factor, activation, implementation
+        *(config.num_experts, mesh.shape[AXIS], parallel.factor, activation, implementation),
+        keep=parallel.keep and worth_keeping(chip, x_BTD.shape[2], d_ff),
     )
     specs = tree.map_with_path(lambda path, w: param_spec(path, w.shape, mesh), params)
     num_parts = math.prod(mesh.shape[axis] for axis in TOKEN_AXES)

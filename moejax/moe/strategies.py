@@ -23,13 +23,17 @@ AXIS = "expert"
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Experts and shards in all, the buffer over the balanced load, what computes the experts."""
+    """Experts and shards in all, the buffer over the balanced load, what computes the experts.
+
+    keep: as in `moejax.moe.expert_parallel.Parallel`.
+    """
 
     num_experts: int
     shards: int
     factor: float
     activation: Activation
     implementation: str | None
+    keep: bool = False
 
 
 Strategy = Callable[
@@ -154,6 +158,7 @@ def _schedule(
         exact=exact,
         activation=context.activation,
         implementation=context.implementation,
+        keep=context.keep,
     )
     moves = chunked.schedule(experts_NK, context.num_experts, exchange, TOKEN_AXES)
     return exchange, keep(moves, ROUTING)

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 ATTENTION = "blockwise_attention"
 GROUPED = "grouped_product"
+EXCHANGED = "exchanged_rows"
 ROUTING = "routing"
 SHARED = "shared_expert"
 ALWAYS = (ROUTING, SHARED)

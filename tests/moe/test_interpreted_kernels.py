@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from moejax.core.mesh import make_mesh
 from moejax.core.platform import compiling_for
 from moejax.core.precision import TOLERANCE
+from moejax.moe import expert_parallel
 from moejax.moe.config import CONVENTIONS, MoEConfig
 from moejax.moe.dense import dense_moe
 from moejax.moe.expert_parallel import Parallel
@@ -49,11 +50,14 @@ def _called(kernel, *arguments, how):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("strategy", [None, "chunked"])
+@pytest.mark.parametrize("strategy", [None, "chunked", "chunked, kept"])
 @pytest.mark.parametrize("implementation", ["tpu", "gpu"])
 def test_layer_equals_its_definition(monkeypatch, implementation, strategy, router):
-    config = ROUTERS[router]
-    parallel = Parallel(make_mesh(data=len(jax.devices())), strategy) if strategy else None
+    config, parallel = ROUTERS[router], None
+    if strategy:
+        mesh = make_mesh(data=len(jax.devices()))
+        parallel = Parallel(mesh, "chunked", keep=strategy == "chunked, kept")
+        monkeypatch.setattr(expert_parallel, "worth_keeping", lambda *_: True)
     params = init_moe(jax.random.key(0), D, F, config)
     x_BTD, mixer_BTD = normal((len(jax.devices()), 20, D), 1), normal((1, 20, D), 2)
 

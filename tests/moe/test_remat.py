@@ -9,7 +9,7 @@ import pytest
 from jax.extend.core import Var
 
 from moejax.core.platform import compiling_for
-from moejax.models.options import REMAT_POLICIES
+from moejax.models.options import REMAT_POLICIES, ForwardOptions
 from moejax.moe.config import MoEConfig
 from moejax.moe.expert_parallel import Parallel
 from moejax.moe.layer import moe_layer
@@ -86,3 +86,30 @@ def test_dots_keeps_the_products_of_experts(implementation):
     with compiling_for(device) if device else contextlib.nullcontext():
         plain, dots, full = (num_products(policy) for policy in (None, "dots", "full"))
     assert plain == dots < full
+
+
+@pytest.mark.parametrize("remat", ["nothing", "dots", "full"])
+def test_what_is_kept_of_an_exchange_is_neither_sent_nor_computed_again(remat):
+    """Of three ways there and two back the backward pass has one each, of eleven products six.
+
+    What the parts leave over travels in a loop, which has the rest.
+    """
+    config = MoEConfig(4, 2)
+    params = init_moe(jax.random.key(0), 16, 32, config)
+    mesh = jax.sharding.AbstractMesh((1, 1, 2, 1), ("data", "fsdp", "expert", "tensor"))
+    options = ForwardOptions(remat=remat, parallel=Parallel(mesh, "chunked"))
+
+    def traced(parallel):
+        def loss(params, x):
+            return jnp.sum(jnp.sin(moe_layer(params, x, config, parallel=parallel)[0]))
+
+        if options.policy is not None:
+            loss = jax.checkpoint(loss, policy=options.policy)
+        with compiling_for("gpu"):  # the turns of the parts are written out there
+            return jax.make_jaxpr(jax.grad(loss, (0, 1)))(params, jnp.ones((4, 16, 16))).jaxpr
+
+    plain, found = traced(options.parallel), traced(options.travel)
+    assert options.travel.keep == (remat != "full")
+    fewer = occurs(plain, "all_to_all") - occurs(found, "all_to_all")
+    parts = 2
+    assert fewer == (parts if options.travel.keep else 0)
