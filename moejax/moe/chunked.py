@@ -207,9 +207,9 @@ def _every_exchange(
 ) -> tuple[Arrays, Any, Arrays]:
     """All turns, as a pipeline: what all tokens get, gradients of the experts, what is kept.
 
-    While a turn finishes, x of the next one may be on its way (written out, all of it; dL/dy where x
-    is kept); while the experts' gradients are computed and the next one begins, its own results and
-    the rest of the next one. Barriers keep it so, and keep more than that from being in memory.
+    While a turn finishes, x of the next one may be on its way (where x is kept, dL/dy; written out,
+    all of it); while the experts' gradients are computed and the next one begins, its own results
+    and the rest of the next one. Barriers keep it so, and keep more than that out of memory.
     """
     fence = jax.lax.optimization_barrier
     traffic = _Traffic(exchange, moves.pairs, operands, weights_NK)
