@@ -25,6 +25,6 @@ def get_config() -> ConfigDict:
     config.train.clip_norm = 1.0
     config.train.save_every = 200
     config.compute.dtype = "bfloat16"
-    config.compute.remat = "full"
+    config.compute.remat = "dots"  # "full" takes half of the memory and a fifth more time
     config.save.dtype = "bfloat16"
     return config

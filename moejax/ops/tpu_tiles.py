@@ -12,12 +12,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from moejax.core.platform import device_kind
-
 LANES = 128
 DTYPES = ("float32", "bfloat16")
-# VMEM of a core in MiB, of which the kernels take seven eighths. A chip unknown has the least.
-VMEM_MIB = {"v5 lite": 128, "v5e": 128, "v6": 128, "v5": 64}
+# What a kernel reserves of a core's VMEM: seven eighths of a v5p's 64 MiB. A v5e and a v6e have twice
+# that, which changes no tile of 2,048 x 1,408, and in what is left XLA keeps operands.
+VMEM_BYTES = 56 << 20
 # Multiplications of one visit: the more, the longer compilers take.
 MAX_UNROLLED = 3 << 29
 # Rows of a group from which on its rest matters little: fewer heights, and less code to compile.
@@ -53,13 +52,6 @@ class Operands(NamedTuple):
     outs: int = 1
 
 
-def vmem_bytes() -> int:
-    """What the kernels may take of one core's VMEM, on the chip that is compiled for."""
-    kind = device_kind().lower()
-    mib = next((mib for name, mib in VMEM_MIB.items() if name in kind), 64)
-    return (mib << 20) // 8 * 7
-
-
 def rows_tiles(
     rows_per_group: int, depth: int, columns: int, dtype: jnp.dtype, count: Operands = Operands()
 ) -> Tiles:
@@ -69,7 +61,7 @@ def rows_tiles(
     least tile fits.
     """
     dtype = checked(dtype)
-    most, passes = vmem_bytes(), 6 if dtype.itemsize == 4 else 1
+    most, passes = VMEM_BYTES, 6 if dtype.itemsize == 4 else 1
     width = _units(columns)
     tall = (256, 64, 32) if rows_per_group >= LARGE_GROUP else (256, 128, 96, 64, 32)
     for heights in (tall, (128, 96, 64, 32), (64, 32), (32,)):
@@ -99,7 +91,7 @@ def outer_tiles(k: int, n: int, dtype: jnp.dtype, added: bool = False) -> OuterT
     that waits because the number of tiles is odd.
     """
     dtype = checked(dtype)
-    most, heights = vmem_bytes(), (384, 256, 128)
+    most, heights = VMEM_BYTES, (384, 256, 128)
     best = None
     each = 8 + (2 * 2 * 4 if added else 2 * dtype.itemsize)
     for num_k, num_n in itertools.product(range(1, 65), repeat=2):

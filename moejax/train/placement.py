@@ -47,7 +47,7 @@ class StepProgram:
     def lower(self) -> jax.stages.Lowered:
         """Traces and lowers for the mesh's devices. Nothing runs, no array is made."""
         device = self.mesh.devices.flat[0]
-        with compiling_for(device.platform):
+        with compiling_for(device.platform, device.device_kind):
             return self.step.lower(self.state, self.frozen, self.batch, self.key)
 
 

@@ -221,24 +221,13 @@ def test_no_visit_of_a_group_that_is_not_asked_for_sums_a_row():
 
 
 def test_tiles_divide_what_the_cores_share_and_fit():
-    for kind, mib in (("TPU v5", 64), ("TPU v5 lite", 128), ("TPU v6 lite", 128)):
-        with tpu_tiles_for(kind):
-            assert tpu_tiles.vmem_bytes() == (mib << 20) // 8 * 7
-            assert tpu_tiles.rows_tiles(512, 2048, 1408, "bfloat16").columns == 1408
-            assert tpu_tiles.rows_tiles(512, 2048, 1408, "bfloat16").heights == HEIGHTS
-            assert tpu_tiles.rows_tiles(3200, 2048, 1408, "bfloat16").heights == FEWER
-            assert tpu_tiles.rows_tiles(40, 2048, 1408, "bfloat16").heights[0] == 128
-            tpu_tiles.outer_tiles.cache_clear()
-            assert tpu_tiles.outer_tiles(2048, 1408, "bfloat16")[1:4] == (1024, 1408, "k")
-            assert tpu_tiles.outer_tiles(1408, 2048, "bfloat16")[1:4] == (1408, 1024, "n")
-            assert tpu_tiles.outer_tiles(1408, 2048, "bfloat16", True)[1:4] == (1408, 1024, "n")
-    tpu_tiles.outer_tiles.cache_clear()
-
-
-def tpu_tiles_for(kind):
-    from moejax.core.platform import compiling_for
-
-    return compiling_for("tpu", kind)
+    assert tpu_tiles.rows_tiles(512, 2048, 1408, "bfloat16").columns == 1408
+    assert tpu_tiles.rows_tiles(512, 2048, 1408, "bfloat16").heights == HEIGHTS
+    assert tpu_tiles.rows_tiles(3200, 2048, 1408, "bfloat16").heights == FEWER
+    assert tpu_tiles.rows_tiles(40, 2048, 1408, "bfloat16").heights[0] == 128
+    assert tpu_tiles.outer_tiles(2048, 1408, "bfloat16")[1:4] == (1024, 1408, "k")
+    assert tpu_tiles.outer_tiles(1408, 2048, "bfloat16")[1:4] == (1408, 1024, "n")
+    assert tpu_tiles.outer_tiles(1408, 2048, "bfloat16", True)[1:4] == (1408, 1024, "n")
 
 
 def test_what_the_kernel_cannot_do_is_said():

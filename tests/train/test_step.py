@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,9 @@ import optax
 import pytest
 
 from moejax.core.errors import InputError
+from moejax.core.platform import device_kind, platform
 from moejax.train.optim import OptimConfig, make_optimizer, make_schedule
+from moejax.train.placement import StepProgram
 from moejax.train.state import init_state
 from moejax.train.step import StepOptions, make_train_step
 
@@ -187,3 +191,12 @@ def test_the_sum_of_gradients_has_the_dtype_that_was_asked_for():
         np.testing.assert_allclose(found.params["w"], whole.params["w"], rtol=tolerance)
     with pytest.raises(InputError, match="accumulation_dtype 'int8' is unknown"):
         StepOptions(accumulation_dtype="int8")
+
+
+def test_a_step_is_lowered_for_the_chip_of_its_mesh():
+    """By its own name: what is chosen by chip would be another program's otherwise."""
+    chip = SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
+    step = SimpleNamespace(lower=lambda *_: (platform(), device_kind()))
+    mesh = SimpleNamespace(devices=np.array([chip]))
+    program = StepProgram(step, None, {}, {}, None, mesh, None)
+    assert program.lower() == ("tpu", "TPU v6 lite")
