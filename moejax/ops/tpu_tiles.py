@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 LANES = 128
 DTYPES = ("float32", "bfloat16")
-# What a kernel reserves of a core's VMEM: seven eighths of a v5p's 64 MiB. A v5e and a v6e have twice
-# that, which changes no tile of 2,048 x 1,408, and in what is left XLA keeps operands.
+# What a kernel reserves of a core's VMEM: seven eighths of a v5p's 64 MiB. A v5e and a v6e have
+# 128, which changes no tile of 2,048 x 1,408, and in what is left XLA keeps operands.
 VMEM_BYTES = 56 << 20
 # Multiplications of one visit: the more, the longer compilers take.
 MAX_UNROLLED = 3 << 29
