@@ -5,8 +5,8 @@
     python -m tests.methods.measure_dejavu compare RUN OUT
 
 RUN is one of configs/shadow/smollm2.py that is evaluated: its predictors learned from 32,640
-tokens, DejaVu's in batches of 256 for 10 epochs (narrow ones' heads 60), in three hours on two
-cores. Published are 400,000 tokens (here all but the first of each text, of the same sources in
+tokens, DejaVu's in batches of 256 for 10 epochs (narrow ones' heads 60), as two cores have time
+for. Published are 400,000 tokens (here all but the first of each text, of the same sources in
 the same shares; never of texts that RUN held out), batches of 1,024 and 20 epochs. The token
 predictor learns from the same tokens here, so that the two differ in nothing but what they are.
 Judged are RUN's windows and questions; dense and RUN's own token predictor are judged again, which
