@@ -28,7 +28,7 @@ def test_what_runs_by_default_exists():
     assert set(CASES) >= UNLIKE_OTHERS
 
 
-@pytest.mark.parametrize("name", map(_case, CASES))
+@pytest.mark.parametrize("name", [_case(case) for case in CASES])
 def test_a_case_is_what_transformers_computes(name, tmp_path):
     found = measure(name, tmp_path)
     assert found.logits < MAX_FLOAT32
