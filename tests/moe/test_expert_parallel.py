@@ -96,7 +96,7 @@ def test_every_strategy_on_two_processes():
 @pytest.mark.slow
 def test_every_strategy_mesh_and_convention():
     found = results(start(PROGRAM, 8, "all"), timeout_s=3000)
-    assert len(found) == 5 + sum(len(case[4]) for case in every_case())
+    assert len(found) == 8 + sum(len(case[4]) for case in every_case())
     check(found)
 
 
