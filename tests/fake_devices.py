@@ -11,6 +11,10 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
+import jax
+
+from moejax.core.mesh import AXES
+
 ROOT = Path(__file__).resolve().parents[1]
 # A test's programs run once, so that compiling them is what takes time: LLVM's optimiser would
 # double it, and XLA's newer emitters of fusions double it again. jaxlib 0.12 has no others.
@@ -20,6 +24,12 @@ QUICK = "--xla_backend_optimization_level=0"
 CACHED = not version("jaxlib").startswith("0.10.")
 if not CACHED:
     QUICK += " --xla_cpu_use_fusion_emitters=false"
+
+
+def absent(*sizes: int) -> jax.sharding.AbstractMesh:
+    """A mesh of devices that need not be there, to see what would be computed on them."""
+    automatic = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.sharding.AbstractMesh(sizes, AXES, axis_types=automatic)
 
 
 def environment(devices: int) -> dict[str, str]:

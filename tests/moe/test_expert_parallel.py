@@ -21,7 +21,7 @@ from moejax.core.precision import TOLERANCE
 from moejax.moe.choose import STRATEGIES, Load, choose, worth_keeping
 from moejax.moe.expert_parallel import Parallel, _check, _say, explain
 from moejax.moe.ragged import emulated_ragged_all_to_all
-from tests.fake_devices import ROOT, on_two_processes, results, start
+from tests.fake_devices import ROOT, absent, on_two_processes, results, start
 from tests.moe.expert_parallel_cases import CASES, ON_TWO, every_case
 
 PROGRAM = "moe/expert_parallel_cases.py"
@@ -74,7 +74,7 @@ def test_the_shared_expert_travels_in_pieces(d_ff, whole, fsdp):
     """Forward and gradient, wherever the shards divide it: an all-reduce has twice the bytes."""
     config = moe.MoEConfig(4, 2)
     params = moe.init_moe(jax.random.key(0), 8, d_ff, config)
-    mesh = jax.sharding.AbstractMesh((1, fsdp, 4, 1), ("data", "fsdp", "expert", "tensor"))
+    mesh = absent(1, fsdp, 4, 1)
 
     def loss(params, x):
         return jnp.sum(moe.moe_layer(params, x, config, parallel=Parallel(mesh, "chunked"))[0])

@@ -15,6 +15,7 @@ from moejax.moe.expert_parallel import Parallel
 from moejax.moe.layer import moe_layer
 from moejax.moe.shapes import init_moe
 from moejax.ops.grouped_matmul import PLATFORM
+from tests.fake_devices import absent
 
 
 def count(jaxpr) -> int:
@@ -51,9 +52,8 @@ def test_no_policy_chooses_sorts_or_spreads_the_shared_expert_again(policy, stra
     config = MoEConfig(4, 2)
     params = init_moe(jax.random.key(0), 16, 32, config)
     parallel = None
-    if strategy:  # over devices that need not be there to see what is computed
-        mesh = jax.sharding.AbstractMesh((1, 1, 2, 1), ("data", "fsdp", "expert", "tensor"))
-        parallel = Parallel(mesh, strategy)
+    if strategy:
+        parallel = Parallel(absent(1, 1, 2, 1), strategy)
 
     def loss(params, x):
         return jnp.sum(jnp.sin(moe_layer(params, x, config, parallel=parallel)[0]))
@@ -96,8 +96,7 @@ def test_what_is_kept_of_an_exchange_is_neither_sent_nor_computed_again(remat):
     """
     config = MoEConfig(4, 2)
     params = init_moe(jax.random.key(0), 16, 32, config)
-    mesh = jax.sharding.AbstractMesh((1, 1, 2, 1), ("data", "fsdp", "expert", "tensor"))
-    options = ForwardOptions(remat=remat, parallel=Parallel(mesh, "chunked"))
+    options = ForwardOptions(remat=remat, parallel=Parallel(absent(1, 1, 2, 1), "chunked"))
 
     def traced(parallel):
         def loss(params, x):
