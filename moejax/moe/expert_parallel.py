@@ -118,11 +118,10 @@ def sharded_moe_layer(
         keep=parallel.keep and worth_keeping(chip, x_BTD.shape[2], d_ff),
     )
     specs = tree.map_with_path(lambda path, w: param_spec(path, w.shape, mesh), params)
-    num_parts = math.prod(mesh.shape[axis] for axis in TOKEN_AXES)
 
     def body(params, x_BTD, mask_BT, rng):
         if rng is not None:
-            rng = PartKey(rng, jax.lax.axis_index(TOKEN_AXES), num_parts)
+            rng = PartKey(rng, jax.lax.axis_index(TOKEN_AXES))
         inputs = (x_BTD, mask_BT, rng, trace)
         return _layer_on_device(params, specs, inputs, config, context, name)
 

@@ -17,12 +17,10 @@ NOISE_FLOOR = 0.01
 
 @dataclasses.dataclass(frozen=True)
 class PartKey:
-    """A key for all tokens, for a device that has the part `index` of `count` equal ones: what it
-    draws for a token does not depend on the mesh. (XLA makes the slice of a fused draw alone.)"""
+    """A key for all tokens, for a device that has the part `index` of equal ones."""
 
     key: jax.Array
     index: jax.Array
-    count: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +72,16 @@ def _jittered(x_ND: jax.Array, config: MoEConfig, rng: jax.Array | PartKey | Non
 
 
 def _drawn(rng: jax.Array | PartKey, shape: tuple[int, ...], draw: Callable) -> jax.Array:
-    """float32 draws [N, ...] of this device's tokens."""
-    if not isinstance(rng, PartKey):
-        return draw(rng, shape, jnp.float32)
-    whole = draw(rng.key, (rng.count * shape[0], *shape[1:]), jnp.float32)
-    return jax.lax.dynamic_slice_in_dim(whole, rng.index * shape[0], shape[0])
+    """float32 draws [N, ...] of this device's tokens.
+
+    Each token has a key of its own, its place among all, so that what it draws depends on no mesh
+    and a device draws for its own alone: a slice of one draw for all would be cut after a TPU made
+    the whole.
+    """
+    key, index = (rng.key, rng.index) if isinstance(rng, PartKey) else (rng, 0)
+    place_N = index * shape[0] + jnp.arange(shape[0])
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, place_N)
+    return jax.vmap(lambda one: draw(one, shape[1:], jnp.float32))(keys)
 
 
 def gate_logits(params: dict[str, jax.Array], x_ND: jax.Array, config: MoEConfig) -> jax.Array:

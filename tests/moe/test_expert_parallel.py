@@ -57,15 +57,37 @@ def test_sharded_equals_dense_on_two_processes():
         check(found)
 
 
-def weights_summed(jaxpr) -> list[tuple[int, ...]]:
-    """Shapes of matrices that are summed whole over the expert axis, in all that it calls."""
-    found = []
+def equations(jaxpr):
+    """All of it, and of all that it calls."""
     for equation in jaxpr.eqns:
-        if "psum" in equation.primitive.name and "expert" in equation.params["axes"]:
-            found += [v.aval.shape for v in equation.invars if v.aval.ndim == 2]
+        yield equation
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            found += weights_summed(inner)
-    return found
+            yield from equations(inner)
+
+
+def weights_summed(jaxpr) -> list[tuple[int, ...]]:
+    """Shapes of matrices that are summed whole over the expert axis."""
+    return [
+        v.aval.shape
+        for equation in equations(jaxpr)
+        if "psum" in equation.primitive.name and "expert" in equation.params["axes"]
+        for v in equation.invars
+        if v.aval.ndim == 2
+    ]
+
+
+def test_a_device_draws_for_its_own_tokens_alone():
+    """A slice of what is drawn for all: on 256 devices, 256 times the work and the memory."""
+    config = moe.MoEConfig(4, 2, jitter=0.1)
+    params = moe.init_moe(jax.random.key(0), 8, 16, config)
+    mesh = absent(2, 2, 4, 1)
+
+    def layer(params, x, rng):
+        return moe.moe_layer(params, x, config, parallel=Parallel(mesh, "chunked"), rng=rng)
+
+    made = jax.make_jaxpr(layer)(params, jnp.ones((16, 5, 8)), jax.random.key(1))
+    draws = [e for e in equations(made.jaxpr) if e.primitive.name == "random_bits"]
+    assert {e.outvars[0].aval.shape for e in draws} == {(5, 3), (5, 8)}  # noise, jitter
 
 
 @pytest.mark.parametrize("fsdp", [1, 2])

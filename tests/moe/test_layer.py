@@ -108,7 +108,8 @@ SLOW_PAIRS = [(name, kernel) for name in CONFIGS if name not in ONCE for kernel 
 
 def test_mixtral_s_experts_see_the_jittered_input_and_other_families_do_not():
     rng, x_BTD = jax.random.key(3), tokens()
-    noise_ND = jax.random.uniform(jax.random.fold_in(rng, 1), (50, D), jnp.float32, 0.9, 1.1)
+    keys = [jax.random.fold_in(jax.random.fold_in(rng, token), 1) for token in range(50)]
+    noise_ND = jnp.stack([jax.random.uniform(key, (D,), jnp.float32, 0.9, 1.1) for key in keys])
     config = FAMILIES["mixtral"]
     params = make_params(config)
     found_BTD, _ = plain_layer(params, x_BTD, config, rng=rng)

@@ -168,7 +168,7 @@ def test_the_load_is_the_chance_to_be_chosen_if_one_s_own_noise_is_drawn_again()
     routing = route(router, x, config, rng=key)
     std = np.log(2) + 0.01
     clean = np.asarray(router["w_out"][0], np.float64)
-    noisy = clean + np.asarray(jax.random.normal(key, (1, 4)))[0] * std
+    noisy = clean + np.asarray(jax.random.normal(jax.random.fold_in(key, 0), (4,))) * std
     draws = np.random.default_rng(0).normal(size=200_000) * std
     for i in range(4):
         others = np.sort(np.delete(noisy, i))[::-1]
@@ -183,7 +183,7 @@ def test_the_reference_s_load_compares_the_noise_alone():
         "normalized", gate="linear", num_experts=5, top_k=3, load_estimator="noise_term"
     )
     key, std = jax.random.key(1), np.log(2) + 0.01
-    noise = np.asarray(jax.random.normal(key, (1, 4)))[0] * std
+    noise = np.asarray(jax.random.normal(jax.random.fold_in(key, 0), (4,))) * std
     noisy = np.sort(np.asarray(logits[0]) + noise)[::-1]
     threshold = np.where(noise > noisy[2], noisy[2], noisy[1])
     wanted = jax.scipy.stats.norm.cdf((np.asarray(logits[0]) - threshold) / std)
