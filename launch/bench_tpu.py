@@ -28,7 +28,7 @@ from launch.bench_row import Row, Wanted, measure_in_process
 from moejax.aot import cycles, topology
 from moejax.core.errors import InputError
 from moejax.core.platform import compiling_for
-from moejax.ops import tpu_tiles, tpu_visits
+from moejax.ops import tpu_tables, tpu_tiles, tpu_visits
 
 TOPOLOGY, KIND = "v5p:2x2x1", "TPU v5"
 NUM_ROWS, DEPTH, COLUMNS, NUM_GROUPS = 4096, 2048, 1408, 8
@@ -159,16 +159,15 @@ def dw_at_most(
 
 def kinds_of(product: str, sizes: np.ndarray) -> list[np.ndarray]:
     """The kinds of the visits of each core, as the kernels' own tables have them."""
+    heights = tiles(product).heights
+    wanted = tpu_visits.Wanted(product == "dW", NUM_ROWS, heights)
+    visits = tpu_tables.visits(jnp.asarray(sizes), wanted)
+    kinds = [visits.kind[core, :num] for core, num in enumerate(visits.num)]
     if product == "dW":
-        heights = tiles(product).heights
-        visits = tpu_visits.outer_visits(jnp.asarray(sizes), None, NUM_ROWS, heights)
-        kinds = np.array(visits.kind[0, : visits.num[0]])
-        groups = np.asarray(visits.group[0, : visits.num[0]])
-        later = (kinds == len(heights)) & (np.diff(groups, prepend=-1) == 0)
-        kinds[later] += 1  # a group's second visit, and so on
-        return [kinds]
-    visits = tpu_visits.row_visits(jnp.asarray(sizes), NUM_ROWS, tiles(product).heights)
-    return [np.asarray(visits.kind[core, : visits.num[core]]) for core in range(2)]
+        groups = visits.group[0, : visits.num[0]]
+        later = (kinds[0] == len(heights)) & (np.diff(groups, prepend=-1) == 0)
+        kinds[0][later] += 1  # a group's second visit, and so on
+    return kinds
 
 
 def tiles(product: str) -> Any:

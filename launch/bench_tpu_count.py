@@ -25,7 +25,7 @@ from moejax.aot import cycles, topology
 from moejax.ops import tpu_outer, tpu_rows
 from moejax.ops.grouped_matmul_tpu import PRODUCT, PRODUCT_T
 from moejax.ops.tpu_rows import Form
-from moejax.ops.tpu_visits import BLOCK, Visits
+from moejax.ops.tpu_visits import BLOCK, PER_VISIT, Table
 
 FEW, MANY = 4, 8
 NO_KIND = -1  # of a visit that computes nothing: fetching and counting are left
@@ -61,10 +61,9 @@ def _ours(product: str, array: Callable[..., Any]) -> dict[str, Any]:
     return {"visits": [*found, 0.0], "idle": idle, "start": start}
 
 
-def _tables(num: int, cores: int, groups: int, array: Callable[..., Any]) -> Visits:
-    per_visit = [array(cores, num, dtype=jnp.int32)] * (len(Visits._fields) - 3)
-    ends = [array(groups, dtype=jnp.int32)] * 2
-    return Visits._make([*per_visit, array(cores, dtype=jnp.int32), *ends])
+def _table(num: int, cores: int, array: Callable[..., Any]) -> Table:
+    """Of so many visits for each core."""
+    return Table(array(PER_VISIT * cores + 3, num, dtype=jnp.int32), array(1, dtype=jnp.int32))
 
 
 def _rows(product: str, tiles: Any, kind: int, num: int, array: Callable[..., Any]) -> int:
@@ -73,24 +72,24 @@ def _rows(product: str, tiles: Any, kind: int, num: int, array: Callable[..., An
     matrix = array(shape.NUM_GROUPS, shape.DEPTH, shape.COLUMNS)
     # The tallest height sets what is fetched; only the kind's own work is compiled.
     x = array(shape.NUM_ROWS // BLOCK, BLOCK, depth)
-    visits = _tables(num, 2, shape.NUM_GROUPS + 1, array)
+    table = _table(num, 2, array)
     ws = [matrix] * (1 + max(k for _, k in form.pairs))
 
-    def program(x, ws, visits):
-        return tpu_rows.call(form, [x], ws, visits, num, tiles, known=kind)
+    def program(x, ws, table):
+        return tpu_rows.call(form, [x], ws, table, tiles, known=kind)
 
-    return cycles.kernel_cycles(aot.compile_for(program, x, ws, visits))
+    return cycles.kernel_cycles(aot.compile_for(program, x, ws, table))
 
 
 def _sums(product: str, tiles: Any, kind: int, num: int, array: Callable[..., Any]) -> int:
     x = array(shape.NUM_ROWS // BLOCK, BLOCK, shape.DEPTH)
     y = array(shape.NUM_ROWS // BLOCK, BLOCK, shape.COLUMNS)
-    visits = _tables(num, 1, shape.NUM_GROUPS, array)
+    table = _table(num, 1, array)
 
-    def program(x, y, visits):
-        return tpu_outer.call(x, y, visits, num, tiles, known=kind)
+    def program(x, y, table):
+        return tpu_outer.call(x, y, table, shape.NUM_GROUPS, tiles, known=kind)
 
-    return cycles.kernel_cycles(aot.compile_for(program, x, y, visits))
+    return cycles.kernel_cycles(aot.compile_for(program, x, y, table))
 
 
 def _ragged_dot(product: str, array: Callable[..., Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from launch.bench_row import Row
 from moejax.core.platform import compiling_for
 from moejax.moe import chunked
 from moejax.moe.turns import turn
-from moejax.ops import tpu_tiles, tpu_visits
+from moejax.ops import tpu_tables, tpu_tiles, tpu_visits
 
 # Experts, shards, experts of a token, width, width of an expert, tokens of a device.
 NUM_EXPERTS, SHARDS, TOP_K, WIDTH, FFN, NUM_TOKENS = 64, 8, 6, 2048, 1408, 4096
@@ -83,23 +83,18 @@ def _visited(sizes: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
         tpu_tiles.outer_tiles.cache_clear()
     padded = -(-num_rows // tpu_visits.BLOCK) * tpu_visits.BLOCK
 
-    def of_rows(sizes_E):
-        visits = tpu_visits.row_visits(sizes_E, padded, tiles.heights)
-        return visits.kind, visits.num
-
-    def of_sums(sizes_E):
-        visits = tpu_visits.outer_visits(sizes_E, None, padded, outer.heights)
-        return visits.kind, visits.num
-
+    wanted = [tpu_visits.Wanted(False, padded, tiles.heights)]
+    wanted.append(tpu_visits.Wanted(True, padded, outer.heights))
     # A group's earlier visits are of the tallest height, and of nothing there is no row.
-    return (
-        _heights(jax.vmap(of_rows)(jnp.asarray(sizes)), (*tiles.heights, 0)),
-        _heights(jax.vmap(of_sums)(jnp.asarray(sizes)), (*outer.heights, outer.heights[0], 0)),
-    )
+    rows_of = [(*tiles.heights, 0), (*outer.heights, outer.heights[0], 0)]
+    found = [
+        [_rows(tpu_tables.visits(sizes_E, one), rows) for sizes_E in sizes]
+        for one, rows in zip(wanted, rows_of, strict=True)
+    ]
+    return np.asarray(found[0]), np.asarray(found[1])
 
 
-def _heights(visits: tuple[jax.Array, jax.Array], heights: tuple[int, ...]) -> np.ndarray:
-    """Kinds [X, cores, V] of visits, of which the first `num` count: rows of each exchange [X]."""
-    kind, num = (np.asarray(each) for each in visits)
-    counts = np.arange(kind.shape[-1]) < num[..., None]
-    return np.where(counts, np.asarray(heights)[kind], 0).sum(axis=(1, 2))
+def _rows(visits: tpu_visits.Visits, heights: tuple[int, ...]) -> int:
+    """Rows of all visits of one exchange, by the height of each kind."""
+    kinds = [visits.kind[core, :num] for core, num in enumerate(visits.num)]
+    return sum(heights[kind] for kind in np.concatenate(kinds))

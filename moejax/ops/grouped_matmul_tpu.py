@@ -17,8 +17,9 @@ from moejax.ops.group_sizes import GroupSizes, plain
 from moejax.ops.kept import GROUPED, keep
 from moejax.ops.tpu_outer import outer
 from moejax.ops.tpu_rows import Form, Interpret, multiply
+from moejax.ops.tpu_tables import prepared
 from moejax.ops.tpu_tiles import Operands, checked, outer_tiles, rows_tiles
-from moejax.ops.tpu_visits import fitted, prepared
+from moejax.ops.tpu_visits import Wanted, fitted
 
 Groups = jax.Array | None
 PRODUCT = Form("grouped_matmul", ((0, 0),), lambda y: (y,), 1)
@@ -124,7 +125,13 @@ def grouped_outer_tpu(
     return outer(lhs, d_out, group_sizes, None, tiles, interpret, jnp.float32, before, begins)
 
 
-def prepared_tpu(group_sizes: jax.Array, rows: jax.Array, f: int, backward: bool) -> GroupSizes:
+def prepared_tpu(
+    group_sizes: jax.Array,
+    rows: jax.Array,
+    f: int,
+    backward: bool,
+    interpret: Interpret = False,
+) -> GroupSizes:
     """See `moejax.ops.grouped_matmul.prepared`."""
     (num_rows, d), dtype, num_groups = rows.shape, rows.dtype, group_sizes.size
     if 0 in (num_rows, d, f, num_groups):
@@ -132,11 +139,11 @@ def prepared_tpu(group_sizes: jax.Array, rows: jax.Array, f: int, backward: bool
     gated = Operands(ws=2, products=2)
     products = ((d, f, Operands() if backward else gated), (f, d, Operands()))
     each = -(-num_rows // num_groups)
-    of_rows = {
-        fitted(num_rows, rows_tiles(each, k, n, dtype, how).heights) for k, n, how in products
-    }
-    sums = [outer_tiles(k, n, dtype, added=True) for k, n in ((d, f), (f, d)) if backward]
-    return prepared(group_sizes, of_rows, {fitted(num_rows, tiles.heights) for tiles in sums})
+    of_rows = [rows_tiles(each, k, n, dtype, how).heights for k, n, how in products]
+    sums = [outer_tiles(k, n, dtype, added=True).heights for k, n in ((d, f), (f, d)) if backward]
+    wanted = [Wanted(False, *fitted(num_rows, heights)) for heights in of_rows]
+    wanted += [Wanted(True, *fitted(num_rows, heights)) for heights in sums]
+    return prepared(group_sizes, list(dict.fromkeys(wanted)), interpret)
 
 
 def _rows(form: Form, xs, ws, group_sizes, interpret) -> list[jax.Array]:

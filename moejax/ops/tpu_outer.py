@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moejax.ops.group_sizes import GroupSizes
-from moejax.ops.tpu_rows import blocked, cost, dot, kind_is, when
+from moejax.ops.group_sizes import GroupSizes, plain
+from moejax.ops.tpu_rows import blocked, cost, dot, in_hbm, kind_is, steps, when
+from moejax.ops.tpu_tables import table_for
 from moejax.ops.tpu_tiles import OuterTiles
-from moejax.ops.tpu_visits import BLOCK, Visits, fitted, visits_of_sums
+from moejax.ops.tpu_visits import BLOCK, Reader, Table, Wanted, fitted
 
 
 @functools.partial(jax.jit, static_argnames=("tiles", "interpret", "out_dtype"))
@@ -42,7 +43,7 @@ def outer(
     (num_rows, k), n = lhs.shape, d_out.shape[1]
     rows, heights = fitted(num_rows, tiles.heights)
     tiles = tiles._replace(heights=heights)
-    visits = visits_of_sums(group_sizes, groups, rows, heights)
+    table = table_for(group_sizes, groups, Wanted(True, rows, heights), interpret)
     operands = (
         blocked(lhs, rows, -(-k // tiles.k) * tiles.k),
         blocked(d_out, rows, -(-n // tiles.n) * tiles.n),
@@ -53,15 +54,16 @@ def outer(
         filling = (0, operands[0].shape[2] - k), (0, operands[1].shape[2] - n)
         fresh = False if begins is None else begins
         sums = jnp.pad(before, ((0, 0), *filling)), jnp.asarray(fresh, jnp.int32).reshape(1)
-    out = call(*operands, visits, visits.num[0], tiles, interpret, None, out_dtype, sums)
+    num_groups = plain(group_sizes).size
+    out = call(*operands, table, num_groups, tiles, interpret, None, out_dtype, sums)
     return out[:, :k, :n]
 
 
 def call(
     lhs: jax.Array,
     d_out: jax.Array,
-    visits: Visits,
-    num_visits: jax.Array | int,
+    table: Table,
+    num_groups: int,
     tiles: OuterTiles,
     interpret: Any = False,
     known: int | None = None,
@@ -74,28 +76,29 @@ def call(
     past the heights for the first of a group's visits, two past them for a later one but the last.
     before: what is added to, and int32 [1], not 0 where that is nothing yet.
     """
-    k, n, num_groups = lhs.shape[2], d_out.shape[2], visits.starts.size
+    k, n = lhs.shape[2], d_out.shape[2]
     tallest = tiles.heights[0] // BLOCK
     out_shape = jax.ShapeDtypeStruct((num_groups, k, n), out_dtype or lhs.dtype)
     added = [] if before is None else [before[0]]
-    scalars = [*visits] if before is None else [*visits, before[1]]
+    scalars = [table.numbers] if before is None else [table.numbers, before[1]]
+    scalars = [in_hbm(numbers, interpret) for numbers in scalars]
 
     def place(i, j):  # the first dimension of the grid is that which the cores share
         return (i, j) if tiles.cores_split == "k" else (j, i)
 
-    def lhs_index(i, j, v, group, kind, fetch, *_):
-        return fetch[0, v], 0, pl.multiple_of(place(i, j)[0] * tiles.k, 128)
+    def lhs_index(i, j, v, numbers, *_):
+        return Reader(numbers, 1).fetch(0, v), 0, pl.multiple_of(place(i, j)[0] * tiles.k, 128)
 
-    def d_out_index(i, j, v, group, kind, fetch, *_):
-        return fetch[0, v], 0, pl.multiple_of(place(i, j)[1] * tiles.n, 128)
+    def d_out_index(i, j, v, numbers, *_):
+        return Reader(numbers, 1).fetch(0, v), 0, pl.multiple_of(place(i, j)[1] * tiles.n, 128)
 
-    def out_index(i, j, v, group, *_):
-        return group[0, v], *place(i, j)
+    def out_index(i, j, v, numbers, *_):
+        return Reader(numbers, 1).group(0, v), *place(i, j)
 
-    def before_index(i, j, v, group, *others):
+    def before_index(i, j, v, numbers, begins):
         # One tile is fetched for all of a core's visits before it writes there.
-        fresh = others[-1][0] != 0
-        return jnp.where(fresh, 0, group[0, v]), *place(i, jnp.where(fresh, 0, j))
+        fresh, group = begins[0] != 0, Reader(numbers, 1).group(0, v)
+        return jnp.where(fresh, 0, group), *place(i, jnp.where(fresh, 0, j))
 
     out_spec, before_spec = (
         pl.BlockSpec((None, tiles.k, tiles.n), index) for index in (out_index, before_index)
@@ -104,7 +107,7 @@ def call(
         functools.partial(_kernel, heights=tiles.heights, known=known, adds=bool(added)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(*place(k // tiles.k, n // tiles.n), num_visits),
+            grid=(*place(k // tiles.k, n // tiles.n), steps(table, known)),
             in_specs=[
                 pl.BlockSpec(tuple(map(pl.Element, (tallest, BLOCK, tiles.k))), lhs_index),
                 pl.BlockSpec(tuple(map(pl.Element, (tallest, BLOCK, tiles.n))), d_out_index),
@@ -126,26 +129,26 @@ def call(
 
 
 def _kernel(*refs, heights, known, adds):
-    visits, refs = Visits(*refs[: len(Visits._fields)]), refs[len(Visits._fields) :]
+    table, refs = Reader(refs[0], 1), refs[1:]
     if adds:
         fresh, lhs, d_out, before, out, total = refs
     else:
         lhs, d_out, out, total = refs
     v = pl.program_id(2)
-    g, kind = visits.group[0, v], visits.kind[0, v]
-    computed = visits.fetch[0, v] + visits.skip[0, v]
-    begin = (computed + visits.lead[0, v]) * BLOCK
+    now = table.visit(0, v)
+    kind, computed = now.kind, now.fetch + now.skip
+    begin = (computed + now.lead) * BLOCK
     # Rows in [start, end) of those computed count: the group's own, and each only once.
-    start = jnp.maximum(visits.starts[g], begin) - computed * BLOCK
-    end = jnp.minimum(visits.ends[g], begin + visits.owned[0, v] * BLOCK) - computed * BLOCK
-    is_first = (v == 0) | (visits.group[0, jnp.maximum(v - 1, 0)] != g)
+    start = jnp.maximum(now.start, begin) - computed * BLOCK
+    end = jnp.minimum(now.end, begin + now.owned * BLOCK) - computed * BLOCK
+    is_first = (v == 0) | (table.group(0, jnp.maximum(v - 1, 0)) != now.group)
 
     def summed(height):
         row = jax.lax.broadcasted_iota(jnp.int32, (height, 1), 0)
         inside = (row >= start) & (row < end)
 
         def rows(ref):  # both are masked: another group's NaN times zero would be NaN
-            x = ref[pl.ds(visits.skip[0, v], height // BLOCK)].reshape(height, ref.shape[2])
+            x = ref[pl.ds(now.skip, height // BLOCK)].reshape(height, ref.shape[2])
             return jnp.where(inside, x, jnp.zeros_like(x))
 
         return dot(rows(lhs), rows(d_out), (0, 0))

@@ -19,8 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from moejax.ops.group_sizes import GroupSizes
+from moejax.ops.tpu_tables import table_for
 from moejax.ops.tpu_tiles import LANES, Tiles
-from moejax.ops.tpu_visits import BLOCK, NUM_CORES, Visits, fitted, visits_of_rows
+from moejax.ops.tpu_visits import BLOCK, NUM_CORES, Reader, Table, Wanted, fitted
 
 Interpret = Any  # bool or pltpu.InterpretParams
 
@@ -39,17 +40,6 @@ class Form(NamedTuple):
     transposed: bool = False
 
 
-class _Visit(NamedTuple):
-    """One entry of the tables of `Visits`."""
-
-    group: Any
-    kind: Any
-    fetch: Any
-    skip: Any
-    lead: Any
-    owned: Any
-
-
 @functools.partial(jax.jit, static_argnames=("form", "tiles", "interpret"))
 def multiply(
     form: Form,
@@ -66,9 +56,9 @@ def multiply(
     num_rows = xs[0].shape[0]
     rows, heights = fitted(num_rows, tiles.heights)
     tiles = tiles._replace(heights=heights)
-    visits = visits_of_rows(group_sizes, rows, heights)
+    table = table_for(group_sizes, None, Wanted(False, rows, heights), interpret)
     blocks = [blocked(x, rows, x.shape[1]) for x in xs]
-    outs = call(form, blocks, ws, visits, jnp.max(visits.num), tiles, interpret)
+    outs = call(form, blocks, ws, table, tiles, interpret)
     columns = ws[0].shape[1 if form.transposed else 2]
     return [out.reshape(rows, out.shape[2])[:num_rows, :columns] for out in outs]
 
@@ -77,8 +67,7 @@ def call(
     form: Form,
     xs: Sequence[jax.Array],
     ws: Sequence[jax.Array],
-    visits: Visits,
-    num_visits: jax.Array | int,
+    table: Table,
     tiles: Tiles,
     interpret: Interpret = False,
     known: int | None = None,
@@ -96,19 +85,19 @@ def call(
     products = [num_blocks * BLOCK * depth * width] * len(form.pairs)
     out_shape = [jax.ShapeDtypeStruct((num_blocks, BLOCK, width), xs[0].dtype)] * form.num_outs
 
-    def x_index(c, j, v, group, kind, fetch, *_):
-        return fetch[c, v], 0, 0
+    def x_index(c, j, v, numbers):
+        return Reader(numbers, NUM_CORES).fetch(c, v), 0, 0
 
-    def w_index(c, j, v, group, *_):
-        e = jnp.minimum(group[c, v], last_group)
+    def w_index(c, j, v, numbers):
+        e = jnp.minimum(Reader(numbers, NUM_CORES).group(c, v), last_group)
         return (e, j, 0) if form.transposed else (e, 0, j)
 
     x_block = tuple(pl.Element(size) for size in (tallest, BLOCK, depth))
     return pl.pallas_call(
         functools.partial(_kernel, form=form, heights=tiles.heights, width=width, known=known),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(visits),
-            grid=(NUM_CORES, pl.cdiv(width, tile), num_visits),
+            num_scalar_prefetch=1,
+            grid=(NUM_CORES, pl.cdiv(width, tile), steps(table, known)),
             in_specs=[pl.BlockSpec(x_block, x_index) for _ in xs]
             + [pl.BlockSpec(w_block, w_index) for _ in ws],
             out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * form.num_outs,
@@ -125,7 +114,17 @@ def call(
         cost_estimate=cost([*xs, *ws], out_shape, products),
         interpret=interpret,
         name=form.name,
-    )(*visits, *xs, *ws)
+    )(in_hbm(table.numbers, interpret), *xs, *ws)
+
+
+def steps(table: Table, known: int | None) -> jax.Array | int:
+    """Of the grid; a constant where all visits are known."""
+    return table.most.reshape(()) if known is None else table.numbers.shape[1]
+
+
+def in_hbm(numbers: jax.Array, interpret: Interpret) -> jax.Array:
+    """Kept there, where XLA would choose: a kernel is compiled for each memory that it chooses."""
+    return numbers if interpret else pltpu.with_memory_space_constraint(numbers, pltpu.HBM)
 
 
 def cost(
@@ -168,18 +167,18 @@ def dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
 
 
 def _kernel(*refs, form, heights, width, known):
-    visits, refs = Visits(*refs[: len(Visits._fields)]), refs[len(Visits._fields) :]
+    table, refs = Reader(refs[0], NUM_CORES), refs[1:]
     num_xs = 1 + max(i for i, _ in form.pairs)
     xs, ws = refs[:num_xs], refs[num_xs : -form.num_outs - 2]
     outs, (done, sem) = refs[-form.num_outs - 2 : -2], refs[-2:]
     core, j, v = (pl.program_id(i) for i in range(3))
-    num = visits.num[core]
+    num = table.num(core)
     step = j * num + v
     slot = jax.lax.rem(step, 2)
 
     @when(v < num, None if known is None else True)
     def _():
-        now = _Visit(*(field[core, v] for field in visits[:6]))
+        now = table.visit(core, v)
         for i, height in enumerate(heights):
             kind_is(now.kind, i, known)(
                 functools.partial(_compute, form, xs, ws, done.at[:, slot], now.skip, height)
@@ -191,9 +190,9 @@ def _kernel(*refs, form, heights, width, known):
 
         # The visit before this one; before the first of a tile of columns, the last of the other.
         u = jnp.where(v == 0, num, v) - 1
-        before = _Visit(*(field[core, u] for field in visits[:6]))
+        before = table.visit(core, u)
         begin = (now.fetch + now.skip + now.lead) * BLOCK
-        own = (visits.starts[now.group] - begin, visits.ends[now.group] - begin)
+        own = (now.start - begin, now.end - begin)
         _mend_edges(done, slot, before, now, own)
 
         def send(action, visit, j, slot):

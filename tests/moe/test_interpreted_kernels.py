@@ -38,7 +38,8 @@ def interpret(monkeypatch, implementation: str) -> None:
         monkeypatch.setattr(grouped_matmul_gpu, "grouped_matmul_gpu", kernel)
         return
     how = pltpu.InterpretParams()
-    for name in ("grouped_matmul_tpu", "grouped_gated_tpu", "grouped_outer_tpu"):
+    names = ("grouped_matmul_tpu", "grouped_gated_tpu", "grouped_outer_tpu", "prepared_tpu")
+    for name in names:
         kernel = functools.partial(_called, getattr(grouped_matmul_tpu, name), how=how)
         monkeypatch.setattr(grouped_matmul_tpu, name, kernel)
 

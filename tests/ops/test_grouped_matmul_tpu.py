@@ -1,7 +1,5 @@
 """The TPU kernels in the TPU interpreter, with its race detector, over the cases of the suite."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 
-from moejax.ops import tpu_tiles, tpu_visits
+from moejax.ops import tpu_tables, tpu_tiles
 from moejax.ops.grouped_gated import grouped_gated
 from moejax.ops.grouped_matmul import grouped_matmul
 from moejax.ops.grouped_matmul_ref import grouped_matmul_ref
@@ -24,6 +22,7 @@ from moejax.ops.grouped_outer import grouped_outer
 from moejax.ops.tpu_outer import outer
 from moejax.ops.tpu_rows import multiply
 from moejax.ops.tpu_tiles import OuterTiles, Tiles
+from moejax.ops.tpu_visits import Wanted
 from tests.aot.test_topology import run_for
 from tests.ops.test_grouped_matmul import CASES, NUM_ROWS, assert_close, by_hand, operands
 
@@ -163,16 +162,12 @@ def test_sizes_prepared_once_serve_every_product_of_a_pass(monkeypatch):
         return out, *pull(out), grouped_outer_tpu(lhs, out, group_sizes, before, None, True)
 
     wanted = forward(group_sizes), backward(group_sizes)
-    once = [prepared_tpu(group_sizes, lhs, N, backward) for backward in (False, True)]
-    for name in ("row_visits", "outer_visits"):
-        monkeypatch.delattr(tpu_visits, name)
+    once = [prepared_tpu(group_sizes, lhs, N, backward, True) for backward in (False, True)]
+    jax.clear_caches()
+    monkeypatch.delattr(tpu_tables, "tables")
     found = forward(once[0]), backward(once[1])
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
-
-
-of_rows = functools.partial(jax.jit, static_argnums=(1, 2))(tpu_visits.row_visits)
-of_sums = functools.partial(jax.jit, static_argnums=(2, 3))(tpu_visits.outer_visits)
 
 
 @pytest.mark.parametrize("heights", [HEIGHTS, FEWER])
@@ -180,7 +175,7 @@ def test_visits_cover_every_row_once_and_the_cores_share_them_evenly(heights):
     rng = np.random.default_rng(0)
     for _ in range(30):
         sizes = rng.multinomial(3900, rng.dirichlet(np.full(16, 0.3)))
-        visits = jax.tree.map(np.asarray, of_rows(jnp.asarray(sizes), 4096, heights))
+        visits = tpu_tables.visits(jnp.asarray(sizes), Wanted(False, 4096, heights))
         cost, blocks = [0, 0], [set(), set()]
         covered = np.zeros((17, 256), int)  # per group and block
         for core in range(2):
@@ -204,7 +199,7 @@ def test_visits_cover_every_row_once_and_the_cores_share_them_evenly(heights):
 
 @pytest.mark.parametrize("sizes", [[1] * 63 + [7000], [7000] + [1] * 63])
 def test_cores_share_a_large_group_beside_many_tiny_ones(sizes):
-    visits = jax.tree.map(np.asarray, of_rows(jnp.asarray(sizes), 8192, HEIGHTS))
+    visits = tpu_tables.visits(jnp.asarray(sizes), Wanted(False, 8192, HEIGHTS))
     costs = [
         sum(HEIGHTS[kind] + 9 for kind in visits.kind[core, : visits.num[core]] if kind < 5)
         for core in range(2)
@@ -214,7 +209,7 @@ def test_cores_share_a_large_group_beside_many_tiny_ones(sizes):
 
 def test_no_visit_of_a_group_that_is_not_asked_for_sums_a_row():
     sizes, groups = jnp.array([700, 0, 90, 300]), jnp.array([True, True, False, True])
-    visits = of_sums(sizes, groups, 1120, (256, 128))
+    visits = tpu_tables.visits(sizes, Wanted(True, 1120, (256, 128)), groups)
     kinds = [int(k) for k in visits.kind[0, : visits.num[0]]]
     # 256, 256 and then 188 rows; nothing of the second; the third is not asked for; 256 and then 44
     assert kinds == [2, 2, 0, 3, 3, 2, 1]
@@ -293,22 +288,22 @@ _TABLES = """
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec as P
 from moejax.aot import compile as aot, topology
-from moejax.ops import tpu_visits as visits
+from moejax.ops import tpu_tables
+from moejax.ops.tpu_visits import Wanted
 
 mesh = Mesh(topology.devices("v5e:2x2")[:1], ("one",))
 sizes = aot.abstract((8,), jnp.int32, mesh, P())
-heights = (256, 128, 96, 64, 32)
-for made in (lambda sizes: visits.row_visits(sizes, 4096, heights),
-             lambda sizes: visits.outer_visits(sizes, None, 4096, (384, 256, 128))):
-    text = aot.compile_for(made, sizes).as_text()
-    print(text.count(" fusion("), text.count(" while("), text.count(" gather("))
+rows, sums = ((256, 128, 96, 64, 32), (384, 256, 128))
+wanted = tuple(Wanted(of_sums, 4096, h) for of_sums, h in ((False, rows), (True, sums)))
+text = aot.compile_for(lambda sizes: tpu_tables.tables(sizes, None, wanted, False), sizes).as_text()
+print(text.count('"tpu_custom_call"'), text.count(" fusion("), text.count(" while("))
 """
 
 
 @pytest.mark.aot
-def test_tables_of_visits_are_few_programs_without_loops():
-    """Each of XLA's programs takes a TPU about 2,100 cycles, a visit of 256 rows 11,700."""
+def test_tables_of_visits_are_one_program():
+    """Each of XLA's own takes a TPU about 2,100 cycles, a visit of 256 rows 11,700."""
     done = run_for("v5e:2x2", _TABLES)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows, sums = (list(map(int, line.split())) for line in done.stdout.splitlines())
-    assert rows[0] <= 24 and sums[0] <= 14 and rows[1:] == sums[1:] == [0, 0], done.stdout
+    kernels, fusions, loops = map(int, done.stdout.split())
+    assert kernels == 1 and fusions <= 1 and loops == 0, done.stdout
