@@ -204,7 +204,7 @@ def _per_token(back: Arrays, weights_NK: jax.Array, slot_NK: jax.Array) -> Array
 
 def _every_exchange(
     exchange: Exchange, products: Products, operands: Arrays, weights_NK: jax.Array, moves: Schedule
-) -> tuple[Arrays, Any, Arrays]:
+) -> tuple[Arrays, Any, dict[str, Arrays]]:
     """All turns, as a pipeline: what all tokens get, gradients of the experts, what is kept.
 
     While a turn finishes, x of the next one may be on its way (where x is kept, dL/dy; written out,
@@ -224,79 +224,93 @@ def _every_exchange(
         rows = {"x": sent["x"][one.slot_of_row_S]}
         return rows | products.begin(rows, sizes)
 
-    def begin(number, first, others, stash):
+    noted: dict[str, Arrays] = {}  # what is kept of turns whose number is known
+
+    def begin(number, first, others, rest):
         one = traffic.turn(number)
         rows = {name: a[one.slot_of_row_S] for name, a in first.items()}
         if products.kept:
-            sizes = products.sizes({"x": products.kept["x"][0]}, one.sizes_E)
+            sizes = products.sizes({"x": products.kept["0"]["x"]}, one.sizes_E)
             again = functools.partial(anew, number, one, sizes)
-            begun = dict(_recall(products.kept, number, again))
+            begun = dict(_recall(products.kept, number, parts, again))
             rows["x"] = begun.pop("x")
         else:
             sizes = products.sizes(rows, one.sizes_E)
             begun, others = fence((products.begin(rows, sizes), others))
-            stash = _note(stash, products.keeps, rows | begun, number, parts)
+            mine = {name: (rows | begun)[name] for name in products.keeps}
+            if mine and isinstance(number, int):
+                noted[str(number)] = mine
+            else:
+                rest = _note(rest, mine, number, parts)
         rows |= {name: a[one.slot_of_row_S] for name, a in others.items()}
-        return sizes, one.row_of_slot_S, rows, begun, stash
+        return sizes, one.row_of_slot_S, rows, begun, rest
 
     def finish(sizes, row_of_slot_S, rows, begun):
         out, kept = products.finish(rows, begun, sizes)
         return {name: a[row_of_slot_S] for name, a in out.items()}, kept
 
     def step(carry):
-        number, (*begun, stash), found, total = carry
+        number, (*begun, rest), found, total = carry
         sent_S = traffic.sent(number)
         first = traffic.send(sent_S, early)
         out, kept, first, sent_S = fence((*finish(*begun), first, sent_S))
         back, others = traffic.send_back(out), traffic.send(sent_S, late)
         total = products.experts(kept, begun[0], total, number == 1)
         total, first = fence((total, first))
-        begun, back = fence((begin(number, first, others, stash), back))
+        begun, back = fence((begin(number, first, others, rest), back))
         return number + 1, begun, traffic.collect(back, number - 1, found), total
 
     sent_S = traffic.sent(0)
-    begun = begin(0, traffic.send(sent_S, early), traffic.send(sent_S, late), {})
+    *begun, _ = begin(0, traffic.send(sent_S, early), traffic.send(sent_S, late), {})
+    rest = {} if written_out or parts == 1 else _room(noted.get("0", {}), parts - 1)
     found = traffic.nothing(products.gives, operands["x"].shape[1])
-    carry: Any = (1, begun, found, products.start)
+    carry: Any = (1, (*begun, rest), found, products.start)
     for _ in range(1, parts if written_out else 1):
         carry = step(carry)
     carry = (jnp.asarray(done := carry[0], jnp.int32), *carry[1:])
     with jax.named_scope(f"{BALANCED}{parts - done}"):
-        number, (*begun, stash), found, total = jax.lax.while_loop(
+        number, (*begun, rest), found, total = jax.lax.while_loop(
             lambda carry: carry[0] < moves.num_turns, step, carry
         )
     out, kept = fence(finish(*begun))
     back = traffic.send_back(out)
     total = products.experts(kept, begun[0], total, number == 1)
+    stash = noted | ({REST: rest} if rest else {})
     return traffic.collect(back, number - 1, found), total, stash
 
 
-def _note(stash: Arrays, names: tuple[str, ...], found: Arrays, number: Any, parts: int) -> Arrays:
-    """What is kept of the parts' turns so far, [T, ...] each, with what turn `number` has."""
-    if not names:
-        return stash
-    mine = {name: found[name] for name in names}
-    if isinstance(number, int):  # the first one makes room
-        room = lambda a: jnp.zeros((parts, *a.shape), a.dtype)  # noqa: E731
-        stash = stash or jax.tree.map(room, mine)
-        return {name: stash[name].at[number].set(a) for name, a in mine.items()}
+# What is kept of the parts' turns: by the number of the turn, or of those in the loop, whose number
+# is known to the device alone, in one array each [T - 1, ...].
+REST = "rest"
 
-    def put(_, stash):
+
+def _room(kept: Arrays, turns: int) -> Arrays:
+    return {name: jax.lax.empty((turns, *a.shape), a.dtype) for name, a in kept.items()}
+
+
+def _note(rest: Arrays, mine: Arrays, number: jax.Array, parts: int) -> Arrays:
+    """`rest` with what turn `number` of the loop has, if it is one of the parts'."""
+    if not rest:
+        return rest
+
+    def put(_, rest):
         put_one = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
-        return {name: put_one(stash[name], a, number) for name, a in mine.items()}
+        return {name: put_one(rest[name], a, number - 1) for name, a in mine.items()}
 
     with jax.named_scope(f"{BALANCED}1"):
-        return jax.lax.fori_loop(0, jnp.where(number < parts, 1, 0), put, stash)
+        return jax.lax.fori_loop(0, jnp.where(number < parts, 1, 0), put, rest)
 
 
-def _recall(kept: Arrays, number: Any, anew: Callable[[], Arrays]) -> Arrays:
+def _recall(kept: dict[str, Arrays], number: Any, parts: int, anew: Callable[[], Arrays]) -> Arrays:
     """What is kept of turn `number`; of a turn beyond the parts', all of it anew."""
     if isinstance(number, int):
-        return {name: a[number] for name, a in kept.items()}
-    parts = len(kept["x"])
+        return kept[str(number)]
+    if REST not in kept:
+        return anew()
+    at = jnp.minimum(number, parts - 1) - 1
     found = {
-        name: jax.lax.dynamic_index_in_dim(a, jnp.minimum(number, parts - 1), 0, keepdims=False)
-        for name, a in kept.items()
+        name: jax.lax.dynamic_index_in_dim(a, at, 0, keepdims=False)
+        for name, a in kept[REST].items()
     }
     with jax.named_scope(f"{BALANCED}0"):
         return jax.lax.fori_loop(0, jnp.where(number < parts, 0, 1), lambda *_: anew(), found)

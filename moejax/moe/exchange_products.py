@@ -37,7 +37,7 @@ class Products:
     gradients of the experts to their sum so far, in float32, and is told whether that is `start`
     still: None in a forward pass. written_out: whether turns of the parts are no loop, as on a GPU.
     keeps: of the rows and of what `begin` gives, what is kept of each part's turn; kept: that, for
-    the backward pass, [T, S, ...] each.
+    the backward pass, by turns.
     """
 
     gives: tuple[str, ...]
@@ -48,7 +48,7 @@ class Products:
     start: Any = None
     written_out: bool = False
     keeps: tuple[str, ...] = ()
-    kept: Arrays | None = None
+    kept: dict[str, Arrays] | None = None
 
 
 KEPT = ("x", "gate", "up")  # all that a backward pass would send and compute again
@@ -77,7 +77,9 @@ def forward_products(kinds: Kinds, experts: ExpertParams, keep: bool = False) ->
     return Products(("y",), sizes, begin, finish, lambda *_: None, keeps=keeps)
 
 
-def backward_products(kinds: Kinds, experts: ExpertParams, kept: Arrays | None = None) -> Products:
+def backward_products(
+    kinds: Kinds, experts: ExpertParams, kept: dict[str, Arrays] | None = None
+) -> Products:
     """Gradients of the rows, of their weights and of the experts; kept: as `forward_products`."""
 
     def begin(rows, sizes_E):
