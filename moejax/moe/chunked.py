@@ -242,6 +242,8 @@ def _every_exchange(
                 noted[str(number)] = mine
             else:
                 rest = _note(rest, mine, number, parts)
+            if products.keeps:  # of what is kept, a forward pass needs no more
+                rows, begun = {}, {"hidden": begun["hidden"]}
         rows |= {name: a[one.slot_of_row_S] for name, a in others.items()}
         return sizes, one.row_of_slot_S, rows, begun, rest
 
@@ -263,6 +265,8 @@ def _every_exchange(
     sent_S = traffic.sent(0)
     *begun, _ = begin(0, traffic.send(sent_S, early), traffic.send(sent_S, late), {})
     rest = {} if written_out or parts == 1 else _room(noted.get("0", {}), parts - 1)
+    # Room that depends on nothing XLA would make once for all layers, and copy for each.
+    rest, begun = fence((rest, begun))
     found = traffic.nothing(products.gives, operands["x"].shape[1])
     carry: Any = (1, (*begun, rest), found, products.start)
     for _ in range(1, parts if written_out else 1):

@@ -14,6 +14,7 @@ from moejax.moe.experts import ExpertParams, grouped_down, grouped_ffn, grouped_
 from moejax.moe.experts_backward import (
     Block,
     gate_and_up,
+    hidden_and_products,
     no_gradients,
     params_backward,
     rows_backward,
@@ -57,20 +58,19 @@ Kinds = tuple[Activation, str | None]  # the activation, and a grouped product's
 
 def forward_products(kinds: Kinds, experts: ExpertParams, keep: bool = False) -> Products:
     """y of the rows. keep: what a backward pass takes (KEPT) is kept of the parts' turns."""
-    activation, implementation = kinds
+    implementation = kinds[1]
 
     def begin(rows, sizes_E):
         if "tuned" in experts:
             return {"y": grouped_ffn(experts, rows["x"], sizes_E, *kinds)}
         if keep:
-            return gate_and_up(Block(sizes_E, *kinds), experts, rows["x"])
+            return hidden_and_products(Block(sizes_E, *kinds), experts, rows["x"])
         return {"hidden": grouped_hidden(experts, rows["x"], sizes_E, *kinds)}
 
     def finish(rows, begun, sizes_E):
         if "tuned" in experts:
             return begun, {}
-        hidden = activation(begun["gate"]) * begun["up"] if keep else begun["hidden"]
-        return {"y": grouped_down(experts, hidden, sizes_E, implementation)}, {}
+        return {"y": grouped_down(experts, begun["hidden"], sizes_E, implementation)}, {}
 
     sizes = _prepare(kinds, experts, backward=False)
     keeps = KEPT if keep else ()
@@ -83,6 +83,9 @@ def backward_products(
     """Gradients of the rows, of their weights and of the experts; kept: as `forward_products`."""
 
     def begin(rows, sizes_E):
+        if kept:  # the kernel that the forward pass took, and no other
+            begun = hidden_and_products(Block(sizes_E, *kinds), experts, rows["x"])
+            return {name: begun[name] for name in ("gate", "up")}
         return gate_and_up(Block(sizes_E, *kinds), experts, rows["x"])
 
     def finish(rows, begun, sizes_E):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from moejax.moe.experts import ExpertParams, bias_rows
 from moejax.ops.gated_ffn import Activation
 from moejax.ops.group_sizes import GroupSizes, plain
+from moejax.ops.grouped_gated import gated_products
 from moejax.ops.grouped_matmul import grouped_matmul
 from moejax.ops.grouped_outer import grouped_outer, room_for_sums
 
@@ -42,6 +43,25 @@ def gate_and_up(block: Block, params: ExpertParams, rows_RD: jax.Array) -> dict[
         return y_RF + bias_rows(cast, bias, y_RF, block.group_sizes_E)
 
     return {"gate": affine("gate"), "up": affine("up")}
+
+
+def hidden_and_products(
+    block: Block, params: ExpertParams, rows_RD: jax.Array
+) -> dict[str, jax.Array]:
+    """`gate_and_up`, and the hidden layer that is made of them."""
+    if "b_gate" in params or "b_up" in params:
+        made = gate_and_up(block, params, rows_RD)
+        return {"hidden": block.activation(made["gate"]) * made["up"], **made}
+    w_gate, w_up = (params[name].astype(rows_RD.dtype) for name in ("w_gate", "w_up"))
+    hidden_RF, gate_RF, up_RF = gated_products(
+        rows_RD,
+        w_gate,
+        w_up,
+        block.group_sizes_E,
+        block.activation,
+        implementation=block.implementation,
+    )
+    return {"hidden": hidden_RF, "gate": gate_RF, "up": up_RF}
 
 
 def rows_backward(

@@ -86,8 +86,22 @@ def _gated_form(activation: Activation, with_products: bool) -> Form:
     return Form("grouped_gated", ((0, 0), (0, 1)), combine, 3 if with_products else 1)
 
 
+def gated_products_tpu(
+    lhs: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    group_sizes: GroupSizes,
+    activation: Activation,
+    interpret: Interpret = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `moejax.ops.grouped_gated.gated_products`: one kernel writes all three."""
+    form = _gated_form(activation, True)
+    hidden, gate, up = _rows(form, [lhs], [w_gate, w_up], group_sizes, interpret)
+    return hidden, gate, up
+
+
 def _gated_forward(lhs, w_gate, w_up, group_sizes, activation, groups, interpret):
-    found = _rows(_gated_form(activation, True), [lhs], [w_gate, w_up], group_sizes, interpret)
+    found = gated_products_tpu(lhs, w_gate, w_up, group_sizes, activation, interpret)
     out, gate, up = keep(found, GROUPED)
     return out, (lhs, w_gate, w_up, group_sizes, groups, gate, up)
 

@@ -39,6 +39,7 @@ def interpret(monkeypatch, implementation: str) -> None:
         return
     how = pltpu.InterpretParams()
     names = ("grouped_matmul_tpu", "grouped_gated_tpu", "grouped_outer_tpu", "prepared_tpu")
+    names += ("gated_products_tpu",)
     for name in names:
         kernel = functools.partial(_called, getattr(grouped_matmul_tpu, name), how=how)
         monkeypatch.setattr(grouped_matmul_tpu, name, kernel)
