@@ -264,9 +264,7 @@ def _every_exchange(
 
     sent_S = traffic.sent(0)
     *begun, _ = begin(0, traffic.send(sent_S, early), traffic.send(sent_S, late), {})
-    rest = {} if written_out or parts == 1 else _room(noted.get("0", {}), parts - 1)
-    # Room that depends on nothing XLA would make once for all layers, and copy for each.
-    rest, begun = fence((rest, begun))
+    rest = {} if written_out else _room(noted.get("0", {}), parts - 1)
     found = traffic.nothing(products.gives, operands["x"].shape[1])
     carry: Any = (1, (*begun, rest), found, products.start)
     for _ in range(1, parts if written_out else 1):
@@ -289,7 +287,8 @@ REST = "rest"
 
 
 def _room(kept: Arrays, turns: int) -> Arrays:
-    return {name: jax.lax.empty((turns, *a.shape), a.dtype) for name, a in kept.items()}
+    made = {name: jax.lax.empty((turns, *a.shape), a.dtype) for name, a in kept.items()}
+    return made if turns else {}
 
 
 def _note(rest: Arrays, mine: Arrays, number: jax.Array, parts: int) -> Arrays:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.moe.experts import ExpertParams, bias_rows
+from moejax.ops.gated_backward import gated_backward
 from moejax.ops.gated_ffn import Activation
 from moejax.ops.group_sizes import GroupSizes, plain
 from moejax.ops.grouped_gated import gated_products
@@ -77,19 +78,19 @@ def rows_backward(
     rows_RD, weights_R, d_y_RD = got["x"], got["weights"], got["d_y"]
     gate_RF, up_RF = before["gate"], before["up"]
     cast = {name: w.astype(rows_RD.dtype) for name, w in params.items()}
-    hidden_RF, pull = jax.vjp(lambda gate, up: block.activation(gate) * up, gate_RF, up_RF)
-    d_hidden_RF = _rows_gradient(block, hidden_RF, cast["w_down"], d_y_RD)
-    products_RF = hidden_RF.astype(jnp.float32) * d_hidden_RF.astype(jnp.float32)
-    d_weights_R = products_RF.sum(axis=1)
+    d_hidden_RF = _rows_gradient(block, gate_RF, cast["w_down"], d_y_RD)
+    d_gate_RF, d_up_RF, hidden_RF, d_weights_R = gated_backward(
+        gate_RF,
+        up_RF,
+        d_hidden_RF,
+        weights_R,
+        block.activation,
+        implementation=block.implementation,
+    )
     if "b_down" in cast:
         bias_RD = bias_rows(cast, "b_down", d_y_RD, block.group_sizes_E)
         d_weights_R += jnp.sum(bias_RD.astype(jnp.float32) * d_y_RD.astype(jnp.float32), axis=1)
-
-    def weighted(a_RF: jax.Array) -> jax.Array:
-        return (weights_R[:, None] * a_RF).astype(rows_RD.dtype)
-
-    d_gate_RF, d_up_RF = pull(weighted(d_hidden_RF))
-    made = (d_gate_RF, d_up_RF, weighted(hidden_RF), d_weights_R)
+    made = (d_gate_RF, d_up_RF, hidden_RF, d_weights_R)
     # Of what they are made of nothing is in memory beside the products that follow.
     d_gate_RF, d_up_RF, hidden_RF, d_weights_R = jax.lax.optimization_barrier(made)
     d_rows_RD = _rows_gradient(block, rows_RD, cast["w_gate"], d_gate_RF)

@@ -19,10 +19,11 @@ from moejax.moe.dense import dense_moe
 from moejax.moe.expert_parallel import Parallel
 from moejax.moe.layer import moe_layer
 from moejax.moe.shapes import init_moe
-from moejax.ops import grouped_matmul, grouped_matmul_gpu, grouped_matmul_tpu
+from moejax.ops import grouped_matmul, grouped_matmul_gpu, grouped_matmul_tpu, tpu_gated
 from tests.draws import normal
 
 D, F = 24, 40  # no multiples of a tile
+WHOLE = {"xft": 128}  # but for these F, which the kernel between the products takes
 ROUTERS = {
     "mixtral": MoEConfig(8, 2, **CONVENTIONS["mixtral"]),
     "deepseek_v3": MoEConfig(8, 3, **CONVENTIONS["deepseek_v3"], shared_ffn=16),
@@ -38,11 +39,12 @@ def interpret(monkeypatch, implementation: str) -> None:
         monkeypatch.setattr(grouped_matmul_gpu, "grouped_matmul_gpu", kernel)
         return
     how = pltpu.InterpretParams()
-    names = ("grouped_matmul_tpu", "grouped_gated_tpu", "grouped_outer_tpu", "prepared_tpu")
-    names += ("gated_products_tpu",)
-    for name in names:
-        kernel = functools.partial(_called, getattr(grouped_matmul_tpu, name), how=how)
-        monkeypatch.setattr(grouped_matmul_tpu, name, kernel)
+    names = ["grouped_matmul_tpu", "grouped_gated_tpu", "grouped_outer_tpu", "prepared_tpu"]
+    where = dict.fromkeys([*names, "gated_products_tpu"], grouped_matmul_tpu)
+    for name, module in {**where, "gated_backward_tpu": tpu_gated}.items():
+        monkeypatch.setattr(
+            module, name, functools.partial(_called, getattr(module, name), how=how)
+        )
 
 
 def _called(kernel, *arguments, how):
@@ -60,7 +62,7 @@ def test_layer_equals_its_definition(monkeypatch, implementation, strategy, rout
         mesh = make_mesh(data=len(jax.devices()))
         parallel = Parallel(mesh, "chunked", keep=strategy == "chunked, kept")
         monkeypatch.setattr(expert_parallel, "worth_keeping", lambda *_: True)
-    params = init_moe(jax.random.key(0), D, F, config)
+    params = init_moe(jax.random.key(0), D, WHOLE.get(router, F), config)
     x_BTD, mixer_BTD = normal((len(jax.devices()), 20, D), 1), normal((1, 20, D), 2)
 
     def gradient(layer):
