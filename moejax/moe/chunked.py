@@ -237,13 +237,10 @@ def _every_exchange(
         else:
             sizes = products.sizes(rows, one.sizes_E)
             begun, others = fence((products.begin(rows, sizes), others))
-            mine = {name: (rows | begun)[name] for name in products.keeps}
-            if mine and isinstance(number, int):
-                noted[str(number)] = mine
-            else:
-                rest = _note(rest, mine, number, parts)
-            if products.keeps:  # of what is kept, a forward pass needs no more
-                rows, begun = {}, {"hidden": begun["hidden"]}
+            if products.keeps:
+                mine = {name: (rows | begun)[name] for name in products.keeps}
+                rest = _note(noted, rest, mine, number, parts)
+                rows, begun = {}, {"hidden": begun["hidden"]}  # a forward pass needs no more
         rows |= {name: a[one.slot_of_row_S] for name, a in others.items()}
         return sizes, one.row_of_slot_S, rows, begun, rest
 
@@ -291,9 +288,11 @@ def _room(kept: Arrays, turns: int) -> Arrays:
     return made if turns else {}
 
 
-def _note(rest: Arrays, mine: Arrays, number: jax.Array, parts: int) -> Arrays:
-    """`rest` with what turn `number` of the loop has, if it is one of the parts'."""
-    if not rest:
+def _note(noted: dict[str, Arrays], rest: Arrays, mine: Arrays, number: Any, parts: int) -> Arrays:
+    """Keeps what turn `number` has, if it is one of the parts'; `rest` of those in the loop."""
+    if isinstance(number, int):
+        noted[str(number)] = mine
+    if isinstance(number, int) or not rest:
         return rest
 
     def put(_, rest):
