@@ -8,13 +8,14 @@ need, not at all. Only matrix products count as FLOPs.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections import defaultdict
 
 import numpy as np
 
-from moejax.aot.hlo import Instruction, Program, shape_bytes
+from moejax.aot.hlo import KINDS, Instruction, Program, shape_bytes
 from moejax.aot.kernels import Array, kernel_flops
 from moejax.moe.chunked import BALANCED
 
@@ -35,7 +36,9 @@ class Cost:
 
     flops: of matrix products. traffic_bytes: read from and written to HBM. runs: how often each
     computation runs. open_loops: loops whose trips depend on data, counted once each.
-    unknown_kernels: names of kernels whose FLOPs are not known, and left out.
+    unknown_kernels: names of kernels whose FLOPs are not known, and left out. launched: of each
+    fusion, kernel and operation that a device runs one after another, how often it does, its FLOPs
+    and its traffic; what runs beside others, as a copy that is awaited later, is not among them.
     """
 
     flops: float
@@ -43,26 +46,44 @@ class Cost:
     runs: dict[str, float]
     open_loops: int
     unknown_kernels: tuple[str, ...] = ()
+    launched: tuple[tuple[float, float, float], ...] = ()
 
 
 def cost(program: Program) -> Cost:
     """Counts a parsed program (`moejax.aot.hlo.parse`)."""
     runs, open_loops = count_runs(program)
     inner = _inside_fusions(program)
-    flops = traffic = 0.0
     unknown: list[str] = []
+    own: dict[str, list[float]] = {}  # FLOPs of each instruction of a computation that runs
     for name, instructions in program.items():
-        if not runs[name]:
+        if runs[name]:
+            shapes = {i.name: i.shape for i in instructions}
+            found = [_flops(instruction, shapes) for instruction in instructions]
+            unknown += [i.name for i, each in zip(instructions, found, strict=True) if each is None]
+            own[name] = [each or 0.0 for each in found]
+
+    @functools.lru_cache
+    def within(name: str) -> float:
+        """FLOPs of a computation whose values stay on the chip, and of those that it calls."""
+        called = (c for i in program.get(name, ()) for c in i.calls if c in inner)
+        return sum(own.get(name, ())) + sum(map(within, called))
+
+    traffic, launched = 0.0, []
+    for name in own:
+        if name in inner:
             continue
-        shapes = {i.name: i.shape for i in instructions}
-        for instruction in instructions:
-            found = _flops(instruction, shapes)
-            if found is None:
-                unknown.append(instruction.name)
-            flops += runs[name] * (found or 0.0)
-            if name not in inner:
-                traffic += runs[name] * _traffic(program, instruction, shapes)
-    return Cost(flops, traffic, dict(runs), open_loops, tuple(unknown))
+        shapes = {i.name: i.shape for i in program[name]}
+        for instruction, flops in zip(program[name], own[name], strict=True):
+            moved = _traffic(program, instruction, shapes)
+            traffic += runs[name] * moved
+            if instruction.opcode == "fusion":
+                flops += sum(within(c) for c in instruction.calls if c in inner)
+            opcode = instruction.opcode
+            beside = opcode.endswith("-start") or opcode in KINDS
+            if (flops or moved) and not beside:
+                launched.append((runs[name], flops, moved))
+    whole = sum(runs[name] * sum(each) for name, each in own.items())
+    return Cost(whole, traffic, dict(runs), open_loops, tuple(unknown), tuple(launched))
 
 
 def count_runs(program: Program) -> tuple[dict[str, float], int]:

@@ -51,8 +51,8 @@ class Plan:
         found = dataclasses.asdict(self) | {"fits": self.fits}
         found["hbm"] |= {"used": self.hbm.used, "left": self.hbm.left}
         if self.roofline is not None:
-            sums = {name: getattr(self.roofline, name) for name in ("step_s", "in_turn_s", "bound")}
-            found["roofline"] |= sums
+            names = ("step_s", "in_turn_s", "one_by_one_s", "bound")
+            found["roofline"] |= {name: getattr(self.roofline, name) for name in names}
         return found
 
 
@@ -63,7 +63,7 @@ def read_plan(
     text = compiled.as_text() if text is None else text
     cost = hlo_cost.cost(hlo.parse(text))
     moved = by_kind(hlo.collectives(text), cost.runs)
-    found = roofline(cost.flops, cost.traffic_bytes, moved, setup.chip)
+    found = roofline(cost.flops, cost.traffic_bytes, moved, setup.chip, cost.launched)
     tokens = setup.batch_size * setup.seq_len
     step_s = found.step_s
     model_flops = _model_flops(setup)
@@ -200,7 +200,9 @@ def _describe_work(plan: Plan) -> list[str]:
     lines += [
         f"roofline at peak rates, ms: {parts}",
         f"  {line.bound} bounds it: {1e3 * line.step_s:.1f} ms at least; "
-        f"{1e3 * line.in_turn_s:.1f} ms if what is not overlapped waits its turn",
+        f"{1e3 * line.in_turn_s:.1f} ms if what is not overlapped waits its turn,",
+        f"  {1e3 * line.one_by_one_s:.1f} ms if no fusion or kernel begins before the last has "
+        "ended",
         f"  at most {plan.tokens_per_s:,.0f} tokens/s and {plan.mfu:.1%} MFU: upper bounds, "
         "not forecasts",
     ]

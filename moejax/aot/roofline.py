@@ -29,12 +29,20 @@ class Roofline:
 
     exposed_s: of network_s, the collectives that no matrix product overlaps. The program takes at
     least `step_s`, the largest; `in_turn_s` if exposed collectives wait for everything else.
+    launched_s: each fusion and kernel alone, by what it takes longest for; `one_by_one_s` if none
+    begins before the last has ended, as on a TPU they do but for what is fetched ahead; 0 where the
+    program's are not known.
     """
 
     compute_s: float
     memory_s: float
     network_s: float
     exposed_s: float
+    launched_s: float = 0.0
+
+    @property
+    def one_by_one_s(self) -> float:
+        return self.launched_s and max(self.launched_s + self.exposed_s, self.in_turn_s)
 
     @property
     def step_s(self) -> float:
@@ -79,8 +87,17 @@ def by_kind(found: Iterable[Collective], runs: Mapping[str, float]) -> list[Move
     return sorted(rows, key=lambda row: -row.sent_bytes)
 
 
-def roofline(flops: float, traffic_bytes: float, moved: Iterable[Moved], chip: Chip) -> Roofline:
-    """Peak rates throughout, all links at once: a bound that no run beats, not a forecast."""
+def roofline(
+    flops: float,
+    traffic_bytes: float,
+    moved: Iterable[Moved],
+    chip: Chip,
+    launched: Iterable[tuple[float, float, float]] = (),
+) -> Roofline:
+    """Peak rates throughout, all links at once: a bound that no run beats, not a forecast.
+
+    launched: as `moejax.aot.hlo_cost.Cost` has it.
+    """
     rows = list(moved)
     sent = sum(row.sent_bytes for row in rows)
     exposed = sum(row.sent_bytes - row.overlapped_bytes for row in rows)
@@ -89,4 +106,8 @@ def roofline(flops: float, traffic_bytes: float, moved: Iterable[Moved], chip: C
         memory_s=traffic_bytes / chip.hbm_bytes_per_s,
         network_s=sent / chip.link_bytes_per_s,
         exposed_s=exposed / chip.link_bytes_per_s,
+        launched_s=sum(
+            runs * max(done / chip.flops_per_s, took / chip.hbm_bytes_per_s)
+            for runs, done, took in launched
+        ),
     )

@@ -107,6 +107,18 @@ def test_a_loop_counts_with_its_trips():
     assert found.traffic_bytes == 24 * (fusion + gather + compare) + start
 
 
+def test_what_is_launched_has_its_own_flops_and_traffic():
+    found = hlo_cost.cost(hlo.parse(LOOP))
+    fusion = 2 * (8 * 16 + 16 * 32 + 8 * 32) + 4
+    product = (24, 2 * 8 * 16 * 32, fusion)
+    assert sorted(found.launched) == [
+        (1, 0, 8),
+        (24, 0, 9),
+        product,
+    ]  # the counter's, and no gather
+    assert (1, 2 * 4 * 4 * 4, 64) in hlo_cost.cost(hlo.parse(BESIDE)).launched
+
+
 def test_trips_the_text_states_and_trips_that_depend_on_data():
     stated = LOOP.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
     assert hlo_cost.cost(hlo.parse(stated)).runs["body"] == 7
@@ -237,7 +249,10 @@ def test_bytes_sent_per_kind_and_the_roofline():
     moved = [roofline.Moved("all-gather", 1, 0, 2 * chip.link_bytes_per_s, chip.link_bytes_per_s)]
     found = roofline.roofline(3 * chip.flops_per_s, chip.hbm_bytes_per_s, moved, chip)
     assert (found.bound, found.step_s, found.exposed_s) == ("compute", 3, 1)
-    assert math.isclose(found.in_turn_s, 4)
+    assert math.isclose(found.in_turn_s, 4) and found.one_by_one_s == 0
+    each = [(2, chip.flops_per_s, 0), (1, chip.flops_per_s, 3 * chip.hbm_bytes_per_s)]
+    found = roofline.roofline(3 * chip.flops_per_s, chip.hbm_bytes_per_s, moved, chip, each)
+    assert math.isclose(found.launched_s, 5) and math.isclose(found.one_by_one_s, 6)
 
 
 def test_the_chip_of_a_topology():
