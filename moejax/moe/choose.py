@@ -19,7 +19,8 @@ MEMORY_SHARE = 1 / 32
 
 
 # How often a number that is kept is written or read: into its turn's place and into the stack of a
-# scan over layers, and out of both (counted in the plan of the 8 x 1.3B for v5p).
+# scan over layers, and out of both. In the plan of the 8 x 1.3B for v5p it is 6; memory that does
+# not reach its peak rate makes it more.
 PASSES_KEPT = 8
 
 
