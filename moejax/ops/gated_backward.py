@@ -20,7 +20,7 @@ def gated_backward(
 
     d_hidden [R, F]: dL/dy_r W_down^T, without w_r. gate, up [R, F] of one dtype, which the first
     three results have too; weights [R] and the last result [R] are float32. Its sums are float32.
-    `tpu` reads and writes each array once, where its shape is one of whole tiles.
+    `tpu` reads and writes each array once, where the rows are a multiple of 16.
     """
     if chosen(implementation) == "tpu":
         from moejax.ops.tpu_gated import gated_backward_tpu, takes  # Pallas is slow to import

@@ -24,12 +24,12 @@ ARRAYS = 6  # three read and three written, each fetched or sent while another i
 def takes(gate_RF: jax.Array) -> bool:
     """Whether the kernel takes arrays like it."""
     (rows, columns), dtype = gate_RF.shape, gate_RF.dtype
-    whole = rows % ROWS == columns % LANES == 0 and rows > 0 and columns > 0
+    whole = rows % ROWS == 0 and rows > 0 and columns > 0
     return whole and dtype.name in DTYPES and _bytes(BLOCKS[-1], columns, dtype) <= VMEM_BYTES
 
 
 def _bytes(rows: int, columns: int, dtype: Any) -> int:
-    return 2 * ARRAYS * rows * columns * dtype.itemsize
+    return 2 * ARRAYS * rows * -(-columns // LANES) * LANES * dtype.itemsize
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
@@ -71,26 +71,27 @@ def _kernel(gate, up, d_hidden, weights, d_gate, d_up, hidden, d_weights, *, act
         rows = pl.ds(pl.multiple_of(i * height, height), height)
         weight = weights[rows]
 
-        def piece(first, size, total):
+        def piece(first, size):
             at = rows, pl.ds(first, size)
             g, u, d = (ref[at].astype(jnp.float32) for ref in (gate, up, d_hidden))
             made, pull = jax.vjp(lambda g, u: activation(g) * u, g, u)
             d_g, d_u = pull(weight * d)
             for ref, value in ((d_gate, d_g), (d_up, d_u), (hidden, weight * made)):
                 ref[at] = value.astype(ref.dtype)
-            products = made * d
-            for lane in range(0, size, LANES):
+            return made * d
+
+        def of_columns(j, total):
+            products = piece(pl.multiple_of(j * width, width), width)
+            for lane in range(0, width, LANES):
                 total += products[:, lane : lane + LANES]
             return total
 
-        def of_columns(j, total):
-            return piece(pl.multiple_of(j * width, width), width, total)
-
         total = jnp.zeros((height, LANES), jnp.float32)
         total = jax.lax.fori_loop(0, columns // width, of_columns, total)
+        sums = jnp.sum(total, axis=1, keepdims=True)
         if rest := columns % width:
-            total = piece(columns - rest, rest, total)
-        d_weights[rows] = jnp.sum(total, axis=1, keepdims=True)
+            sums += jnp.sum(piece(columns - rest, rest), axis=1, keepdims=True)
+        d_weights[rows] = sums
         return 0
 
     jax.lax.fori_loop(0, num_rows // height, of_rows, 0)

@@ -23,7 +23,6 @@ from moejax.ops import grouped_matmul, grouped_matmul_gpu, grouped_matmul_tpu, t
 from tests.draws import normal
 
 D, F = 24, 40  # no multiples of a tile
-WHOLE = {"xft": 128}  # but for these F, which the kernel between the products takes
 ROUTERS = {
     "mixtral": MoEConfig(8, 2, **CONVENTIONS["mixtral"]),
     "deepseek_v3": MoEConfig(8, 3, **CONVENTIONS["deepseek_v3"], shared_ffn=16),
@@ -62,7 +61,7 @@ def test_layer_equals_its_definition(monkeypatch, implementation, strategy, rout
         mesh = make_mesh(data=len(jax.devices()))
         parallel = Parallel(mesh, "chunked", keep=strategy == "chunked, kept")
         monkeypatch.setattr(expert_parallel, "worth_keeping", lambda *_: True)
-    params = init_moe(jax.random.key(0), D, WHOLE.get(router, F), config)
+    params = init_moe(jax.random.key(0), D, F, config)
     x_BTD, mixer_BTD = normal((len(jax.devices()), 20, D), 1), normal((1, 20, D), 2)
 
     def gradient(layer):
