@@ -18,6 +18,9 @@ from moejax.ops.tpu_tiles import DTYPES, LANES, VMEM_BYTES
 ROWS = 16  # of a tile in memory, for every type here
 PIECE = (32, 4 * LANES)
 BLOCKS = (128, 96, 64, 32)
+# Room for what registers do not hold. No more than is needed is reserved: XLA keeps operands there.
+REGISTERS_BYTES = 4 << 20
+MOST_BYTES = VMEM_BYTES - REGISTERS_BYTES
 ARRAYS = 6  # three read and three written, each fetched or sent while another is in use
 
 
@@ -25,7 +28,7 @@ def takes(gate_RF: jax.Array) -> bool:
     """Whether the kernel takes arrays like it."""
     (rows, columns), dtype = gate_RF.shape, gate_RF.dtype
     whole = rows % ROWS == 0 and rows > 0 and columns > 0
-    return whole and dtype.name in DTYPES and _bytes(BLOCKS[-1], columns, dtype) <= VMEM_BYTES
+    return whole and dtype.name in DTYPES and _bytes(BLOCKS[-1], columns, dtype) <= MOST_BYTES
 
 
 def _bytes(rows: int, columns: int, dtype: Any) -> int:
@@ -43,7 +46,7 @@ def gated_backward_tpu(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """See `moejax.ops.gated_backward.gated_backward`; of arrays that `takes` says it takes."""
     (num_rows, columns), dtype = gate_RF.shape, gate_RF.dtype
-    block = next(n for n in BLOCKS if _bytes(n, columns, dtype) <= VMEM_BYTES)
+    block = next(n for n in BLOCKS if _bytes(n, columns, dtype) <= MOST_BYTES)
     wide = pl.BlockSpec((block, columns), lambda i: (i, 0))
     one = pl.BlockSpec((block, 1), lambda i: (i, 0))
     like = jax.ShapeDtypeStruct(gate_RF.shape, dtype)
@@ -55,7 +58,8 @@ def gated_backward_tpu(
         out_specs=[wide] * 3 + [one],
         out_shape=[like] * 3 + [jax.ShapeDtypeStruct((num_rows, 1), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES
+            dimension_semantics=("parallel",),
+            vmem_limit_bytes=_bytes(block, columns, dtype) + REGISTERS_BYTES,
         ),
         cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=moved, transcendentals=gate_RF.size),
         interpret=interpret,
