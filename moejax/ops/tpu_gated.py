@@ -1,7 +1,7 @@
 """`moejax.ops.gated_backward` for TPUs: one pass over the rows.
 
-XLA makes three programs of it, one of which writes dL/dhidden in float32: 490 bytes move where 211
-do here. Rows come in blocks; each is gone through in pieces that stay in registers.
+XLA makes three programs of it, one of which writes dL/dhidden in float32, and moves 490 MB of
+3,200 x 5,504 where 211 move here. Rows come in blocks, and those in pieces that registers hold.
 """
 
 import functools

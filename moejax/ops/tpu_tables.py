@@ -178,17 +178,18 @@ class _Writer(NamedTuple):
     def put_rows(self, core: int, low: Any, high: Any) -> Any:
         """All visits of a core, which has the blocks from `low` to `high`; how many they are."""
 
-        def put(e, v):
+        def put_share(e, v, kind):
+            """The tallest visits of a group; the next one's place, and the blocks left for it."""
             first, last = self.blocks(e)
             first = jnp.clip(first, low, high)
             count = jnp.maximum(jnp.clip(last, low, high) - first, 0)
             whole = jax.lax.div(count, np.int32(self.tallest))
-            return first, count, whole, count - whole * self.tallest, v
+            self.put_whole(core, v, e, first, whole, kind)
+            return v + whole, first + whole * self.tallest, count - whole * self.tallest
 
         def of_group(e, v):
-            first, count, whole, rest, v = put(e, v)
-            self.put_whole(core, v, e, first, whole, 0)
-            v, first, num = v + whole, first + whole * self.tallest, self.codes[rest, 0]
+            v, first, rest = put_share(e, v, 0)
+            num = self.codes[rest, 0]
 
             def piece(i, _):
                 code = self.codes[rest, 2 + i]
@@ -202,9 +203,7 @@ class _Writer(NamedTuple):
         v = jax.lax.fori_loop(0, self.num_groups, of_group, np.int32(0))
         # Rows of no group are filled with zeros, at any height.
         none = len(self.wanted.heights)
-        first, count, whole, rest, v = put(self.num_groups, v)
-        self.put_whole(core, v, self.num_groups, first, whole, none)
-        v, first = v + whole, first + whole * self.tallest
+        v, first, rest = put_share(self.num_groups, v, none)
 
         @pl.when(rest > 0)
         def _():
