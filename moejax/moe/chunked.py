@@ -208,15 +208,14 @@ def _every_exchange(
     """All turns, as a pipeline: what all tokens get, gradients of the experts, what is kept.
 
     While a turn finishes, x of the next one may be on its way (where x is kept, dL/dy; written out,
-    all of it); while the experts' gradients are computed and the next one begins, its own results
-    and the rest of the next one. Barriers keep it so, and keep more than that out of memory.
+    all of it); while the experts' gradients are computed dL/dy, and while the next one begins its
+    own results. Barriers keep it so, and keep more than that out of memory.
     """
     fence = jax.lax.optimization_barrier
     traffic = _Traffic(exchange, moves.pairs, operands, weights_NK)
     written_out = products.written_out or platform() == "gpu"
-    travel = tuple(name for name in operands if not (products.kept and name == "x"))
-    early = travel if written_out else travel[:1]
-    late = tuple(name for name in travel if name not in early)
+    early, ahead, behind = _order(tuple(operands), products, written_out)
+    at_once = bool(products.kept)  # what goes back has no products of a next turn to travel beside
     parts = moves.pairs.num_parts
 
     def anew(number, one, sizes):
@@ -253,14 +252,15 @@ def _every_exchange(
         sent_S = traffic.sent(number)
         first = traffic.send(sent_S, early)
         out, kept, first, sent_S = fence((*finish(*begun), first, sent_S))
-        back, others = traffic.send_back(out), traffic.send(sent_S, late)
+        others, back = traffic.send(sent_S, ahead), traffic.send_back(out if at_once else {})
         total = products.experts(kept, begun[0], total, number == 1)
-        total, first = fence((total, first))
+        total, first, out, sent_S, others = fence((total, first, out, sent_S, others))
+        back, others = back or traffic.send_back(out), others | traffic.send(sent_S, behind)
         begun, back = fence((begin(number, first, others, rest), back))
         return number + 1, begun, traffic.collect(back, number - 1, found), total
 
     sent_S = traffic.sent(0)
-    *begun, _ = begin(0, traffic.send(sent_S, early), traffic.send(sent_S, late), {})
+    *begun, _ = begin(0, traffic.send(sent_S, early), traffic.send(sent_S, ahead + behind), {})
     rest = {} if written_out else _room(noted.get("0", {}), parts - 1)
     found = traffic.nothing(products.gives, operands["x"].shape[1])
     carry: Any = (1, (*begun, rest), found, products.start)
@@ -276,6 +276,17 @@ def _every_exchange(
     total = products.experts(kept, begun[0], total, number == 1)
     stash = noted | ({REST: rest} if rest else {})
     return traffic.collect(back, number - 1, found), total, stash
+
+
+def _order(names: tuple[str, ...], products: Products, written_out: bool) -> tuple[tuple, ...]:
+    """What of the next turn travels beside the end of one, beside its experts' gradients, and then.
+
+    A device has one exchange under way at a time, and one of numbers would take the place of rows.
+    """
+    travel = tuple(name for name in names if not (products.kept and name == "x"))
+    early = travel if written_out else travel[:1]
+    late = travel[len(early) :]
+    return early, late if products.kept else late[:1], () if products.kept else late[1:]
 
 
 # What is kept of the parts' turns: by the number of the turn, or of those in the loop, whose number
