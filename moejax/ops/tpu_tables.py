@@ -5,6 +5,7 @@ a table was up to 24 programs, of 2,100 cycles each (see BUILD.md).
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -64,11 +65,13 @@ def tables(
     numbers += [jnp.asarray(one.pieces.codes) for one in wanted]
     shapes = [shape for one in wanted for shape in (one.shape(num_groups), (1,))]
     in_smem = pl.BlockSpec(memory_space=pltpu.SMEM)
+    moved = 4 * (sum(a.size for a in numbers) + sum(math.prod(shape) for shape in shapes))
     found = pl.pallas_call(
         functools.partial(_kernel, wanted=wanted),
         in_specs=[in_smem] * len(numbers),
         out_specs=[in_smem] * len(shapes),
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes],
+        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=moved, transcendentals=0),
         interpret=interpret,
         name="tables_of_visits",
     )(*numbers)
